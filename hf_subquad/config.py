@@ -1,0 +1,138 @@
+"""What the user chooses: one dataclass, pure data, the same names in Python, CLI and YAML."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from .errors import ConfigError
+
+TileOrder = Literal["similar", "consecutive"]
+LayerGroup = Literal["all", "all_but_first"]
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SubquadConfig:
+    """Settings of the sparse layers, their index and their low-rank updates.
+
+    Raises:
+        ConfigError: a field is out of range; the message names the field and the value it got.
+    """
+
+    rank: int = _setting(16, "Rank q of the trainable update U V of every patched matrix.")
+    alpha: float = _setting(16.0, "The update counts alpha / rank times, as in LoRA.")
+    active: int | float | None = _setting(
+        None,
+        "Neurons a tile computes: a number (int), a share in (0, 1] (float), or null for "
+        "ceil(m ** 0.8) of m neurons, the sparsity level of the paper.",
+    )
+    tile_size: int = _setting(128, "Tokens that share one selection of neurons, about.")
+    tile_order: TileOrder = _setting(
+        "similar", "How tokens form tiles: 'similar' (bisection by content) or 'consecutive'."
+    )
+    layers_to_transform: list[int] | LayerGroup = _setting(
+        "all_but_first",
+        "Layer numbers to patch, or 'all', or 'all_but_first': the first layer of a stack is far "
+        "less sparse than the rest and stays dense.",
+    )
+    target_modules: list[str] | None = _setting(
+        None,
+        "Names of the projections to patch (e.g. ['fc1', 'fc2']), or null for every known MLP.",
+    )
+    sketch_rank: int = _setting(64, "Rank r of the activation index.")
+    seed: int = _setting(0, "Seed of the index and of the factors; the global random state is left alone.")
+    fold_steps: int = _setting(0, "Fold U V into the base weight every so many steps; 0: never.")
+    refresh_steps: int = _setting(100, "Measure recall and refresh the index every so many steps; 0: never.")
+    dense_steps: int = _setting(0, "Run this many first steps with the dense forward.")
+    sparse_eval: bool = _setting(False, "Evaluate sparse too; by default evaluation is dense.")
+    index_factory: str = _setting("Flat", "faiss factory string of the half-space reporting query.")
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("rank", 1), ("tile_size", 1), ("sketch_rank", 1), ("seed", 0),
+            ("fold_steps", 0), ("refresh_steps", 0), ("dense_steps", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if type(value) is not int or value < low:
+                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha must be a positive number, got {self.alpha!r}")
+        self._check_active()
+        self._check_layers()
+        if self.tile_order not in get_args(TileOrder):
+            raise ConfigError(f"tile_order must be one of {get_args(TileOrder)}, got {self.tile_order!r}")
+        if not isinstance(self.sparse_eval, bool):
+            raise ConfigError(f"sparse_eval must be true or false, got {self.sparse_eval!r}")
+        if not isinstance(self.index_factory, str) or not self.index_factory:
+            raise ConfigError(f"index_factory must be a faiss factory string, got {self.index_factory!r}")
+        targets = self.target_modules
+        if targets is not None and not (
+            isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
+        ):
+            raise ConfigError(f"target_modules must be a list of module names or null, got {targets!r}")
+
+    def _check_active(self) -> None:
+        active = self.active
+        if active is None:
+            return
+        if isinstance(active, bool) or not isinstance(active, int | float):
+            raise ConfigError(f"active must be an integer, a share or null, got {active!r}")
+        if isinstance(active, int) and active < 1:
+            raise ConfigError(f"active as a number of neurons must be at least 1, got {active!r}")
+        if isinstance(active, float) and not 0 < active <= 1:
+            raise ConfigError(f"active as a share must lie in (0, 1], got {active!r}")
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if isinstance(layers, str):
+            if layers in get_args(LayerGroup):
+                return
+        elif isinstance(layers, list) and layers and all(type(i) is int and i >= 0 for i in layers):
+            return
+        raise ConfigError(
+            f"layers_to_transform must be {' or '.join(map(repr, get_args(LayerGroup)))} "
+            f"or a list of layer numbers from 0, got {layers!r}"
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor alpha / rank of the update U V."""
+        return self.alpha / self.rank
+
+    def active_neurons(self, neurons: int) -> int:
+        """Number k of neurons that a tile computes in a layer of `neurons` neurons.
+
+        Raises:
+            ConfigError: `active` asks for more neurons than the layer has.
+        """
+        if self.active is None:
+            return min(neurons, math.ceil(neurons**0.8))
+        if isinstance(self.active, int):
+            if self.active > neurons:
+                raise ConfigError(f"active={self.active} exceeds the {neurons} neurons of a layer")
+            return self.active
+        return max(1, math.ceil(self.active * neurons))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SubquadConfig":
+        """Inverse of `to_dict`. Unknown names are a `ConfigError`."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown settings {unknown}; known are {sorted(known)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SubquadConfig":
+        return cls.from_dict(json.loads(text))

@@ -1,0 +1,49 @@
+"""Typed errors: each names the place and the fix, and leaves the model as it was."""
+
+
+class SubquadError(Exception):
+    """Base of every error raised by this library."""
+
+
+class ConfigError(SubquadError, ValueError):
+    """A setting is out of range, or impossible for the layer it is applied to."""
+
+
+class PatchError(SubquadError, ValueError):
+    """A model cannot be patched as asked. The model is unchanged."""
+
+
+class NoMatchError(PatchError):
+    """No MLP matched the request; the message lists what was searched and the nearest names."""
+
+
+class UnsupportedModuleError(PatchError):
+    """An MLP was found that cannot be made sparse (quantised, wrapped, or not elementwise)."""
+
+
+class AlreadyPatchedError(PatchError):
+    """The model carries a patch already."""
+
+
+class NotPatchedError(SubquadError, ValueError):
+    """The call needs a patched model."""
+
+
+class WeightsError(SubquadError, ValueError):
+    """Weights hold NaN or infinite values."""
+
+
+class EmptyBatchError(SubquadError, ValueError):
+    """A sparse layer got no tokens."""
+
+
+class InactivePatchError(SubquadError, RuntimeError):
+    """The patch is present but would not take effect (frozen factors, replaced forward, ...)."""
+
+
+class SidecarError(SubquadError, RuntimeError):
+    """A `subquad_state.safetensors` file is damaged, or belongs to another model."""
+
+
+class OutputError(SubquadError, OSError):
+    """An output file could not be written. Nothing was left half-written."""
