@@ -1,0 +1,174 @@
+"""Products of token tiles with gathered weight rows, and their gradients.
+
+A tile t of tokens uses the neurons `neurons[t]` only. With R the weight rows by neuron (row i is neuron i),
+U V the low-rank update and s its scale, the live rows of the tile are
+
+    L_t = R[neurons[t]] + s U[neurons[t]] V                 [k, d]
+
+and there are two products, each the adjoint of the other:
+
+    dot_rows:  h_t = x_t L_t^T (+ b)     tokens to neurons: into an MLP, and the gradient out of it
+    sum_rows:  y_t = a_t L_t   (+ b)     neurons to tokens: out of an MLP, and the gradient into it
+
+One dense GEMM on gathered rows per tile; nothing of size m is computed. Compact tensors [n, T, k] are stored
+neuron-major (as [n, k, T], transposed): the GEMM that writes them then streams the gathered rows without repacking.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .tiling import TokenTiles
+
+
+def dot_rows(
+    x: Tensor,
+    tiles: TokenTiles,
+    neurons: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """h_t = x_t (R_S + U_S V)^T + b_S, for every tile.
+
+    Args:
+        x: [N, d] in the compute dtype.
+        neurons: int64 [n, k].
+        rows: [m, d] in the compute dtype.
+        bias: [m] or None.
+        update: U [m, q] and s V [q, d], any dtype.
+
+    Returns:
+        h [n, T, k] and x (s V)^T [N, q], both in the compute dtype.
+    """
+    (count, size), wide = tiles.shape, neurons.shape[1]
+    u, v = update
+    low = x @ v.to(x.dtype).t()
+    by_neuron = torch.bmm(_gather(u, neurons, x.dtype), tiles.to_slots(low).transpose(1, 2))
+    if bias is not None:
+        by_neuron += _gather(bias, neurons, x.dtype).unsqueeze(-1)
+    gathered, tile = x.new_empty(wide, x.shape[1]), x.new_empty(size, x.shape[1])
+    for t in range(count):
+        torch.index_select(rows, 0, neurons[t], out=gathered)
+        torch.index_select(x, 0, tiles.slots[t], out=tile)
+        by_neuron[t].addmm_(gathered, tile.t())
+    return by_neuron.transpose(1, 2), low
+
+
+def sum_rows(
+    a: Tensor,
+    tiles: TokenTiles,
+    neurons: Tensor,
+    rows: Tensor,
+    bias: Tensor | None,
+    update: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """y_t = a_t (R_S + U_S V) + b, back in token order.
+
+    Args:
+        a: [n, T, k] in the compute dtype.
+        bias: [d] or None.
+        The rest as in `dot_rows`.
+
+    Returns:
+        y [N, d] and a_t U_S [N, q], both in the compute dtype.
+    """
+    (count, size), wide = tiles.shape, rows.shape[1]
+    u, v = update
+    v = v.to(a.dtype)
+    low = torch.bmm(a, _gather(u, neurons, a.dtype))
+    y = a.new_empty(count * size, wide)  # the rows past N take the spare slots' output
+    gathered, tile = a.new_empty(neurons.shape[1], wide), a.new_empty(size, wide)
+    # oneDNN's low-precision GEMM is far slower on a transposed left operand than this copy is.
+    token_major = a.new_empty(size, neurons.shape[1]) if a.device.type == "cpu" and a.dtype.itemsize == 2 else None
+    for t in range(count):
+        torch.index_select(rows, 0, neurons[t], out=gathered)
+        left = a[t] if token_major is None else token_major.copy_(a[t])
+        if bias is None:
+            torch.mm(low[t], v, out=tile)
+        else:
+            torch.addmm(bias.to(a.dtype), low[t], v, out=tile)
+        y.index_copy_(0, tiles.entries[t], tile.addmm_(left, gathered))
+    return y[: len(tiles.position)], tiles.to_tokens(low)
+
+
+def update_gradients(
+    a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of sum_t <a_t, x_t (U_S V s)^T> with respect to U and to s V, in at least float32.
+
+    Args:
+        a: [n, T, k], zero in spare slots unless `x` is what is zero there.
+        a_low: a_t U_S, [N, q].
+        x: [N, d].
+        x_low: x (s V)^T, [N, q].
+        count: number m of rows of U.
+
+    Returns:
+        [m, q] and [q, d].
+    """
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    by_neuron = torch.bmm(a.transpose(1, 2), tiles.to_slots(x_low)).to(dtype)
+    grad_u = by_neuron.new_zeros(count, by_neuron.shape[-1])
+    grad_u.index_add_(0, neurons.reshape(-1), by_neuron.view(-1, by_neuron.shape[-1]))
+    return grad_u, (a_low.t() @ x).to(dtype)
+
+
+class DotRows(torch.autograd.Function):
+    """`dot_rows` with gradients for x, U and V; the base rows and the bias are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, v: Tensor, rows: Tensor, bias: Tensor | None,
+        tiles: TokenTiles, neurons: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        with torch.autocast(x.device.type, enabled=False):
+            h, low = dot_rows(x, tiles, neurons, rows, bias, (u, scale * v))
+        ctx.save_for_backward(x, u, v, rows, low)
+        ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, v, rows, x_low = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            grad_x, grad_low = sum_rows(grad_h, ctx.tiles, ctx.neurons, rows, None, (u, ctx.scale * v))
+            grad_u, grad_v = update_gradients(grad_h, grad_low, x, x_low, ctx.tiles, ctx.neurons, len(u))
+        return grad_x, grad_u.to(u.dtype), grad_v.mul_(ctx.scale).to(v.dtype), None, None, None, None, None
+
+
+class SumRows(torch.autograd.Function):
+    """`sum_rows` with gradients for a, U and V; the base rows and the bias are constants."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, u: Tensor, v: Tensor, rows: Tensor, bias: Tensor | None,
+        tiles: TokenTiles, neurons: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
+        with torch.autocast(a.device.type, enabled=False):
+            y, low = sum_rows(a, tiles, neurons, rows, bias, (u, scale * v))
+        ctx.save_for_backward(a, u, v, rows, low)
+        ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        a, u, v, rows, a_low = ctx.saved_tensors
+        tiles: TokenTiles = ctx.tiles
+        with torch.autocast(a.device.type, enabled=False):
+            grad_a, grad_low = dot_rows(grad_y, tiles, ctx.neurons, rows, None, (u, ctx.scale * v))
+            if len(tiles.spare):
+                size = tiles.shape[1]
+                grad_a[tiles.spare // size, tiles.spare % size] = 0
+            grad_u, grad_v = update_gradients(a, a_low, grad_y, grad_low, tiles, ctx.neurons, len(u))
+        return grad_a, grad_u.to(u.dtype), grad_v.mul_(ctx.scale).to(v.dtype), None, None, None, None, None
+
+
+def _gather(values: Tensor, neurons: Tensor, dtype: torch.dtype) -> Tensor:
+    """values[neurons] in `dtype`: [m, ...] -> [n, k, ...]."""
+    picked = values.index_select(0, neurons.reshape(-1)).to(dtype)
+    return picked.view(*neurons.shape, *values.shape[1:])

@@ -1,0 +1,192 @@
+"""The activation index: which neurons matter for which tokens, without computing them all.
+
+Built once per MLP from its weights. Two queries: `select` (the k most important neurons of each tile of tokens) and
+`report` (per token, every neuron whose pre-activation reaches a threshold: half-space reporting). Both are
+approximate up to the sketch of the base weights; the live low-rank updates enter exactly.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import SubquadConfig, TileOrder
+from .projection import NeuronProjection
+from .reporting import Report, ReportingIndex
+from .sketch import Sketch, add_low_rank, build_sketch
+from .tiling import TokenTiles, make_tiles
+
+_SCORED_TOKENS = 16  # of each tile: more change the selection little and cost m multiply-adds per sketch column
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Tiles of tokens and the neurons each computes.
+
+    Attributes:
+        tiles: n tiles of T slots.
+        neurons: int64 [n, k], ascending in each tile.
+    """
+
+    tiles: TokenTiles
+    neurons: Tensor
+
+
+class ActivationIndex:
+    """Index over the m neurons of one MLP.
+
+    Args:
+        inputs: one input projection, or gate and up.
+        output: the output projection.
+        activation: the MLP's own elementwise activation.
+        gated: neurons are activation(gate) * up, with gate and up in two projections or stacked in one.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[NeuronProjection],
+        output: NeuronProjection,
+        activation: Callable[[Tensor], Tensor],
+        gated: bool,
+        config: SubquadConfig,
+    ) -> None:
+        self.inputs = list(inputs)
+        self.output = output
+        self.activation = activation
+        self.gated = gated
+        self.rank = config.sketch_rank
+        self.seed = config.seed
+        self.factory = config.index_factory
+        self.build()
+
+    @property
+    def neurons(self) -> int:
+        """m."""
+        return self.output.weight.shape[0 if self.output.weight_is_rows else 1]
+
+    @torch.no_grad()
+    def build(self) -> None:
+        """Sketch the base input rows of all input projections, stacked, and measure the output rows."""
+        stacked = torch.cat([projection.rows() for projection in self.inputs])
+        self.sketch: Sketch = build_sketch(stacked, self.rank, self.seed)
+        self._reporting: tuple[tuple[Any, ...], ReportingIndex] | None = None
+        self._seen = self._base_version()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Measure ||v_j||^2 of the live output rows anew."""
+        rows = self.output.live_rows()
+        self.output_norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Fold the live updates into the base weights, and into the sketch without reading those weights."""
+        self._current()
+        blocks = [p.update.factors() for p in self.inputs]
+        left = torch.block_diag(*[u for u, _ in blocks])
+        right = torch.cat([v for _, v in blocks])
+        self.sketch = add_low_rank(self.sketch, left, right)
+        for projection in (*self.inputs, self.output):
+            projection.set_rows(projection.live_rows())
+            projection.update.restart()
+        self._reporting = None
+        self._seen = self._base_version()
+        self.refresh()
+
+    @torch.no_grad()
+    def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
+        """Tiles of the tokens x [N, d], and the k most important neurons of each.
+
+        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens.
+        """
+        features = self._features(x)
+        tiles = make_tiles(features, tile_size, order)
+        count, size = tiles.shape
+        sample = tiles.slots[:, :: -(-size // _SCORED_TOKENS)]
+        tokens = sample.reshape(-1)
+        activations = self._activations(self._estimate(features[tokens], x[tokens]))
+        scores = activations.square().view(*sample.shape, -1).sum(1) * self.output_norms
+        if k >= self.neurons:
+            return Selection(tiles, torch.arange(self.neurons, device=x.device).expand(count, -1))
+        return Selection(tiles, scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values)
+
+    @torch.no_grad()
+    def report(self, x: Tensor, threshold: float) -> Report:
+        """Half-space reporting: for each token of x [N, d], the neurons with pre-activation >= threshold.
+
+        The pre-activation is the index's own (sketch, live update and bias; of the gate in gated MLPs). With a flat
+        faiss index the answer is all of them, with an inverted file or a graph those it visits.
+        """
+        self._current()
+        gate = self.inputs[0]
+        u, v = gate.update.factors()
+        version = (u._version, v._version, *self._seen, self.factory)
+        if self._reporting is None or self._reporting[0] != version:
+            bias = u.new_zeros(len(u), 1) if gate.bias is None else gate.bias.detach()[:, None]
+            rows = torch.cat([self.sketch.codes[: len(u)], u, bias], 1)[: self.neurons]
+            self._reporting = (version, ReportingIndex(rows, self.factory))
+        x = x.to(u.dtype)
+        ones = x.new_ones(len(x), 1)
+        return self._reporting[1].report(torch.cat([self._features(x), x @ v.t(), ones], 1), threshold)
+
+    @torch.no_grad()
+    def recall(self, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
+        """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
+        selection = self.select(x, k, tile_size, order)
+        tiles = selection.tiles
+        activations = self._activations(self._exact(x))
+        scores = activations.square()[tiles.slots].sum(1) * self.output_norms
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, selection.neurons, True)
+        best = scores.topk(k, dim=1).indices
+        return chosen.gather(1, best).float().mean().item()
+
+    def exact_activations(self, x: Tensor) -> Tensor:
+        """True activations of all neurons on x [N, d]: float32 [N, m]."""
+        return self._activations(self._exact(x))
+
+    def _exact(self, x: Tensor) -> list[Tensor]:
+        return [torch.addmm(_bias(p), x.float(), p.live_rows().float().t()) for p in self.inputs]
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Sketch of each token, A x: float32 [N, r]."""
+        self._current()
+        return (x @ self.sketch.basis.to(x.dtype).t()).float()
+
+    def _estimate(self, features: Tensor, x: Tensor) -> list[Tensor]:
+        """Pre-activations by input projection from sketch, live update and bias: float32 [S, rows] each."""
+        estimates, first = [], 0
+        for projection in self.inputs:
+            u, v = projection.update.factors()
+            codes = self.sketch.codes[first : first + len(u)]
+            first += len(u)
+            base = torch.addmm(_bias(projection), features, codes.t())
+            estimates.append(base.addmm_(x.float() @ v.float().t(), u.float().t()))
+        return estimates
+
+    def _activations(self, pre: list[Tensor]) -> Tensor:
+        """Activations [S, m] from the pre-activations of the input projections."""
+        if not self.gated:
+            return self.activation(pre[0])
+        gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+    def _base_version(self) -> tuple[Any, ...]:
+        return tuple(part for p in (*self.inputs, self.output) for part in p.version())
+
+    def _current(self) -> None:
+        """Rebuild if the base weights were changed from outside, as by `load_state_dict`."""
+        if self._seen != self._base_version():
+            self.build()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reporting": None, "_seen": None}
+
+
+def _bias(projection: NeuronProjection) -> Tensor:
+    """The bias in float32, or one zero that broadcasts."""
+    if projection.bias is None:
+        return torch.zeros(1, device=projection.weight.device)
+    return projection.bias.detach().float()

@@ -1,0 +1,179 @@
+"""Swap a model's MLP projections for sparse ones, and back."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from .config import SubquadConfig
+from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError, WeightsError
+from .families import Match, find_activation, find_mlps
+from .index import ActivationIndex
+from .layers import Forward, InputProjection, OutputProjection, Runtime, SparseMLP
+from .self_test import self_test
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def patch_model(model: ModelT, config: SubquadConfig | None = None) -> ModelT:
+    """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
+
+    The patched base weights and biases are frozen, their low-rank updates are trainable; every other parameter
+    stays as it is. Saved checkpoints stay plain.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AlreadyPatchedError: the model is patched.
+        NoMatchError: there is no MLP as asked for.
+        UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
+        WeightsError: weights hold NaN or infinite values.
+        ConfigError: `active` or `rank` exceeds a layer.
+        In each case the model is as it was.
+    """
+    config = config or SubquadConfig()
+    if sparse_mlps(model):
+        raise AlreadyPatchedError("the model is patched already: call unpatch_model(model) first to patch it anew")
+    matches = find_mlps(model, config)
+    for match in matches:
+        _check(match, config)
+    size = sum(match.projection(path).weight.numel() for match in matches for path in match.paths)
+    runtime = Runtime(config)
+    tested: set[type[nn.Module]] = set()
+    patched: list[SparseMLP] = []
+    try:
+        progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
+        for number, match in enumerate(progress):
+            mlp = _patch_one(match, runtime, number)
+            patched.append(mlp)
+            if type(match.parent) not in tested:
+                self_test(mlp)
+                tested.add(type(match.parent))
+    except BaseException:
+        for mlp in patched:
+            _restore(mlp)
+        raise
+    return model
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Undo `patch_model`, in place: the original modules return, with live updates merged into their weights.
+
+    Bit-equal to the model before the patch where no update was trained.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    for mlp in require_patched(model):
+        for projection in mlp.projections:
+            projection.set_rows(projection.live_rows())
+        _restore(mlp)
+    return model
+
+
+def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
+    """The sparse MLPs of a model, also of one wrapped by PEFT or DDP, in the model's order; empty if unpatched."""
+    return [module.mlp for module in model.modules() if isinstance(module, OutputProjection)]
+
+
+def require_patched(model: nn.Module) -> list[SparseMLP]:
+    """`sparse_mlps`, or a `NotPatchedError`."""
+    mlps = sparse_mlps(model)
+    if not mlps:
+        raise NotPatchedError(
+            f"{type(model).__name__} is not patched: call patch_model(model) before the Trainer is made"
+        )
+    return mlps
+
+
+def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: all MLPs run dense (base and live updates), whatever the mode of the model."""
+    return _forced(model, "dense")
+
+
+def sparse_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: all patched MLPs run sparse, in evaluation too."""
+    return _forced(model, "sparse")
+
+
+@contextmanager
+def _forced(model: nn.Module, forward: Forward) -> Iterator[None]:
+    runtime = require_patched(model)[0].runtime
+    before = runtime.forward
+    runtime.forward = forward
+    try:
+        yield
+    finally:
+        runtime.forward = before
+
+
+def _check(match: Match, config: SubquadConfig) -> None:
+    for path in match.paths:
+        module, name = match.projection(path), match.full_name(path)
+        if hasattr(module, "base_layer"):
+            raise UnsupportedModuleError(
+                f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
+                "target_modules, or out of the patch; their updates would meet"
+            )
+        if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype not in _FLOATS:
+            raise UnsupportedModuleError(
+                f"{name} is a {type(module).__name__} of {getattr(module.weight, 'dtype', None)}: only plain nn.Linear "
+                "and Conv1D projections in floating point can be patched; load the model unquantised"
+            )
+        if module.weight.is_meta:
+            raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
+        for kind in ("weight", "bias"):
+            values = getattr(module, kind)
+            if values is not None and not torch.isfinite(values).all():
+                raise WeightsError(f"{name}.{kind} holds NaN or infinite values: the checkpoint is damaged")
+        if config.rank > min(module.weight.shape):
+            raise ConfigError(f"rank={config.rank} exceeds {name}, which is {tuple(module.weight.shape)}")
+    first = match.projection(match.family.inputs[0])
+    rows = first.weight.shape[1 if isinstance(first, Conv1D) else 0]
+    config.active_neurons(rows // 2 if match.family.gate == "stacked" else rows)
+
+
+def _patch_one(match: Match, runtime: Runtime, number: int) -> SparseMLP:
+    """Swap one MLP's projections. All that can fail comes before the first swap."""
+    config = runtime.config
+    activation = find_activation(match)
+    if activation is None:
+        raise UnsupportedModuleError(f"{match.name} ({type(match.parent).__name__}): no activation found beside it")
+    sources = {path: match.projection(path) for path in match.paths}
+    seeds = iter(range((config.seed << 32) + (number << 16), 1 << 62, 1 << 12))  # room for restarts
+    inputs = [InputProjection(sources[path], config, next(seeds)) for path in match.family.inputs]
+    output = OutputProjection(sources[match.family.output], config, next(seeds))
+    inputs[0].stacked = match.family.gate == "stacked"
+    index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
+    mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
+    for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
+        projection.train(source.training)
+        projection.store_by_neuron()
+        for parameter in (projection.weight, projection.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        _place(match.parent, path, projection)
+    return mlp
+
+
+def _restore(mlp: SparseMLP) -> None:
+    for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
+        projection.store_as_saved()
+        source.weight, source.bias = projection.weight, projection.bias  # `model.to` may have replaced them
+        source.train(projection.training)
+        for name, trainable in mlp.trainable[path].items():
+            getattr(source, name).requires_grad_(trainable)
+        _place(mlp.parent, path, source)
+
+
+def _place(parent: nn.Module, path: str, module: nn.Module) -> None:
+    holder, _, name = path.rpartition(".")
+    setattr(parent.get_submodule(holder), name, module)

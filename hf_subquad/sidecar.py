@@ -1,0 +1,176 @@
+"""What resuming needs beyond a plain checkpoint: the factors U and V, in one safetensors file beside it."""
+
+import hashlib
+import json
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import OutputError, SidecarError
+from .patching import require_patched
+from .projection import NeuronProjection
+
+SIDECAR_NAME = "subquad_state.safetensors"
+_FORMAT = 1
+_SAMPLED = 256
+
+
+def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
+    """Write the sidecar of the checkpoint in `folder`, atomically.
+
+    Beside a checkpoint that holds merged weights (every plain one) the factors suffice. Beside PEFT's, which holds
+    adapters only, base weights that were changed by folding are kept as well.
+
+    Raises:
+        OutputError: the file could not be written; nothing is left of it.
+    """
+    merged = not hasattr(model, "peft_config")
+    tensors: dict[str, Tensor] = {}
+    restarts: dict[str, int] = {}
+    for name, projection in _projections(model).items():
+        update = projection.update
+        tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
+        tensors[f"{name}.sample"] = _sample(projection, merged)
+        restarts[name] = update.restarts
+        if not merged and update.restarts:
+            tensors[f"{name}.rows"] = projection.rows().contiguous()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    config = require_patched(model)[0].runtime.config
+    about = {
+        "format": _FORMAT,
+        "step": step,
+        "merged": merged,
+        "restarts": restarts,
+        "config": config.to_dict(),
+    }
+    text = json.dumps(about, sort_keys=True)
+    path = Path(folder) / SIDECAR_NAME
+    _write_atomically(path, save(tensors, {"subquad": text, "digest": _digest(text, tensors)}))
+    return path
+
+
+def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
+    """Give a patched model, which holds the weights of the checkpoint in `folder`, its factors back.
+
+    Merged weights become base weights again by subtracting the update: equal to those before the save up to
+    rounding in the dtype of the weights.
+
+    Returns:
+        The step at which the sidecar was written.
+
+    Raises:
+        FileNotFoundError: there is no sidecar.
+        SidecarError: it is damaged, or does not belong to these weights. The model is unchanged.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    about, tensors = _read(path)
+    projections = _projections(model)
+    if set(about["restarts"]) != set(projections):
+        raise SidecarError(
+            f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
+            f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
+        )
+    for name, projection in projections.items():
+        _check_fits(path, name, projection, about, tensors)
+    with torch.no_grad():
+        for name, projection in projections.items():
+            update = projection.update
+            update.U.copy_(tensors[f"{name}.U"])
+            update.V.copy_(tensors[f"{name}.V"])
+            update.restarts = about["restarts"][name]
+            if about["merged"]:
+                projection.set_rows(update.added_to(projection.rows(), sign=-1))
+            elif f"{name}.rows" in tensors:
+                projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
+    for mlp in require_patched(model):
+        mlp.index.build()
+    return about["step"]
+
+
+def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
+    """Patched projections by their name in the bare model, whatever wraps it."""
+    return {
+        f"{mlp.name.removeprefix('base_model.model.')}.{path}": projection
+        for mlp in require_patched(model)
+        for path, projection in zip(mlp.sources, mlp.projections, strict=True)
+    }
+
+
+def _sample(projection: NeuronProjection, merged: bool) -> Tensor:
+    """Some values of the weight that the checkpoint holds (`merged`) or that the base model has: float32."""
+    weight = (projection.live_rows() if merged else projection.rows()).flatten()
+    return weight[:: max(1, len(weight) // _SAMPLED)][:_SAMPLED].float()
+
+
+def _check_fits(
+    path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    for factor, there in projection.update.named_parameters():
+        if tensors[f"{name}.{factor}"].shape != there.shape:
+            raise SidecarError(
+                f"{path}: {factor} of {name} is {tuple(tensors[f'{name}.{factor}'].shape)}, the model's is "
+                f"{tuple(there.shape)}: use the rank of the run that wrote it ({about['config']['rank']})"
+            )
+    if f"{name}.rows" in tensors:
+        return
+    expected = tensors[f"{name}.sample"]
+    weight = projection.rows().flatten()
+    found = weight[:: max(1, len(weight) // _SAMPLED)][:_SAMPLED].float().cpu()
+    tolerance = 4 * torch.finfo(projection.weight.dtype).eps
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
+        raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Contents of a sidecar, checked against its digest."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["subquad"])
+        whole = metadata["digest"] == _digest(metadata["subquad"], tensors)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        raise SidecarError(f"{path} cannot be read ({type(error).__name__}: {error}): {_REMEDY}") from error
+    if not whole:
+        raise SidecarError(f"{path} is damaged (its checksum does not match): {_REMEDY}")
+    if about["format"] != _FORMAT:
+        raise SidecarError(f"{path} has format {about['format']}, this version reads {_FORMAT}")
+    return about, tensors
+
+
+_REMEDY = "resume from an earlier checkpoint, or delete the file to go on from the weights with fresh updates"
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the metadata and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+        raise OutputError(f"could not write {path}: {error.strerror or error}") from error
