@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .errors import InactivePatchError, SidecarError
-from .patching import require_patched
+from .patching import require_patched, runtime_of
 from .sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
 from .sync import check_active, restart_moments, sync_model, train_updates
 
@@ -35,7 +35,7 @@ class SubquadCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        require_patched(model)
+        runtime_of(model)
         if args.use_liger_kernel:
             raise InactivePatchError(
                 "use_liger_kernel=True rebinds the MLPs' forward and would bypass the patch: set it to False"
@@ -50,14 +50,14 @@ class SubquadCallback(TrainerCallback):
         if state.global_step:
             self._resume(args, state, model, optimizer)
         check_active(model, optimizer)
+        self._move_first(sys._getframe(1).f_locals.get("self"))  # for a callback that came by add_callback
         sync_model(model, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        mlps = require_patched(model)
-        if not mlps[0].runtime.warming_up and not any(mlp.calls for mlp in mlps):
+        if not runtime_of(model).warming_up and not any(mlp.calls for mlp in require_patched(model)):
             raise InactivePatchError(
                 "a training step ran, but no patched MLP did: is the Trainer training the model that was patched?"
             )
@@ -67,7 +67,7 @@ class SubquadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         logs: dict[str, float] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        report = require_patched(model)[0].runtime.last_report
+        report = runtime_of(model).last_report
         if logs is None or "loss" not in logs or report is None:
             return
         logs.update(report.metrics())  # seen by the callbacks after this one

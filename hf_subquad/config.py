@@ -111,7 +111,7 @@ class SubquadConfig:
             ConfigError: `active` asks for more neurons than the layer has.
         """
         if self.active is None:
-            return min(neurons, math.ceil(neurons**0.8))
+            return min(neurons, math.ceil(round(neurons**0.8, 6)))  # 1024 ** 0.8 is 256, in floats a hair more
         if isinstance(self.active, int):
             if self.active > neurons:
                 raise ConfigError(f"active={self.active} exceeds the {neurons} neurons of a layer")
@@ -135,4 +135,11 @@ class SubquadConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "SubquadConfig":
-        return cls.from_dict(json.loads(text))
+        """Inverse of `to_json`. What is no JSON object of known names is a `ConfigError`."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"settings are not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"settings must be a JSON object, got {text!r}")
+        return cls.from_dict(values)

@@ -36,9 +36,9 @@ FAMILIES = (
     Family(("gate_up_proj",), "down_proj", "stacked", "Phi-3, GLM"),
     Family(("wi_0", "wi_1"), "wo", "separate", "T5 v1.1, Flan-T5, mT5"),
     Family(("wi",), "wo", "none", "T5"),
-    Family(("fc1",), "fc2", "none", "OPT, BART, Whisper, ViT, Phi"),
-    Family(("c_fc",), "c_proj", "none", "GPT-2, GPT-Neo"),
-    Family(("dense_h_to_4h",), "dense_4h_to_h", "none", "GPT-NeoX, Falcon, Bloom"),
+    Family(("fc1",), "fc2", "none", "OPT, BART, Whisper, ViT"),
+    Family(("c_fc",), "c_proj", "none", "GPT-2"),
+    Family(("dense_h_to_4h",), "dense_4h_to_h", "none", "GPT-NeoX"),
     Family(("intermediate.dense",), "output.dense", "none", "BERT, RoBERTa, ELECTRA"),
 )
 
@@ -79,7 +79,15 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     ]
     if not found:
         raise NoMatchError(_nothing_found(model))
-    return _by_layer(_by_target(found, config.target_modules), config)
+    named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
+    kept = [match for match in named if match in in_layers]
+    if not kept:
+        raise NoMatchError(
+            f"nothing is left to patch: target_modules={config.target_modules} names MLPs in "
+            f"{[match.name for match in named]}, layers_to_transform={config.layers_to_transform!r} takes those in "
+            f"{[match.name for match in in_layers]}; layers_to_transform='all' takes every layer"
+        )
+    return kept
 
 
 def find_activation(match: Match) -> nn.Module | None:
@@ -137,14 +145,8 @@ def _by_layer(found: list[Match], config: SubquadConfig) -> list[Match]:
         return found
     places = [_layer_of(match) for match in found]
     if layers == "all_but_first":
-        first = {stack: min(n for s, n in places if s == stack) for stack, n in places}
-        kept = [m for m, (stack, n) in zip(found, places, strict=True) if n is None or n > first[stack]]
-        if not kept:
-            raise NoMatchError(
-                f"layers_to_transform='all_but_first' leaves nothing to patch: each stack has one layer "
-                f"({found[0].name}); set layers_to_transform='all'"
-            )
-        return kept
+        first = {stack: min(n for s, n in places if s == stack) for stack, n in places if n is not None}
+        return [m for m, (stack, n) in zip(found, places, strict=True) if n is None or n > first[stack]]
     there = {n for _, n in places}
     missing = [n for n in layers if n not in there]
     if missing:

@@ -14,6 +14,7 @@ One dense GEMM on gathered rows per tile; nothing of size m is computed. Compact
 neuron-major (as [n, k, T], transposed): the GEMM that writes them then streams the gathered rows without repacking.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -24,14 +25,11 @@ from .tiling import TokenTiles
 
 
 def dot_rows(
-    x: Tensor,
-    tiles: TokenTiles,
-    neurons: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    update: tuple[Tensor, Tensor],
+    x: Tensor, tiles: TokenTiles, neurons: Tensor, rows: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """h_t = x_t (R_S + U_S V)^T + b_S, for every tile.
+
+    One GEMM a tile, [R_S, U_S, b_S] [x_t, x_t V^T, 1]^T.
 
     Args:
         x: [N, d] in the compute dtype.
@@ -43,29 +41,31 @@ def dot_rows(
     Returns:
         h [n, T, k] and x (s V)^T [N, q], both in the compute dtype.
     """
-    (count, size), wide = tiles.shape, neurons.shape[1]
-    u, v = update
-    low = x @ v.to(x.dtype).t()
-    by_neuron = torch.bmm(_gather(u, neurons, x.dtype), tiles.to_slots(low).transpose(1, 2))
+    (count, size), (_, width) = tiles.shape, rows.shape
+    u, v = (factor.to(x.dtype) for factor in update)
+    low = x @ v.t()
+    per_row, per_token = u, low
     if bias is not None:
-        by_neuron += _gather(bias, neurons, x.dtype).unsqueeze(-1)
-    gathered, tile = x.new_empty(wide, x.shape[1]), x.new_empty(size, x.shape[1])
+        per_row = torch.cat([u, bias.to(x.dtype).unsqueeze(1)], 1)
+        per_token = torch.cat([low, low.new_ones(len(low), 1)], 1)
+    by_neuron = x.new_empty(count, neurons.shape[1], size)
+    right = _scratch("rows", x, neurons.shape[1], width + per_row.shape[1])
+    left = _scratch("tile", x, size, width + per_row.shape[1])
     for t in range(count):
-        torch.index_select(rows, 0, neurons[t], out=gathered)
-        torch.index_select(x, 0, tiles.slots[t], out=tile)
-        by_neuron[t].addmm_(gathered, tile.t())
+        torch.index_select(rows, 0, neurons[t], out=right[:, :width])
+        torch.index_select(per_row, 0, neurons[t], out=right[:, width:])
+        torch.index_select(x, 0, tiles.slots[t], out=left[:, :width])
+        torch.index_select(per_token, 0, tiles.slots[t], out=left[:, width:])
+        torch.mm(right, left.t(), out=by_neuron[t])
     return by_neuron.transpose(1, 2), low
 
 
 def sum_rows(
-    a: Tensor,
-    tiles: TokenTiles,
-    neurons: Tensor,
-    rows: Tensor,
-    bias: Tensor | None,
-    update: tuple[Tensor, Tensor],
+    a: Tensor, tiles: TokenTiles, neurons: Tensor, rows: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """y_t = a_t (R_S + U_S V) + b, back in token order.
+
+    One GEMM a tile, [a_t, a_t U_S, 1] [R_S; V; b].
 
     Args:
         a: [n, T, k] in the compute dtype.
@@ -75,22 +75,21 @@ def sum_rows(
     Returns:
         y [N, d] and a_t U_S [N, q], both in the compute dtype.
     """
-    (count, size), wide = tiles.shape, rows.shape[1]
-    u, v = update
-    v = v.to(a.dtype)
-    low = torch.bmm(a, _gather(u, neurons, a.dtype))
-    y = a.new_empty(count * size, wide)  # the rows past N take the spare slots' output
-    gathered, tile = a.new_empty(neurons.shape[1], wide), a.new_empty(size, wide)
-    # oneDNN's low-precision GEMM is far slower on a transposed left operand than this copy is.
-    token_major = a.new_empty(size, neurons.shape[1]) if a.device.type == "cpu" and a.dtype.itemsize == 2 else None
+    (count, size), active, width = tiles.shape, neurons.shape[1], rows.shape[1]
+    u, v = (factor.to(a.dtype) for factor in update)
+    low = torch.bmm(a, u.index_select(0, neurons.reshape(-1)).view(count, active, -1))
+    shared = v if bias is None else torch.cat([v, bias.to(a.dtype).unsqueeze(0)])
+    right = _scratch("rows", a, active + len(shared), width)
+    left = _scratch("tile", a, size, active + len(shared))
+    right[active:] = shared
+    left[:, active:] = 1  # what stays of it is the bias's column
+    y_t = _scratch("output", a, size, width)
+    y = a.new_empty(count * size, width)  # the rows past N take the spare slots' output
     for t in range(count):
-        torch.index_select(rows, 0, neurons[t], out=gathered)
-        left = a[t] if token_major is None else token_major.copy_(a[t])
-        if bias is None:
-            torch.mm(low[t], v, out=tile)
-        else:
-            torch.addmm(bias.to(a.dtype), low[t], v, out=tile)
-        y.index_copy_(0, tiles.entries[t], tile.addmm_(left, gathered))
+        torch.index_select(rows, 0, neurons[t], out=right[:active])
+        left[:, :active] = a[t]
+        left[:, active : active + len(v)] = low[t]
+        y.index_copy_(0, tiles.entries[t], torch.mm(left, right, out=y_t))
     return y[: len(tiles.position)], tiles.to_tokens(low)
 
 
@@ -168,7 +167,20 @@ class SumRows(torch.autograd.Function):
         return grad_a, grad_u.to(u.dtype), grad_v.mul_(ctx.scale).to(v.dtype), None, None, None, None, None
 
 
-def _gather(values: Tensor, neurons: Tensor, dtype: torch.dtype) -> Tensor:
-    """values[neurons] in `dtype`: [m, ...] -> [n, k, ...]."""
-    picked = values.index_select(0, neurons.reshape(-1)).to(dtype)
-    return picked.view(*neurons.shape, *values.shape[1:])
+_held = threading.local()
+
+
+def _scratch(role: str, like: Tensor, rows: int, columns: int) -> Tensor:
+    """An uninitialised [rows, columns] for use within one call; on the CPU the same memory again on each call.
+
+    Fresh memory of this size is mapped page by page by the system every time, which costs as much as the gather.
+    Rows start at multiples of 64 bytes, which GEMMs want.
+    """
+    pitch = -(-columns * like.itemsize // 64) * 64 // like.itemsize
+    if like.device.type != "cpu":
+        return like.new_empty(rows, pitch)[:, :columns]
+    memory: Tensor | None = getattr(_held, role, None)
+    if memory is None or memory.dtype != like.dtype or len(memory) < rows * pitch:
+        memory = torch.empty(rows * pitch, dtype=like.dtype)
+        setattr(_held, role, memory)
+    return memory[: rows * pitch].view(rows, pitch)[:, :columns]

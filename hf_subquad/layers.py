@@ -15,7 +15,7 @@ from .config import SubquadConfig
 from .errors import EmptyBatchError, SubquadError
 from .gathered import DotRows, SumRows
 from .index import ActivationIndex, Selection
-from .projection import NeuronProjection
+from .projection import NeuronProjection, compute_dtype
 
 Forward = Literal["auto", "dense", "sparse"]
 
@@ -114,7 +114,7 @@ class SparseMLP:
         return selection, self._batch_shape
 
     def _select(self, x: Tensor) -> Selection:
-        tokens = x.detach().reshape(-1, x.shape[-1])
+        tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
             raise EmptyBatchError(f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model")
         config = self.runtime.config
@@ -123,7 +123,8 @@ class SparseMLP:
             self.audit = tokens[: 2 * config.tile_size].clone()
         if self.forced is not None:
             return self.forced
-        return self.index.select(tokens, self.k, config.tile_size, config.tile_order)
+        with torch.autocast(x.device.type, enabled=False):  # so that recall, measured outside of it, judges the same
+            return self.index.select(tokens, self.k, config.tile_size, config.tile_order)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_selection": None, "_served": set(), "audit": None}
@@ -143,9 +144,9 @@ class InputProjection(NeuronProjection):
         neurons = selection.neurons
         if self.stacked:
             neurons = torch.cat([neurons, neurons + self.mlp.index.neurons], 1)
-        x, rows = self._compute_operands(x.reshape(-1, x.shape[-1]))
-        u, v = self.update.U, self.update.V
-        return DotRows.apply(x, u, v, rows, self.bias, selection.tiles, neurons, self.update.scale)
+        tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+        u, v, rows = self.update.U, self.update.V, self.rows(tokens.dtype)
+        return DotRows.apply(tokens, u, v, rows, self.bias, selection.tiles, neurons, self.update.scale)
 
 
 class OutputProjection(NeuronProjection):
@@ -164,8 +165,8 @@ class OutputProjection(NeuronProjection):
                 f"{self.mlp.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
                 "something between the projections is not elementwise"
             )
-        a, rows = self._compute_operands(a)
-        u, v = self.update.U, self.update.V
+        a = a.to(compute_dtype(a))
+        u, v, rows = self.update.U, self.update.V, self.rows(a.dtype)
         y = SumRows.apply(a, u, v, rows, self.bias, selection.tiles, selection.neurons, self.update.scale)
         return y.view(*batch_shape, -1)
 

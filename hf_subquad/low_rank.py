@@ -1,6 +1,7 @@
 """The trainable update U V of a frozen weight matrix."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,15 @@ class LowRankUpdate(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing, and nothing is missing: a plain checkpoint holds no factors."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowRankUpdate":
+        """Follow `model.to(device)` and `model.double()`, but stay at least float32 under `model.bfloat16()`."""
+
+        def keeping_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        return super()._apply(keeping_precision, recurse)
 
     @torch.no_grad()
     def is_zero(self) -> bool:

@@ -1,5 +1,6 @@
 """Swap a model's MLP projections for sparse ones, and back."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .config import SubquadConfig
-from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError, WeightsError
+from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, PatchError, UnsupportedModuleError, WeightsError
 from .families import Match, find_activation, find_mlps
 from .index import ActivationIndex
 from .layers import Forward, InputProjection, OutputProjection, Runtime, SparseMLP
@@ -19,6 +20,7 @@ from .self_test import self_test
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -47,16 +49,12 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None) -> ModelT:
         _check(match, config)
     size = sum(match.projection(path).weight.numel() for match in matches for path in match.paths)
     runtime = Runtime(config)
-    tested: set[type[nn.Module]] = set()
     patched: list[SparseMLP] = []
     try:
         progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
-        for number, match in enumerate(progress):
-            mlp = _patch_one(match, runtime, number)
-            patched.append(mlp)
-            if type(match.parent) not in tested:
-                self_test(mlp)
-                tested.add(type(match.parent))
+        for match in progress:
+            patched.append(_patch_one(match, runtime))
+            self_test(patched[-1])
     except BaseException:
         for mlp in patched:
             _restore(mlp)
@@ -94,6 +92,22 @@ def require_patched(model: nn.Module) -> list[SparseMLP]:
     return mlps
 
 
+def runtime_of(model: nn.Module) -> Runtime:
+    """What the sparse MLPs of a model share.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+        PatchError: its parts were patched one by one, so there is no one schedule to follow.
+    """
+    runtimes = {id(mlp.runtime): mlp.runtime for mlp in require_patched(model)}
+    if len(runtimes) > 1:
+        raise PatchError(
+            f"{type(model).__name__} was patched in {len(runtimes)} parts: unpatch it and patch the whole model once, "
+            "choosing layers with layers_to_transform"
+        )
+    return next(iter(runtimes.values()))
+
+
 def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
     """Context manager: all MLPs run dense (base and live updates), whatever the mode of the model."""
     return _forced(model, "dense")
@@ -106,13 +120,14 @@ def sparse_forward(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _forced(model: nn.Module, forward: Forward) -> Iterator[None]:
-    runtime = require_patched(model)[0].runtime
-    before = runtime.forward
-    runtime.forward = forward
+    before = [(mlp.runtime, mlp.runtime.forward) for mlp in require_patched(model)]
+    for runtime, _ in before:
+        runtime.forward = forward
     try:
         yield
     finally:
-        runtime.forward = before
+        for runtime, previous in before:
+            runtime.forward = previous
 
 
 def _check(match: Match, config: SubquadConfig) -> None:
@@ -123,10 +138,16 @@ def _check(match: Match, config: SubquadConfig) -> None:
                 f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
                 "target_modules, or out of the patch; their updates would meet"
             )
-        if type(module) not in (nn.Linear, Conv1D) or module.weight.dtype not in _FLOATS:
+        dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
+        if type(module) not in (nn.Linear, Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
-                f"{name} is a {type(module).__name__} of {getattr(module.weight, 'dtype', None)}: only plain nn.Linear "
+                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear "
                 "and Conv1D projections in floating point can be patched; load the model unquantised"
+            )
+        if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
+            raise UnsupportedModuleError(
+                f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
+                "drop: remove it, or load the model without device_map"
             )
         if module.weight.is_meta:
             raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
@@ -141,16 +162,16 @@ def _check(match: Match, config: SubquadConfig) -> None:
     config.active_neurons(rows // 2 if match.family.gate == "stacked" else rows)
 
 
-def _patch_one(match: Match, runtime: Runtime, number: int) -> SparseMLP:
+def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     """Swap one MLP's projections. All that can fail comes before the first swap."""
     config = runtime.config
     activation = find_activation(match)
     if activation is None:
         raise UnsupportedModuleError(f"{match.name} ({type(match.parent).__name__}): no activation found beside it")
     sources = {path: match.projection(path) for path in match.paths}
-    seeds = iter(range((config.seed << 32) + (number << 16), 1 << 62, 1 << 12))  # room for restarts
-    inputs = [InputProjection(sources[path], config, next(seeds)) for path in match.family.inputs]
-    output = OutputProjection(sources[match.family.output], config, next(seeds))
+    seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
+    inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
+    output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
     inputs[0].stacked = match.family.gate == "stacked"
     index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
     mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
@@ -172,6 +193,11 @@ def _restore(mlp: SparseMLP) -> None:
         for name, trainable in mlp.trainable[path].items():
             getattr(source, name).requires_grad_(trainable)
         _place(mlp.parent, path, source)
+
+
+def _derived_seed(seed: int, name: str) -> int:
+    """A seed for the factors of one projection: 56 bits, which leaves room to count restarts up."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def _place(parent: nn.Module, path: str, module: nn.Module) -> None:

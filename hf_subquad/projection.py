@@ -11,6 +11,14 @@ from .config import SubquadConfig
 from .low_rank import LowRankUpdate
 
 
+def compute_dtype(values: Tensor) -> torch.dtype:
+    """The dtype that a dense projection of `values` would compute in here: theirs, or autocast's."""
+    device = values.device.type
+    if torch.is_autocast_enabled(device) and values.dtype is not torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
+    return values.dtype
+
+
 class NeuronProjection(nn.Module):
     """A linear projection whose weight keeps its name, shape and values, and is stored row-major by neuron.
 
@@ -59,12 +67,6 @@ class NeuronProjection(nn.Module):
             self._cast_rows = (version, rows.to(dtype))
         return self._cast_rows[1]
 
-    def _compute_operands(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and base rows in the dtype that a dense projection would compute in here."""
-        device = values.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
-        return values.to(dtype), self.rows(dtype)
-
     def live_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""
         return self.update.added_to(self.rows())
@@ -101,8 +103,10 @@ class NeuronProjection(nn.Module):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if prefix + "weight" in state_dict:
+        if prefix + "weight" in state_dict and len(errors) == before:
             self.update.restart()  # the loaded weight is whole: an update on top would count twice
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def self_test(mlp: SparseMLP) -> None:
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
     """
-    weight = mlp.output.weight
+    weight = mlp.inputs[0].weight
     generator = torch.Generator().manual_seed(0)
     rows = mlp.inputs[0].rows()
     x = torch.randn(_BATCH, _TOKENS, rows.shape[1], generator=generator).to(weight)
@@ -76,7 +76,7 @@ def _run(mlp: SparseMLP, x: Tensor) -> Tensor:
 
 def _compare(mlp: SparseMLP, got: Tensor, expected: Tensor, otherwise: str) -> None:
     got, expected = got.float(), expected.float()
-    eps = torch.finfo(mlp.output.weight.dtype).eps
+    eps = max(torch.finfo(projection.weight.dtype).eps for projection in mlp.projections)
     tolerance = max(1e-4, 4 * eps) * expected.abs().amax().item()
     if got.shape != expected.shape or not (got - expected).abs().amax().item() <= tolerance:
         raise UnsupportedModuleError(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import OutputError, SidecarError
-from .patching import require_patched
+from .patching import require_patched, runtime_of
 from .projection import NeuronProjection
 
 SIDECAR_NAME = "subquad_state.safetensors"
@@ -42,7 +41,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         if not merged and update.restarts:
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    config = require_patched(model)[0].runtime.config
+    config = runtime_of(model).config
     about = {
         "format": _FORMAT,
         "step": step,
@@ -161,16 +160,14 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = None
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(unfinished, path)
     except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                os.unlink(temporary)
+        with suppress(OSError):
+            unfinished.unlink()
         raise OutputError(f"could not write {path}: {error.strerror or error}") from error

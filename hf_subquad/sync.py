@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import InactivePatchError
 from .layers import SparseMLP, current_forward
-from .patching import require_patched
+from .patching import require_patched, runtime_of
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     """
     started = time.perf_counter()
     mlps = require_patched(model)
-    runtime = mlps[0].runtime
+    runtime = runtime_of(model)
     config = runtime.config
     _check_trainable(mlps)
     runtime.warming_up = step < config.dense_steps
