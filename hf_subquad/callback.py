@@ -3,10 +3,11 @@
 import os
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -48,7 +49,8 @@ class SubquadCallback(TrainerCallback):
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if state.global_step:
-            self._resume(args, state, model, optimizer)
+            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(args, state)
+            self._resume(Path(resumed_from), state, model, optimizer)
         check_active(model, optimizer)
         self._move_first(sys._getframe(1).f_locals.get("self"))  # for a callback that came by add_callback
         sync_model(model, state.global_step)
@@ -57,10 +59,12 @@ class SubquadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        if not runtime_of(model).warming_up and not any(mlp.calls for mlp in require_patched(model)):
+        runtime, calls = runtime_of(model), sum(mlp.calls for mlp in require_patched(model))
+        if runtime.sparse(training=True) and calls == runtime.seen_calls:
             raise InactivePatchError(
                 "a training step ran, but no patched MLP did: is the Trainer training the model that was patched?"
             )
+        runtime.seen_calls = calls
         sync_model(model, state.global_step, optimizer)
 
     def on_log(
@@ -84,6 +88,13 @@ class SubquadCallback(TrainerCallback):
         if state.is_world_process_zero:
             save_sidecar(model, _checkpoint_folder(args, state), state.global_step)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
+        if args.load_best_model_at_end and state.best_model_checkpoint and hasattr(model, "peft_config"):
+            load_sidecar(model, state.best_model_checkpoint)
+
     def _move_first(self, handler: Any) -> None:
         """Put this callback before the reporting ones, so that what it adds to `logs` reaches them.
 
@@ -96,22 +107,28 @@ class SubquadCallback(TrainerCallback):
         else:
             logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
 
-    def _resume(self, args: TrainingArguments, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
+    def _resume(self, folder: Path, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Continue with the factors of the checkpoint that the Trainer has just loaded."""
-        asked = args.resume_from_checkpoint
-        folder = Path(asked) if isinstance(asked, str) and os.path.isdir(asked) else _checkpoint_folder(args, state)
         try:
             load_sidecar(model, folder)
         except FileNotFoundError:
-            where = (
-                f"no {SIDECAR_NAME} in {folder}. If training resumes from another folder, name it in "
-                "TrainingArguments(resume_from_checkpoint=...)"
-            )
+            missing = f"the checkpoint {folder} has no {SIDECAR_NAME}: it was made without SubquadCallback, or lost it"
             if hasattr(model, "peft_config"):
-                raise SidecarError(f"{where}. Beside PEFT adapters it holds the only copy of the updates") from None
-            logger.warning(f"{where}. Going on from the checkpoint's weights with fresh low-rank updates.")
+                raise SidecarError(f"{missing}. Beside PEFT adapters it is the only copy of the updates") from None
+            logger.warning(f"{missing}. Going on from its weights with fresh low-rank updates.")
+            runtime_of(model).synced_step = state.global_step
             if optimizer is not None:
                 restart_moments(require_patched(model), optimizer)
+
+
+def _resumed_from(frame: FrameType | None) -> str | None:
+    """The checkpoint folder that `Trainer.train` resumes from, which callbacks are not told: from its own frame."""
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
+            folder = frame.f_locals["resume_from_checkpoint"]
+            return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+        frame = frame.f_back
+    return None
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

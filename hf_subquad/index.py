@@ -177,6 +177,8 @@ class ActivationIndex:
 
     def _current(self) -> None:
         """Rebuild if the base weights were changed from outside, as by `load_state_dict`."""
+        if self._seen is None and all(p.weight._version == 0 for p in (*self.inputs, self.output)):
+            self._seen = self._base_version()  # a copy, of untouched weights
         if self._seen != self._base_version():
             self.build()
 

@@ -28,6 +28,8 @@ class Runtime:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); the others force it.
         warming_up: training is still dense (`dense_steps`).
         sync_seconds: time spent keeping in sync so far.
+        synced_step: the step that was synced last.
+        seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
         last_report: what the latest sync measured, for logs.
     """
 
@@ -35,6 +37,8 @@ class Runtime:
     forward: Forward = "auto"
     warming_up: bool = False
     sync_seconds: float = 0.0
+    synced_step: int | None = None
+    seen_calls: int = 0
     last_report: Any = field(default=None, repr=False)
 
     def sparse(self, training: bool) -> bool:
@@ -55,6 +59,7 @@ class SparseMLP:
         k: neurons that a tile computes.
         calls: sparse forward passes so far.
         audit: tokens [tokens, d] of a recent batch, kept if `auditing`, to measure recall on.
+        forced: if set, the selection that is used in place of the index's.
     """
 
     def __init__(

@@ -163,7 +163,7 @@ def _check(match: Match, config: SubquadConfig) -> None:
 
 
 def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
-    """Swap one MLP's projections. All that can fail comes before the first swap."""
+    """Swap one MLP's projections. All that can fail comes before the first swap, and is undone."""
     config = runtime.config
     activation = find_activation(match)
     if activation is None:
@@ -173,11 +173,17 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
     output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
     inputs[0].stacked = match.family.gate == "stacked"
-    index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
-    mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
+    for projection in (*inputs, output):
+        projection.store_by_neuron()
+    try:
+        index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
+        mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
+    except BaseException:
+        for projection in (*inputs, output):
+            projection.store_as_saved()
+        raise
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
         projection.train(source.training)
-        projection.store_by_neuron()
         for parameter in (projection.weight, projection.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)

@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from .errors import OutputError, SidecarError
+from .layers import SparseMLP
 from .patching import require_patched, runtime_of
 from .projection import NeuronProjection
 
@@ -25,12 +26,13 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     """Write the sidecar of the checkpoint in `folder`, atomically.
 
     Beside a checkpoint that holds merged weights (every plain one) the factors suffice. Beside PEFT's, which holds
-    adapters only, base weights that were changed by folding are kept as well.
+    adapters only, base weights that folding changes are kept as well.
 
     Raises:
         OutputError: the file could not be written; nothing is left of it.
     """
     merged = not hasattr(model, "peft_config")
+    config = runtime_of(model).config
     tensors: dict[str, Tensor] = {}
     restarts: dict[str, int] = {}
     for name, projection in _projections(model).items():
@@ -38,10 +40,11 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
         tensors[f"{name}.sample"] = _sample(projection, merged)
         restarts[name] = update.restarts
-        if not merged and update.restarts:
+        if not merged and (update.restarts or config.fold_steps):
             tensors[f"{name}.rows"] = projection.rows().contiguous()
+    for mlp in require_patched(model):
+        tensors[f"{_bare(mlp)}.norms"] = mlp.index.output_norms
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    config = runtime_of(model).config
     about = {
         "format": _FORMAT,
         "step": step,
@@ -90,16 +93,23 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
         mlp.index.build()
+        mlp.index.output_norms = tensors[f"{_bare(mlp)}.norms"].to(mlp.index.output_norms.device)
+    runtime_of(model).synced_step = about["step"]
     return about["step"]
 
 
 def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
-    """Patched projections by their name in the bare model, whatever wraps it."""
+    """Patched projections by their name in the bare model."""
     return {
-        f"{mlp.name.removeprefix('base_model.model.')}.{path}": projection
+        f"{_bare(mlp)}.{path}": projection
         for mlp in require_patched(model)
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
     }
+
+
+def _bare(mlp: SparseMLP) -> str:
+    """Name of an MLP in the bare model, also if it was patched inside PEFT's wrapper."""
+    return mlp.name.removeprefix("base_model.model.")
 
 
 def _sample(projection: NeuronProjection, merged: bool) -> Tensor:

@@ -46,7 +46,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     """Do what is due after optimizer step `step`: end the dense warm-up, fold, measure recall, refresh the index.
 
     All that `SubquadCallback` does in training; call it with step 0 before the first step of a custom loop, then
-    after each optimizer step.
+    after each optimizer step. What is due at a step is done once, also if it is called again for that step.
 
     Args:
         optimizer: whose moments restart with the factors after a fold.
@@ -61,14 +61,16 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     config = runtime.config
     _check_trainable(mlps)
     runtime.warming_up = step < config.dense_steps
-    folded = _due(step, config.fold_steps)
+    already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
+    runtime.synced_step = step
+    folded = _due(step, config.fold_steps) and not already
     if folded:
         for mlp in mlps:
             mlp.index.fold()
         if optimizer is not None:
             restart_moments(mlps, optimizer)
     recall = runtime.last_report.recall if runtime.last_report else None
-    if _due(step, config.refresh_steps):
+    if _due(step, config.refresh_steps) and not already:
         recall = _measure_recall(mlps, recall)
         for mlp in mlps:
             mlp.index.refresh()
