@@ -174,13 +174,17 @@ def _scratch(role: str, like: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised [rows, columns] for use within one call; on the CPU the same memory again on each call.
 
     Fresh memory of this size is mapped page by page by the system every time, which costs as much as the gather.
-    Rows start at multiples of 64 bytes, which GEMMs want.
+    Rows start at multiples of 64 bytes, which GEMMs want. What lies between them is zero: oneDNN's low-precision GEMM
+    multiplies the first of it by zero, and would make NaN of what an earlier call left there.
     """
     pitch = -(-columns * like.itemsize // 64) * 64 // like.itemsize
     if like.device.type != "cpu":
-        return like.new_empty(rows, pitch)[:, :columns]
+        return like.new_zeros(rows, pitch)[:, :columns]
     memory: Tensor | None = getattr(_held, role, None)
     if memory is None or memory.dtype != like.dtype or len(memory) < rows * pitch:
-        memory = torch.empty(rows * pitch, dtype=like.dtype)
+        with torch.inference_mode(False):  # inference tensors could not be used in training later
+            memory = torch.empty(rows * pitch, dtype=like.dtype)
         setattr(_held, role, memory)
-    return memory[: rows * pitch].view(rows, pitch)[:, :columns]
+    padded = memory[: rows * pitch].view(rows, pitch)
+    padded[:, columns:] = 0
+    return padded[:, :columns]

@@ -61,6 +61,7 @@ class ActivationIndex:
         self.rank = config.sketch_rank
         self.seed = config.seed
         self.factory = config.index_factory
+        self._copied_with: list[Tensor] | None = None  # in a copy: samples of the weights it was built from
         self.build()
 
     @property
@@ -79,10 +80,8 @@ class ActivationIndex:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Measure ||v_j||^2 of the live output rows anew."""
-        rows = self.output.live_rows()
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        self.output_norms = torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
+        """Measure ||v_j||^2 of the live output rows anew: float32 [m]."""
+        self.output_norms = self._live_output_norms()
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -142,7 +141,7 @@ class ActivationIndex:
         selection = self.select(x, k, tile_size, order)
         tiles = selection.tiles
         activations = self._activations(self._exact(x))
-        scores = activations.square()[tiles.slots].sum(1) * self.output_norms
+        scores = activations.square()[tiles.slots].sum(1) * self._live_output_norms()
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, selection.neurons, True)
         best = scores.topk(k, dim=1).indices
         return chosen.gather(1, best).float().mean().item()
@@ -150,6 +149,11 @@ class ActivationIndex:
     def exact_activations(self, x: Tensor) -> Tensor:
         """True activations of all neurons on x [N, d]: float32 [N, m]."""
         return self._activations(self._exact(x))
+
+    def _live_output_norms(self) -> Tensor:
+        rows = self.output.live_rows()
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
 
     def _exact(self, x: Tensor) -> list[Tensor]:
         return [torch.addmm(_bias(p, torch.float32), x.float(), p.live_rows().float().t()) for p in self.inputs]
@@ -177,13 +181,17 @@ class ActivationIndex:
 
     def _current(self) -> None:
         """Rebuild if the base weights were changed from outside, as by `load_state_dict`."""
-        if self._seen is None and all(p.weight._version == 0 for p in (*self.inputs, self.output)):
-            self._seen = self._base_version()  # a copy, of untouched weights
+        if self._copied_with is not None:
+            projections = zip(self._copied_with, (*self.inputs, self.output), strict=True)
+            if all(torch.equal(sample.to(p.weight.device), p.sample()) for sample, p in projections):
+                self._seen = self._base_version()
+            self._copied_with = None
         if self._seen != self._base_version():
             self.build()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reporting": None, "_seen": None}
+        samples = [projection.sample() for projection in (*self.inputs, self.output)]
+        return {**self.__dict__, "_reporting": None, "_seen": None, "_copied_with": samples}
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from .config import SubquadConfig
 from .low_rank import LowRankUpdate
 
+_SAMPLED = 256
+
 
 def compute_dtype(values: Tensor) -> torch.dtype:
     """The dtype that a dense projection of `values` would compute in here: theirs, or autocast's."""
@@ -75,6 +77,11 @@ class NeuronProjection(nn.Module):
         """The weight a plain checkpoint holds: the live rows in the weight's own shape, contiguous."""
         live = self.live_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
+
+    def sample(self, live: bool = False) -> Tensor:
+        """Some values spread over the base rows, or the live rows: float32 [256 or fewer], to recognise them by."""
+        values = (self.live_rows() if live else self.rows()).flatten()
+        return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
 
     @torch.no_grad()
     def set_rows(self, rows: Tensor) -> None:

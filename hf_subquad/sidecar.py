@@ -19,7 +19,6 @@ from .projection import NeuronProjection
 
 SIDECAR_NAME = "subquad_state.safetensors"
 _FORMAT = 1
-_SAMPLED = 256
 
 
 def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
@@ -38,7 +37,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     for name, projection in _projections(model).items():
         update = projection.update
         tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
-        tensors[f"{name}.sample"] = _sample(projection, merged)
+        tensors[f"{name}.sample"] = projection.sample(live=merged)
         restarts[name] = update.restarts
         if not merged and (update.restarts or config.fold_steps):
             tensors[f"{name}.rows"] = projection.rows().contiguous()
@@ -112,12 +111,6 @@ def _bare(mlp: SparseMLP) -> str:
     return mlp.name.removeprefix("base_model.model.")
 
 
-def _sample(projection: NeuronProjection, merged: bool) -> Tensor:
-    """Some values of the weight that the checkpoint holds (`merged`) or that the base model has: float32."""
-    weight = (projection.live_rows() if merged else projection.rows()).flatten()
-    return weight[:: max(1, len(weight) // _SAMPLED)][:_SAMPLED].float()
-
-
 def _check_fits(
     path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -130,8 +123,7 @@ def _check_fits(
     if f"{name}.rows" in tensors:
         return
     expected = tensors[f"{name}.sample"]
-    weight = projection.rows().flatten()
-    found = weight[:: max(1, len(weight) // _SAMPLED)][:_SAMPLED].float().cpu()
+    found = projection.sample().cpu()
     tolerance = 4 * torch.finfo(projection.weight.dtype).eps
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
         raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")

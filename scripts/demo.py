@@ -1,0 +1,142 @@
+"""Fine-tune the language model in this repository three ways, side by side, in about three minutes on two cores.
+
+    python scripts/demo.py                      # writes demo_output/
+    python scripts/demo.py --steps 30           # a shorter look
+
+The model was pre-trained on Python source (demo_model/README.md). Here it learns English prose that every Python
+installation carries, the language reference: `vanilla` is the plain Trainer, `lora` PEFT on all linear layers,
+`subquad` this library with LoRA on what it does not patch. It is a thin layer over compare_vanilla.py.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compare_vanilla import METHODS, compare, write_csv, write_json, write_plot
+from corpus import language_reference_text
+from plots import plots_available
+from report import table, write_whole
+from run_settings import RunSettings
+from turns import WorkerError
+
+FOLDER = Path(__file__).resolve().parent
+MODEL = FOLDER / "demo_model"
+
+# The best of a short search per method, see demo_model/README.md.
+LEARNING_RATES = {"vanilla": 1e-3, "lora": 3e-3, "subquad": 3e-3}
+
+NOTE = """\
+What this shows: the shapes of the demo model (MLPs {ratio:.0f} times as wide as its hidden size) were chosen so that
+the MLPs dominate a training step, as they do in large language models at their usual 4x. The smaller the share of a
+step that is spent in MLPs, the smaller the gain; the Amdahl limits above say what was possible here. Losses are of
+held-out text under the dense forward, which is what the saved checkpoint computes."""
+
+
+def write_texts(folder: Path) -> dict[str, str]:
+    """The two text files, as `train_file` and `eval_file`; JSON lines, one topic a line."""
+    files = {}
+    for name, documents in zip(("train", "eval"), language_reference_text(), strict=True):
+        path = folder / f"{name}.jsonl"
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        write_whole(path, lambda file, lines=lines: file.write_text(lines, encoding="utf-8"))
+        files[f"{name}_file"] = str(path)
+    return files
+
+
+def demo_runs(options: argparse.Namespace) -> dict[str, RunSettings]:
+    files = write_texts(options.output)
+    return {
+        method: RunSettings(
+            method=method,
+            learning_rate=LEARNING_RATES[method],
+            model=str(MODEL),
+            steps=options.steps,
+            batch_size=8,
+            seq_length=256,
+            scheduler="cosine",
+            lr_warmup_steps=max(1, options.steps // 20),
+            eval_every=max(1, options.steps // 8),
+            max_eval_rows=64,
+            seed=options.seed,
+            threads=options.threads,
+            save_to=str(options.output / "checkpoint") if method == "subquad" else None,
+            **files,
+        )
+        for method in METHODS
+    }
+
+
+def check_checkpoint(folder: Path, run: RunSettings) -> dict[str, Any]:
+    """Load subquad's checkpoint in a fresh Python process that cannot import hf_subquad nor PEFT.
+
+    Returns:
+        eval_loss, as measured there on the comparison's held-out text; prompt; text generated from it.
+
+    Raises:
+        RuntimeError: it does not load; the message has the traceback.
+    """
+    options = {
+        "folder": str(folder),
+        "eval_file": run.eval_file,
+        "seq_length": run.seq_length,
+        "rows": run.max_eval_rows,
+        "batch_size": run.batch_size,
+        "threads": run.threads,
+    }
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "check_plain.py"), json.dumps(options)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(f"the checkpoint {folder} is not plain:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def describe_check(checked: Mapping[str, Any], expected: float, folder: Path) -> str:
+    return (
+        f"{folder} is a plain Hugging Face checkpoint: a fresh process without hf_subquad and PEFT got held-out loss "
+        f"{checked['eval_loss']:.4f} from it (in training: {expected:.4f}), and generates:\n"
+        f"  {checked['prompt']!r} -> {checked['text']!r}"
+    )
+
+
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(argv)
+    if options.steps < 4:
+        parser.error(f"--steps must be at least 4, got {options.steps}")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(argv)
+    runs = demo_runs(options)
+    print("vanilla, lora and subquad take turns on the same batches; about three minutes on two free cores")
+    try:
+        report = compare(runs)
+        checked = check_checkpoint(options.output / "checkpoint", runs["subquad"])
+    except (WorkerError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    report = report | {"plain_checkpoint": checked}
+    write_json(report, options.output / "comparison.json")
+    write_csv(report, options.output / "comparison.csv")
+    if plots_available():
+        write_plot(report, options.output / "loss_against_time.png", "demo model, language reference")
+    print(table(report))
+    print(describe_check(checked, report["methods"]["subquad"]["eval_loss_dense"], options.output / "checkpoint"))
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    print(NOTE.format(ratio=config["ffn_dim"] / config["hidden_size"]))
+    print(f"JSON, CSV and picture are in {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

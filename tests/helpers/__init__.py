@@ -1,0 +1,1 @@
+"""Tiny models, independent references and Trainer runs that several test files use."""

@@ -1,0 +1,369 @@
+"""The comparison with the plain Trainer and LoRA, the demo model, and the turn-taking that the timing rests on."""
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("peft")
+pytest.importorskip("datasets")
+pytest.importorskip("yaml")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = REPOSITORY / "scripts"
+DEMO_MODEL = SCRIPTS / "demo_model"
+sys.path[:0] = [str(SCRIPTS), str(REPOSITORY / "tests")]
+
+import report as reports  # noqa: E402
+from run_settings import Shape  # noqa: E402
+from turn_workers import die, use_turns  # noqa: E402
+from turns import WorkerError, run_in_turns  # noqa: E402
+
+METHODS = ("vanilla", "lora", "subquad")
+TEXT = "the quick brown fox jumps over the lazy dog while {} people watch it from a distance of {} metres\n"
+
+
+def compare_vanilla(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / "compare_vanilla.py"), "--threads", "1", *arguments],
+        capture_output=True,
+        text=True,
+        check=check,
+        timeout=300,
+    )
+
+
+# The whole comparison, on random weights
+
+
+@pytest.fixture(scope="module")
+def shape_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    path = tmp_path_factory.mktemp("shape") / "new folder" / "run.json"
+    arguments = ["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=opt", "--steps", "7"]
+    arguments += ["--batch-size", "2", "--seq-length", "32", "--turn-steps", "2", "--profile-steps", "2"]
+    arguments += ["--rank", "4", "--set", "sketch_rank=8", "tile_size=16", "active=0.25", "--json", str(path)]
+    done = compare_vanilla(*arguments)
+    return SimpleNamespace(path=path, report=json.loads(path.read_text()), stdout=done.stdout)
+
+
+def test_report_has_every_key(shape_run: SimpleNamespace) -> None:
+    report = shape_run.report
+    assert set(report["methods"]) == set(METHODS)
+    for method in report["methods"].values():
+        for key in ("step_seconds_median", "tokens_per_second", "peak_memory_bytes"):
+            assert method[key] > 0
+        for key in ("eval_loss_dense", "eval_loss_sparse", "seconds_to_vanilla_loss"):
+            assert method[key] is None  # random tokens have no held-out loss
+    for key in ("speedup_vs_vanilla", "speedup_vs_lora"):
+        assert report[key] > 0
+        assert report[key + "_spread"]["count"] == 3  # rounds 1 to 3; the first holds the untimed steps
+    assert {"python", "torch", "transformers", "accelerate", "peft", "faiss", "hf_subquad"} <= set(report["versions"])
+    assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1 and report["machine"]["memory_bytes"] > 0
+    assert "commit" in report and "compare_vanilla.py" in report["command"]
+    assert report["settings"]["rank"] == 4 and report["settings"]["subquad"]["tile_size"] == 16
+
+
+def test_report_follows_from_its_own_rows(shape_run: SimpleNamespace) -> None:
+    report = shape_run.report
+    medians = {}
+    for name, method in report["methods"].items():
+        seconds = [row["seconds"] for row in method["steps"]]
+        medians[name] = median(seconds[2:])
+        assert method["step_seconds_median"] == medians[name]
+        assert [row["tokens"] for row in method["steps"]] == [64] * 7
+        assert [row["round"] for row in method["steps"]] == [0, 0, 1, 1, 2, 2, 3]
+        assert method["training_seconds"] == pytest.approx(method["setup_seconds"] + sum(seconds))
+        assert all(math.isfinite(row["train_loss"]) for row in method["steps"])
+    assert report["speedup_vs_vanilla"] == medians["vanilla"] / medians["subquad"]
+    assert report["speedup_vs_lora"] == medians["lora"] / medians["subquad"]
+
+
+def test_only_what_is_patched_counts_towards_the_limit(shape_run: SimpleNamespace) -> None:
+    report = shape_run.report
+    [mlp] = report["patched"]  # the first layer stays dense
+    assert (mlp["name"], mlp["neurons"], mlp["active"]) == ("model.decoder.layers.1", 128, 32)
+    assert report["active_share"] == 0.25
+    for baseline in ("vanilla", "lora"):
+        share = report["methods"][baseline]["patched_mlp_share_of_step"]
+        assert 0 < share < 0.5
+        assert 1 < report[f"amdahl_limit_vs_{baseline}"] < 2
+
+
+def test_methods_start_equal_and_train_what_they_should(shape_run: SimpleNamespace) -> None:
+    methods = shape_run.report["methods"]
+    first = [methods[name]["steps"][0]["train_loss"] for name in METHODS]
+    assert first[0] == pytest.approx(first[1], abs=1e-4)  # LoRA starts as the identity
+    assert first[0] == pytest.approx(first[2], abs=0.05)  # and sparse is near dense
+    trained = [methods[name]["trained_parameters"] for name in METHODS]
+    assert trained[0] == methods["vanilla"]["total_parameters"] > max(trained[1:]) and min(trained[1:]) > 0
+
+
+def test_csv_has_a_row_per_step(shape_run: SimpleNamespace) -> None:
+    with shape_run.path.with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows] == [name for name in METHODS for _ in range(7)]
+    assert [row["timed"] for row in rows[:7]] == ["False"] * 2 + ["True"] * 5
+    last = shape_run.report["methods"]["vanilla"]["training_seconds"]
+    assert float(rows[6]["training_seconds"]) == pytest.approx(last)
+
+
+def test_table_and_picture(shape_run: SimpleNamespace) -> None:
+    assert all(name in shape_run.stdout for name in METHODS)
+    assert f"{shape_run.report['speedup_vs_lora']:.2f}x" in shape_run.stdout
+    pytest.importorskip("matplotlib")
+    assert shape_run.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in shape_run.path.parent.iterdir()) == ["run.csv", "run.json", "run.png"]
+
+
+# A model and text, from the checkpoint in the repository
+
+
+def test_text_run_measures_losses_and_saves_a_plain_checkpoint(tmp_path: Path) -> None:
+    for name, first in (("train", 0), ("eval", 500)):
+        lines = [json.dumps({"text": TEXT.format(i, i * 7)}) for i in range(first, first + 60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    arguments = ["--model", str(DEMO_MODEL), "--train-file", str(tmp_path / "train.jsonl")]
+    arguments += ["--eval-file", str(tmp_path / "eval.jsonl"), "--max-eval-rows", "4", "--eval-every", "2"]
+    arguments += ["--steps", "4", "--batch-size", "2", "--seq-length", "64", "--methods", "vanilla,subquad"]
+    arguments += ["--learning-rate", "vanilla=1e-4", "subquad=1e-2", "--profile-steps", "0"]
+    arguments += ["--json", str(tmp_path / "run.json"), "--save-to", str(tmp_path / "checkpoint")]
+    compare_vanilla(*arguments)
+    report = json.loads((tmp_path / "run.json").read_text())
+    vanilla, subquad = (report["methods"][name] for name in ("vanilla", "subquad"))
+    assert report["speedup_vs_lora"] is None and report["amdahl_limit_vs_vanilla"] is None
+    assert [row["step"] for row in vanilla["evaluations"]] == [0, 2, 4]
+    assert vanilla["evaluations"][0]["eval_loss"] == pytest.approx(subquad["evaluations"][0]["eval_loss"], abs=1e-5)
+    assert vanilla["eval_loss_sparse"] is None and math.isfinite(subquad["eval_loss_sparse"])
+    assert subquad["eval_loss_sparse"] != subquad["eval_loss_dense"]
+    for method in (vanilla, subquad):
+        assert method["eval_loss_dense"] == method["evaluations"][-1]["eval_loss"]
+        assert method["eval_loss_dense"] < method["evaluations"][0]["eval_loss"]
+    assert vanilla["seconds_to_vanilla_loss"] == pytest.approx(vanilla["training_seconds"])
+
+    from demo import check_checkpoint
+
+    run = SimpleNamespace(eval_file=str(tmp_path / "eval.jsonl"), seq_length=64, batch_size=2)
+    run.max_eval_rows, run.threads = 4, 1
+    checked = check_checkpoint(tmp_path / "checkpoint", run)  # type: ignore[arg-type]
+    assert checked["eval_loss"] == pytest.approx(subquad["eval_loss_dense"], abs=1e-4)
+    assert checked["text"]
+
+
+def test_demo_model_is_small_trained_and_described() -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    size = sum(path.stat().st_size for path in DEMO_MODEL.iterdir())
+    assert (DEMO_MODEL / "model.safetensors").stat().st_size <= 16e6 and size <= 17e6
+    card = (DEMO_MODEL / "README.md").read_text(encoding="utf-8")
+    assert all(word in card for word in ("held-out loss", "PSF", "tokens", "Limits", "seed"))
+    assert hashlib.sha256((DEMO_MODEL / "model.safetensors").read_bytes()).hexdigest() in card
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    text = Path(json.__file__).read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
+    assert tokenizer.decode(ids[0]) == text[: len(tokenizer.decode(ids[0]))]
+    loss = float(model(input_ids=ids, labels=ids).loss)
+    assert loss < 0.6 * math.log(model.config.vocab_size)
+
+
+def test_language_reference_is_split_without_overlap() -> None:
+    from corpus import language_reference_text
+
+    train, held_out = (
+        {paragraph for text in part for paragraph in text.split("\n\n")} for part in language_reference_text()
+    )
+    assert len(train) > 500 and len(held_out) > 100
+    assert not train & held_out
+
+
+# Wrong input
+
+
+def test_failing_method_is_reported_with_its_traceback() -> None:
+    done = compare_vanilla(
+        "--shape", "hidden=32,intermediate=128,layers=2,vocab=64", "--methods", "subquad", "--steps", "4",
+        "--active", "9999", check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "subquad failed" in done.stderr and "Traceback" in done.stderr and "9999" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "hidden=32"], "missing intermediate, layers, vocab"),
+        (["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=gpt"], "arch must be"),
+        (["--model", "somewhere"], "needs --train-file and --eval-file"),
+        (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--steps", "2"], "--steps must exceed"),
+        (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--methods", "lora,adam"], "expected some of"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from compare_vanilla import parse_options
+
+    with pytest.raises(SystemExit):
+        parse_options(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_shape_parses() -> None:
+    text = "hidden=2048, intermediate=8192,layers=4,vocab=100,arch=llama"
+    assert Shape.parse(text) == Shape(2048, 8192, 4, 100, "llama")
+
+
+# Turns
+
+
+def test_turns_never_overlap() -> None:
+    told: list[str] = []
+    results = run_in_turns(use_turns, {"a": "a", "b": "b"}, lambda name, progress: told.append(name))
+    spans = sorted((start, end) for held in results.values() for _, start, end in held)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert {name: [number for number, _, _ in held] for name, held in results.items()} == {
+        "a": [0, 1, 2],
+        "b": [0, 1, 2],
+    }
+    assert sorted(told) == ["a"] * 3 + ["b"] * 3
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("killed", "SIGKILL"), ("exits", "exit status 3"), ("raises", "EOFError: a truncated file")],
+)
+def test_a_dying_process_is_reported_and_the_others_stopped(argument: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=f"(?s)bad.*{message}"):
+        run_in_turns(die, {"good": "waits", "bad": argument})
+    assert time.monotonic() - start < 30
+    assert not multiprocessing.active_children()
+
+
+# Parts
+
+
+def result(seconds: list[float], losses: list[float], **more: Any) -> dict[str, Any]:
+    """What a process returns; two steps a round, evaluations before, halfway and after."""
+    steps = [
+        {"step": i + 1, "round": i // 2, "seconds": s, "tokens": 100, "train_loss": 1.0} for i, s in enumerate(seconds)
+    ]
+    half = len(seconds) // 2
+    moments = [(0, 0.0), (half, sum(seconds[:half])), (len(seconds), sum(seconds))]
+    evaluations = [
+        {"step": step, "seconds": passed, "eval_loss": loss}
+        for (step, passed), loss in zip(moments, losses, strict=True)
+    ]
+    return {
+        "steps": steps,
+        "evaluations": evaluations,
+        "setup_seconds": 0.5,
+        "logs": [],
+        "digest": "same",
+        "peak_memory_bytes": 10,
+        "memory_before_model_bytes": 5,
+        "trained_parameters": 1,
+        "total_parameters": 2,
+        "eval_loss_dense": losses[-1],
+        "eval_loss_sparse": None,
+        "patched": [],
+        "profile": None,
+        "waiting_cpu_seconds": 0.0,
+    } | more
+
+
+def test_summary_of_known_times() -> None:
+    patched = [{"name": "mlp", "neurons": 100, "active": 25}]
+    profile = [{"step_seconds": 4.0, "mlp_seconds": {"mlp": 2.0}}] * 3
+    runs = {
+        "vanilla": result([9, 9, 4, 4, 5, 5], [3.0, 2.5, 2.0], profile=profile),
+        "subquad": result([9, 9, 2, 2, 1, 1], [3.0, 2.0, 1.5], patched=patched, eval_loss_sparse=1.6),
+    }
+    summary = reports.summarise(runs, untimed_steps=2)
+    assert summary["speedup_vs_vanilla"] == 4.5 / 1.5
+    spread = summary["speedup_vs_vanilla_spread"]
+    assert (spread["min"], spread["max"], spread["count"]) == (2, 5, 2)
+    assert summary["amdahl_limit_vs_vanilla"] == pytest.approx(4 / (4 - 2 * 0.75))
+    assert summary["speedup_vs_lora"] is None
+    assert summary["methods"]["vanilla"]["patched_mlp_share_of_step"] == 0.5
+    assert summary["methods"]["vanilla"]["seconds_to_vanilla_loss"] == 36
+    assert summary["methods"]["subquad"]["seconds_to_vanilla_loss"] == 20  # it was there halfway
+    text = reports.table(summary)
+    assert "3.00x" in text and "1.60x" in text and "1.6000" in text
+
+
+def test_summary_refuses_other_data() -> None:
+    runs = {"vanilla": result([1, 1], [1, 1, 1]), "lora": result([1, 1], [1, 1, 1], digest="other")}
+    with pytest.raises(ValueError, match="other data"):
+        reports.summarise(runs, untimed_steps=0)
+
+
+def test_loss_never_reached_is_null_and_said() -> None:
+    runs = {"vanilla": result([1, 1], [3, 2, 1]), "lora": result([1, 1], [3, 2, 1.5])}
+    summary = reports.summarise(runs, untimed_steps=0)
+    assert summary["methods"]["lora"]["seconds_to_vanilla_loss"] is None
+    assert "not reached" in reports.table(summary)
+
+
+def test_picture_of_losses(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from plots import plot_loss_against_time
+
+    summary = reports.summarise({"vanilla": result([1, 1], [3, 2, 1])}, untimed_steps=0)
+    plot_loss_against_time(summary, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 5000
+
+
+def test_files_are_never_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def fail(file: Path) -> None:
+        file.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        reports.write_whole(path, fail)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_mlp_time_is_the_span_between_first_and_last_projection() -> None:
+    import torch
+    from mlp_time import MlpTimer
+    from torch import nn
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.03)
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.05)
+            return gradient
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.fc1, self.fc2 = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return Slow.apply(self.fc2(Slow.apply(self.fc1(Slow.apply(self.before(x))))))
+
+    model, timer = Model(), MlpTimer(time.perf_counter)
+    with timer.watching(model, {"mlp": ["fc1", "fc2"]}):
+        model(torch.ones(2, 4)).sum().backward()
+    assert 0.08 <= timer.seconds["mlp"] < 0.15  # only the sleeper in between, of the three
+    timer.restart()
+    model(torch.ones(2, 4)).sum().backward()
+    assert timer.seconds == {}  # hooks are gone

@@ -1,0 +1,201 @@
+"""Do copies, pickles, moves between modes and forwards without gradients behave as for any model?"""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import CONFIG, FAMILIES, WIDTH, batch, build, fill_updates, llama, logits, objective, opt, tokens
+from helpers.training import trainer
+from torch import Tensor, nn
+
+from hf_subquad import (
+    EmptyBatchError,
+    NotPatchedError,
+    SubquadConfig,
+    dense_forward,
+    patch_model,
+    sparse_forward,
+    sparse_mlps,
+    unpatch_model,
+)
+
+
+def through_torch(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+COPIES = {"deepcopy": copy.deepcopy, "torch": through_torch, "pickle": through_pickle}
+
+
+def ready(family: str = "opt", **values: object) -> nn.Module:
+    model = patch_model(build(family), SubquadConfig(**{**CONFIG.to_dict(), **values}))
+    fill_updates(model)
+    return model
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bert", "phi3"])
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_a_copy_is_equal_independent_and_trains(duplicate, family: str) -> None:
+    model = ready(family)
+    inputs = batch(family, model)
+    sparse, dense = logits(model, inputs), logits(model.eval(), inputs)
+    model.train()
+    twin = duplicate(model)
+    assert torch.equal(logits(twin, inputs), sparse)
+    assert torch.equal(logits(twin.eval(), inputs), dense)
+    twin.train()
+    mine, theirs = sparse_mlps(model), sparse_mlps(twin)
+    assert len(mine) == len(theirs)
+    assert not {id(m) for m in mine} & {id(m) for m in theirs}
+    assert mine[0].runtime is not theirs[0].runtime and len({id(m.runtime) for m in theirs}) == 1
+    pointers = {p.data_ptr() for p in model.parameters()}
+    assert not any(p.data_ptr() in pointers for p in twin.parameters())
+    for mlp in theirs:
+        assert all(p.mlp is mlp for p in mlp.projections)
+        assert mlp.parent is twin.get_submodule(mlp.name)
+        assert all(mlp.index.inputs[i] is p for i, p in enumerate(mlp.inputs))
+
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=1e-2)
+    objective(logits(twin, inputs)).backward()
+    optimizer.step()
+    assert (logits(twin, inputs) - sparse).abs().max() > 1e-3
+    assert torch.equal(logits(model, inputs), sparse)
+    assert all(mlp.inputs[0].update.U.grad is None for mlp in mine)
+    with dense_forward(twin):
+        assert model.training and torch.equal(logits(model, inputs), sparse)
+    assert type(unpatch_model(twin).get_submodule(mine[0].name)) is type(mine[0].parent)
+    assert not sparse_mlps(twin) and len(sparse_mlps(model)) == len(mine)
+
+
+def test_a_copied_optimizer_state_is_not_needed(tmp_path: Path) -> None:
+    """A deepcopy goes through the Trainer as the original does."""
+    model = copy.deepcopy(ready())
+    before = model.get_parameter("model.decoder.layers.1.fc1.update.U").clone()
+    trainer(model, tmp_path, max_steps=1).train()
+    assert not torch.equal(before, model.get_parameter("model.decoder.layers.1.fc1.update.U"))
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gpt_neox"])
+def test_generate_equals_the_original(family: str) -> None:
+    plain, model = build(family).eval(), patch_model(build(family), CONFIG).eval()
+    settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=2)
+    found, expected = (m.generate(tokens(7), **settings) for m in (model, plain))
+    assert torch.equal(found, expected)
+    assert found.shape[1] > tokens(7).shape[1]
+    fill_updates(model, size=1.0)
+    assert not torch.equal(model.generate(tokens(7), **settings), expected)
+    unpatched = unpatch_model(copy.deepcopy(model))
+    assert torch.equal(model.generate(tokens(7), **settings), unpatched.generate(tokens(7), **settings))
+
+
+def test_generate_sparse_runs_on_single_tokens() -> None:
+    model = ready(sparse_eval=True).eval()
+    found = model.generate(tokens(7)[:1], max_new_tokens=3, do_sample=False, pad_token_id=2)
+    assert sparse_mlps(model)[0].calls >= 3
+    assert found.shape[1] >= tokens(7).shape[1] + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_sparse_forward_without_gradients(family: str, context) -> None:
+    model = ready(family)
+    inputs = batch(family, model)
+    expected = logits(model, inputs)
+
+    def same(found: Tensor, wanted: Tensor) -> bool:  # attention takes other kernels without gradients
+        return torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+    with context():
+        assert same(logits(model, inputs), expected)
+        model.eval()
+        dense = logits(model, inputs)
+        assert (dense - expected).abs().max() > 1e-3
+        with sparse_forward(model):
+            assert same(logits(model, inputs), expected)
+            with dense_forward(model):
+                assert same(logits(model, inputs), dense)
+            assert same(logits(model, inputs), expected)
+        assert same(logits(model, inputs), dense)
+
+
+def test_forced_forwards_are_undone_after_an_error() -> None:
+    model = ready()
+    with pytest.raises(KeyError), dense_forward(model):
+        raise KeyError
+    before = sparse_mlps(model)[0].calls
+    model(tokens())
+    assert sparse_mlps(model)[0].calls == before + 1
+
+
+@pytest.mark.parametrize("manager", [dense_forward, sparse_forward])
+def test_forced_forwards_need_a_patch(manager) -> None:
+    with pytest.raises(NotPatchedError), manager(opt()):
+        pass
+    with pytest.raises(NotPatchedError):
+        unpatch_model(opt())
+
+
+@pytest.mark.parametrize("make", [opt, llama])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_empty_batch(make, shape: tuple[int, int]) -> None:
+    model = patch_model(make(), CONFIG)
+    mlp = sparse_mlps(model)[0]
+    x = torch.zeros(*shape, WIDTH)
+    with pytest.raises(EmptyBatchError, match=r"layers\.1.*empty") as caught:
+        mlp.inputs[0](x)
+    assert isinstance(caught.value, ValueError)
+    model(tokens())  # what failed leaves nothing behind
+    with dense_forward(model):
+        assert mlp.inputs[0](x).shape == (*shape, 52)
+
+
+def test_error_between_the_projections_leaves_nothing_behind() -> None:
+    model = ready("llama")
+    expected = model(tokens()).logits
+    mlp = sparse_mlps(model)[0]
+    handle = mlp.output.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(tokens(1, (2, 3)))
+    handle.remove()
+    assert torch.equal(model(tokens()).logits, expected)
+    model.eval()
+    model(tokens(1, (2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_cast_after_the_patch_still_trains(dtype: torch.dtype) -> None:
+    model = ready().to(dtype)
+    loss = objective(model(tokens()).logits)
+    loss.backward()
+    for mlp in sparse_mlps(model):
+        for p in mlp.projections:
+            assert p.weight.dtype == dtype
+            assert p.update.U.dtype == p.update.U.grad.dtype == torch.promote_types(dtype, torch.float32)
+    assert unpatch_model(model).get_parameter("model.decoder.layers.1.fc1.weight").dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_model_trains(dtype: torch.dtype) -> None:
+    model = patch_model(opt(dtype), CONFIG)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad and p.dtype == torch.float32], lr=1e-2
+    )
+    assert len(optimizer.param_groups[0]["params"]) == 8
+    values: list[Tensor] = []
+    for _ in range(12):
+        loss = model(tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(loss.item())
+    assert values[-1] < values[0] - 0.05

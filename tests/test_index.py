@@ -1,0 +1,339 @@
+"""Does the index find the neurons that matter, report half-spaces exactly, and stay current?"""
+
+import pytest
+import torch
+from helpers.mlps import KINDS, Kind, patched
+from helpers.models import CONFIG, fill_updates, llama, opt, tokens
+from torch import Tensor
+
+from hf_subquad import ConfigError, SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import index as index_module
+from hf_subquad.index import ActivationIndex
+from hf_subquad.reporting import Report, ReportingIndex
+from hf_subquad.sketch import add_low_rank
+
+D, M, N = 12, 40, 21
+
+
+def made(kind: Kind = "plain", **settings: object) -> ActivationIndex:
+    """An index that has seen the live updates of its output projection."""
+    index = patched(kind, D, M, dtype=torch.float32, **settings)[1].index
+    index.refresh()
+    return index
+
+
+def inputs(count: int = N, d: int = D) -> Tensor:
+    return torch.randn(count, d, generator=torch.Generator().manual_seed(4))
+
+
+def integers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def check_report(report: Report, scores: Tensor, threshold: float) -> None:
+    """Entry by entry against all scores [N, m]."""
+    assert report.starts.tolist()[0] == 0 and report.starts[-1] == len(report.neurons) == len(report.values)
+    assert len(report.starts) == len(scores) + 1
+    for token, row in enumerate(scores):
+        assert report.of(token).tolist() == (row >= threshold).nonzero().flatten().tolist()
+    rows = torch.repeat_interleave(report.starts.diff())
+    torch.testing.assert_close(report.values, scores[rows, report.neurons], rtol=1e-4, atol=1e-4)
+
+
+# Half-space reporting
+
+
+@pytest.mark.parametrize("threshold", [-5.0, 0.0, 3.0, 4.0])
+def test_flat_equals_brute_force_with_ties(threshold: float) -> None:
+    """Integers: every product is exact, and many equal the threshold."""
+    rows, queries = integers(M, 5), integers(N, 5, seed=1)
+    scores = queries @ rows.t()
+    assert (scores == threshold).sum() > 5
+    check_report(ReportingIndex(rows, "Flat").report(queries, threshold), scores, threshold)
+
+
+@pytest.mark.parametrize(
+    ("queries", "threshold", "entries"),
+    [(inputs(), 1e6, 0), (inputs(), -1e6, N * M), (inputs(0), 0.0, 0), (torch.zeros(N, D), 0.0, N * M)],
+    ids=["none", "all", "no tokens", "all at the threshold"],
+)
+def test_extreme_reports(queries: Tensor, threshold: float, entries: int) -> None:
+    report = ReportingIndex(torch.randn(M, D), "Flat").report(queries, threshold)
+    assert len(report.neurons) == entries
+    assert len(report.starts) == len(queries) + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_report_of_an_mlp_equals_brute_force(kind: Kind) -> None:
+    """With a full-rank sketch the reported pre-activation is the true one, update and bias included."""
+    index = made(kind)
+    x, gate = inputs(), index.inputs[0]
+    pre = x @ gate.live_rows()[:M].t() + gate.bias[:M].detach()
+    # Halfway between two neighbouring values: rounding cannot move any across.
+    near = pre.flatten().sort().values
+    at = len(near) * 3 // 4 + int(near[len(near) * 3 // 4 :][:30].diff().argmax())
+    check_report(index.report(x, (near[at] + near[at + 1]).item() / 2), pre, (near[at] + near[at + 1]).item() / 2)
+
+
+def test_report_has_exact_ties_after_live_updates_too() -> None:
+    """Zero base weights leave U V and the bias, here integers: pre-activations equal to the threshold count."""
+    index = made(rank=2, alpha=2.0)
+    gate = index.inputs[0]
+    with torch.no_grad():
+        gate.weight.zero_()
+        gate.bias.copy_(integers(M, seed=2))
+    x = integers(N, D, seed=3)
+    for round_ in range(3):
+        with torch.no_grad():
+            gate.update.U.copy_(integers(M, 2, seed=10 + round_))
+            gate.update.V.copy_(integers(2, D, seed=20 + round_))
+        pre = x @ (gate.update.U @ gate.update.V).t() + gate.bias
+        assert (pre == 4).sum() > 3
+        check_report(index.report(x, 4.0), pre.detach(), 4.0)
+
+
+@pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {}], ids=["fused", "foreach", "default"])
+def test_report_follows_optimizer_steps(settings: dict[str, bool]) -> None:
+    """A fused optimizer writes to tensors without raising their version counters."""
+    index = made()
+    gate, x = index.inputs[0], inputs()
+    before = index.report(x, 0.5)
+    optimizer = torch.optim.AdamW(gate.update.parameters(), lr=0.3, **settings)
+    for factor in gate.update.parameters():
+        factor.grad = torch.randn_like(factor)
+    optimizer.step()
+    pre = (x @ gate.live_rows().t() + gate.bias).detach()
+    after = index.report(x, 0.5)
+    assert after.neurons.tolist() != before.neurons.tolist()
+    assert [after.of(i).tolist() for i in range(N)] == [(row >= 0.5).nonzero().flatten().tolist() for row in pre]
+
+
+@pytest.mark.parametrize("change", ["weight", "fold", "restart"])
+def test_report_follows_other_changes(change: str) -> None:
+    index = made()
+    gate, x = index.inputs[0], inputs()
+    index.report(x, 0.5)
+    if change == "weight":
+        with torch.no_grad():
+            gate.weight.mul_(-1.5)
+    elif change == "fold":
+        index.fold()
+    else:
+        gate.update.restart()
+    pre = (x @ gate.live_rows().t() + gate.bias).detach()
+    assert (pre - 0.5).abs().min() > 1e-4
+    assert [index.report(x, 0.5).of(i).tolist() for i in range(N)] == [
+        (row >= 0.5).nonzero().flatten().tolist() for row in pre
+    ]
+
+
+@pytest.mark.parametrize("factory", ["IVF4,Flat", "HNSW16"])
+def test_approximate_factories_report_a_part_and_nothing_wrong(factory: str) -> None:
+    exact, index = made(), made(index_factory=factory)
+    x = inputs()
+    everything, found = exact.report(x, 0.5), index.report(x, 0.5)
+    assert 0 < len(found.neurons) <= len(everything.neurons)
+    for token in range(N):
+        assert set(found.of(token).tolist()) <= set(everything.of(token).tolist())
+
+
+@pytest.mark.parametrize("factory", ["Flut", "IVF4096,Flat", "IVF,Flat", "PQ5"])
+def test_bad_factory_is_a_config_error(factory: str) -> None:
+    index = made(index_factory=factory)
+    with pytest.raises(ConfigError, match=f"index_factory.*{factory}"):
+        index.report(inputs(), 0.0)
+
+
+# Selection
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["similar", "consecutive"])
+def test_recall_is_one_with_a_full_sketch_and_all_tokens_scored(kind: Kind, order: str) -> None:
+    assert made(kind).recall(inputs(32), k=9, tile_size=16, order=order) == 1.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recall_falls_with_the_rank_of_the_sketch(kind: Kind) -> None:
+    """Without updates, which enter exactly whatever the rank."""
+    recalls = []
+    for rank in (12, 6, 1):
+        index = made(kind, sketch_rank=rank)
+        for projection in index.inputs:
+            projection.update.restart()
+        recalls.append(index.recall(inputs(64), k=9, tile_size=16))
+    assert recalls[0] == 1.0
+    assert recalls[0] > recalls[1] > recalls[2] > 0
+
+
+def test_recall_is_a_share_of_the_true_top() -> None:
+    """By hand: the true importance of every neuron in every tile, and how much of its top was chosen."""
+    index = made(sketch_rank=3)
+    x, k = inputs(48), 7
+    selection = index.select(x, k, 16, "similar")
+    gate = index.inputs[0]
+    true = torch.nn.functional.gelu(x @ gate.live_rows().t() + gate.bias) ** 2
+    true = true * index.output.live_rows().square().sum(1)
+    hits = []
+    for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
+        best = set(true[slots].sum(0).topk(k).indices.tolist())
+        hits.append(len(best & set(chosen.tolist())) / k)
+    assert 0 < sum(hits) / len(hits) < 1
+    assert index.recall(x, k, 16) == pytest.approx(sum(hits) / len(hits))
+
+
+def planted() -> tuple[ActivationIndex, Tensor, Tensor]:
+    """An index where group g of tokens fires neurons 5 g .. 5 g + 4 and nothing else, tokens, and their groups."""
+    index = made(sketch_rank=4)
+    with torch.no_grad():
+        index.inputs[0].weight.zero_()
+        index.inputs[0].bias.fill_(-3.0)
+        for projection in (*index.inputs, index.output):
+            projection.update.restart()
+        for group in range(4):
+            index.inputs[0].weight[5 * group : 5 * group + 5, group] = 8.0
+        index.output.weight.fill_(0.1)
+    group = torch.arange(4).repeat_interleave(16)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    x = torch.zeros(64, D)
+    x[torch.arange(64), group] = 1.0
+    return index, x + 0.001 * torch.randn(64, D, generator=torch.Generator().manual_seed(1)), group
+
+
+def test_select_finds_planted_neurons() -> None:
+    index, x, group = planted()
+    selection = index.select(x, 5, 16, "similar")
+    assert selection.neurons.dtype == torch.int64 and selection.neurons.shape == (4, 5)
+    seen = set()
+    for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
+        groups = set(group[slots].tolist())
+        assert len(groups) == 1
+        g = groups.pop()
+        assert sorted(chosen.tolist()) == list(range(5 * g, 5 * g + 5))
+        seen.add(g)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_select_weighs_by_output_rows() -> None:
+    """A neuron that fires but writes nothing is not important."""
+    index, x, _ = planted()
+    with torch.no_grad():
+        index.output.weight[:, 2] = 0.0
+    chosen = index.select(x, 5, 16, "similar").neurons
+    assert not (chosen == 2).any()
+    assert sorted({0, 1, 3, 4} & set(chosen.flatten().tolist())) == [0, 1, 3, 4]
+
+
+def test_select_sees_live_updates_at_once() -> None:
+    index, x, group = planted()
+    before = index.select(x, 5, 16, "similar").neurons
+    assert 39 not in before.flatten().tolist()
+    update = index.inputs[0].update
+    with torch.no_grad():
+        update.U[39], update.V[:] = 50.0, 0.0
+        update.V[:, 1] = 1.0  # neuron 39 now fires on group 1
+    selection = index.select(x, 5, 16, "similar")
+    for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
+        assert (39 in chosen.tolist()) == (group[slots[0]].item() == 1)
+
+
+def test_select_without_repeats_and_repeatable() -> None:
+    index = made("gated")
+    state = torch.get_rng_state()
+    first, second = (index.select(inputs(50), 13, 8, "similar") for _ in range(2))
+    assert torch.equal(first.neurons, second.neurons) and torch.equal(first.tiles.slots, second.tiles.slots)
+    assert all(len(set(tile.tolist())) == 13 for tile in first.neurons)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_select_all() -> None:
+    selection = made().select(inputs(), M, 4, "similar")
+    assert (selection.neurons.sort().values == torch.arange(M)).all()
+
+
+def test_select_in_float16_does_not_overflow() -> None:
+    """Activations of 300 and 600 square beyond what float16 holds; they must still be told apart."""
+    _, mlp, _ = patched("plain", D, M, dtype=torch.float16, sketch_rank=D)
+    index = mlp.index
+    with torch.no_grad():
+        for projection in mlp.projections:
+            projection.update.restart()
+        index.inputs[0].weight.zero_()
+        index.inputs[0].bias.fill_(300.0)
+        index.inputs[0].bias[-6:] = 600.0
+        index.output.weight.fill_(0.1)
+    chosen = index.select(inputs(16).half(), 6, 16, "similar").neurons
+    assert sorted(chosen.flatten().tolist()) == list(range(M - 6, M))
+
+
+def test_features_that_are_not_finite_do_not_crash() -> None:
+    selection = made().select(torch.full((20, D), float("nan")), 5, 4, "similar")
+    assert selection.neurons.shape == (4, 5)
+    assert ((selection.neurons >= 0) & (selection.neurons < M)).all()
+
+
+# Staying current
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = made(kind, sketch_rank=6)
+    x = inputs(64)
+    updates = [projection.update.factors() for projection in index.inputs]
+    left = torch.block_diag(*[u.detach() for u, _ in updates])
+    right = torch.cat([v.detach() for _, v in updates])
+    apart = add_low_rank(index.sketch, left, right)
+    live = [projection.live_rows().clone() for projection in (*index.inputs, index.output)]
+    recall = index.recall(x, 9, 16)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(index_module, "build_sketch", refuse)
+    index.fold()
+    torch.testing.assert_close(index.sketch.codes @ index.sketch.basis, apart.codes @ apart.basis, rtol=1e-4, atol=1e-4)
+    for projection, rows in zip((*index.inputs, index.output), live, strict=True):
+        assert torch.equal(projection.rows(), rows)
+        assert projection.update.is_zero() and projection.update.restarts == 1
+    torch.testing.assert_close(index.output_norms, live[-1].square().sum(1))
+    after = index.recall(x, 9, 16)  # still without sketching
+    assert after >= recall - 0.25 and after > 9 / M
+
+
+def test_fold_keeps_recall_with_a_full_sketch() -> None:
+    index = made("gated")
+    for round_ in range(3):
+        with torch.no_grad():
+            for projection in (*index.inputs, index.output):
+                for factor in projection.update.parameters():
+                    factor.copy_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(round_)) * 0.3)
+        index.fold()
+        assert index.recall(inputs(32), 9, 16) == pytest.approx(1.0, abs=0.04)
+
+
+def test_changed_weights_rebuild_the_index() -> None:
+    index = made()
+    before = index.sketch
+    index.select(inputs(), 5, 4, "similar")
+    assert index.sketch is before
+    with torch.no_grad():
+        index.inputs[0].weight.neg_()
+    assert index.recall(inputs(16), 5, 16) == 1.0
+    assert index.sketch is not before
+
+
+@pytest.mark.parametrize("make", [opt, llama])
+def test_norms_of_output_rows_are_live_after_refresh(make) -> None:
+    model = patch_model(make(), CONFIG)
+    fill_updates(model)
+    index = sparse_mlps(model)[0].index
+    stale = index.output_norms.clone()
+    index.refresh()
+    torch.testing.assert_close(index.output_norms, index.output.live_rows().square().sum(1))
+    assert not torch.allclose(stale, index.output_norms)
+
+
+def test_index_is_no_part_of_the_model() -> None:
+    model = patch_model(opt(), SubquadConfig(**{**CONFIG.to_dict(), "index_factory": "HNSW16"}))
+    model(tokens())
+    assert not any("sketch" in name or "index" in name for name, _ in model.named_buffers())
+    assert all(not list(p.buffers()) for mlp in sparse_mlps(model) for p in mlp.projections)

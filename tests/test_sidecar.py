@@ -1,0 +1,266 @@
+"""Is the resume file written whole or not at all, and refused when damaged or of another model?"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import CONFIG, build, fill_updates, llama, opt
+from helpers.training import TRAIN, factors
+from torch import nn
+
+from hf_subquad import (
+    NotPatchedError,
+    OutputError,
+    SidecarError,
+    SubquadConfig,
+    load_sidecar,
+    patch_model,
+    save_sidecar,
+    sparse_mlps,
+)
+
+NAME = "subquad_state.safetensors"
+
+
+def trained(make=opt, **values: object) -> nn.Module:
+    model = patch_model(make(), SubquadConfig(**{**CONFIG.to_dict(), **values}))
+    fill_updates(model)
+    return model
+
+
+def holding(saved: nn.Module, **values: object) -> nn.Module:
+    """A fresh patched model with the plain checkpoint of `saved` loaded, as the Trainer does on resume."""
+    model = patch_model(opt(), SubquadConfig(**{**CONFIG.to_dict(), **values}))
+    model.load_state_dict(saved.state_dict())
+    return model
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def unchanged(model: nn.Module, before: dict[str, torch.Tensor], restarts: list[int]) -> None:
+    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+    assert [p.update.restarts for m in sparse_mlps(model) for p in m.projections] == restarts
+
+
+def restarts(model: nn.Module) -> list[int]:
+    return [p.update.restarts for m in sparse_mlps(model) for p in m.projections]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    saved = trained()
+    assert save_sidecar(saved, tmp_path, 41) == tmp_path / NAME
+    model = holding(saved)
+    assert all(p.update.is_zero() for m in sparse_mlps(model) for p in m.projections)
+    assert load_sidecar(model, tmp_path) == 41
+    assert restarts(model) == restarts(saved)
+    assert len(factors(saved)) == 8
+    for name, value in factors(saved).items():
+        assert torch.equal(factors(model)[name], value)
+    for name, value in saved.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_round_trip_of_a_half_precision_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What the model computes is kept up to two roundings of the weight; factors to the bit."""
+    make = lambda: opt(dtype)  # noqa: E731
+    saved = trained(make)
+    save_sidecar(saved, tmp_path, 1)
+    model = patch_model(make(), CONFIG)
+    model.load_state_dict(saved.state_dict())
+    load_sidecar(model, tmp_path)
+    for mine, theirs in zip(sparse_mlps(model), sparse_mlps(saved), strict=True):
+        for p, q in zip(mine.projections, theirs.projections, strict=True):
+            assert torch.equal(p.update.U, q.update.U) and torch.equal(p.update.V, q.update.V)
+            size = q.live_rows().abs().max().float() + q.rows().abs().max().float()
+            error = (p.live_rows().float() - q.live_rows().float()).abs().max()
+            assert error <= 2 * torch.finfo(dtype).eps * size
+
+
+def test_the_file_is_written_in_place_of_an_old_one(tmp_path: Path) -> None:
+    saved = trained()
+    save_sidecar(saved, tmp_path, 1)
+    save_sidecar(saved, tmp_path, 2)
+    assert [f.name for f in tmp_path.iterdir()] == [NAME]
+    assert load_sidecar(holding(saved), tmp_path) == 2
+
+
+def test_the_file_is_as_readable_as_others(tmp_path: Path) -> None:
+    save_sidecar(trained(), tmp_path, 1)
+    (tmp_path / "other").write_text("")
+    assert (tmp_path / NAME).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_missing_file_and_unpatched_model(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_sidecar(trained(), tmp_path)
+    with pytest.raises(NotPatchedError):
+        save_sidecar(opt(), tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def spread(length: int, header: int, count: int) -> list[int]:
+    """Places all over the file, the header more densely."""
+    return sorted(
+        {*range(0, header, max(1, header // count)), *range(header, length, max(1, length // count)), length - 1}
+    )
+
+
+def parts(tmp_path: Path) -> tuple[nn.Module, bytes, int]:
+    saved = trained()
+    data = save_sidecar(saved, tmp_path, 5).read_bytes()
+    return saved, data, 8 + int.from_bytes(data[:8], "little")
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    saved, data, header = parts(tmp_path)
+    model = holding(saved)
+    before, counts = everything(model), restarts(model)
+    places = [0, 1, 7, 8, 9, header - 1, header, *spread(len(data), header, 60)]
+    assert len(places) > 100
+    for length in places:
+        (tmp_path / NAME).write_bytes(data[:length])
+        with pytest.raises(SidecarError, match=NAME):
+            load_sidecar(model, tmp_path)
+    unchanged(model, before, counts)
+    (tmp_path / NAME).write_bytes(data)
+    assert load_sidecar(model, tmp_path) == 5
+
+
+def test_bits_flipped_anywhere(tmp_path: Path) -> None:
+    """A flip either is found, or is in padding and changes nothing that is read."""
+    saved, data, header = parts(tmp_path)
+    model = holding(saved)
+    before, counts = everything(model), restarts(model)
+    undetected = []
+    places = spread(len(data), header, 250)
+    assert len(places) > 400
+    for number, place in enumerate(places):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (number % 8)
+        (tmp_path / NAME).write_bytes(damaged)
+        try:
+            load_sidecar(model, tmp_path)
+        except SidecarError as error:
+            assert NAME in str(error)
+        else:
+            undetected.append(place)
+            assert torch.equal(
+                factors(model)["model.decoder.layers.1.fc1.U"], factors(saved)["model.decoder.layers.1.fc1.U"]
+            )
+            model = holding(saved)
+    assert all(8 < place < header and data[place : place + 1] == b" " for place in undetected), undetected
+    unchanged(model, before, counts)
+
+
+@pytest.mark.parametrize("data", [b"", b"x", b"\0" * 8, b"\xff" * 64, b'{"a": 1}' * 100, os.urandom(4096)])
+def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / NAME).write_bytes(data)
+    with pytest.raises(SidecarError, match=NAME):
+        load_sidecar(trained(), tmp_path)
+
+
+def test_plain_safetensors_under_its_name(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(3)}, tmp_path / NAME)
+    with pytest.raises(SidecarError):
+        load_sidecar(trained(), tmp_path)
+
+
+def other_weights() -> nn.Module:
+    model = trained()
+    with torch.no_grad():
+        model.get_parameter("model.decoder.layers.2.fc2.weight").mul_(1.01)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: trained(llama), "patched"),
+        (lambda: trained(layers_to_transform="all"), "patch the same layers"),
+        (lambda: trained(layers_to_transform=[1]), "patch the same layers"),
+        (lambda: trained(rank=4), r"rank .*\(3\)"),
+        (lambda: trained(lambda: opt(ffn_dim=60)), "is .*model's is"),
+        (other_weights, "does not belong to the weights"),
+        (lambda: patch_model(opt(), CONFIG), "does not belong to the weights"),
+    ],
+    ids=["family", "more layers", "fewer layers", "rank", "width", "one weight", "weights before training"],
+)
+def test_sidecar_of_another_model(tmp_path: Path, model, words: str) -> None:
+    save_sidecar(trained(), tmp_path, 1)
+    other = model()
+    before, counts = everything(other), restarts(other)
+    with pytest.raises(SidecarError, match=words):
+        load_sidecar(other, tmp_path)
+    unchanged(other, before, counts)
+
+
+def test_a_changed_middle_of_a_weight_is_noticed(tmp_path: Path) -> None:
+    """Another fine-tune of the same base differs nearly everywhere, so that sampling some values suffices."""
+    saved = trained()
+    save_sidecar(saved, tmp_path, 1)
+    fill_updates(saved, seed=4)
+    with pytest.raises(SidecarError, match="does not belong"):
+        load_sidecar(holding(saved), tmp_path)
+
+
+def test_folder_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match=NAME) as caught:
+        save_sidecar(trained(), tmp_path / "out", 1)
+    assert isinstance(caught.value, OSError)
+    with pytest.raises(OutputError):
+        save_sidecar(trained(), tmp_path / "nowhere", 1)
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_failed_write_leaves_nothing_and_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    saved = trained()
+    old = save_sidecar(saved, tmp_path, 1).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OutputError, match="No space left"):
+        save_sidecar(saved, tmp_path, 2)
+    assert [f.name for f in tmp_path.iterdir()] == [NAME]
+    assert (tmp_path / NAME).read_bytes() == old
+
+
+def test_names_do_not_depend_on_a_peft_wrapper(tmp_path: Path) -> None:
+    """Saved beside adapters and loaded beside adapters that were added in the other order."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    first = get_peft_model(patch_model(opt(), TRAIN), lora)
+    fill_updates(first)
+    for mlp in sparse_mlps(first):
+        mlp.index.fold()
+    fill_updates(first, seed=9)
+    save_sidecar(first, tmp_path, 7)
+    second = patch_model(get_peft_model(opt(), lora), TRAIN)
+    assert load_sidecar(second, tmp_path) == 7
+    assert all(torch.equal(factors(second)[n], v) for n, v in factors(first).items())
+    for mine, theirs in zip(sparse_mlps(second), sparse_mlps(first), strict=True):
+        for p, q in zip(mine.projections, theirs.projections, strict=True):
+            assert torch.equal(p.rows(), q.rows())
+
+
+def test_every_family_with_conv1d_too(tmp_path: Path) -> None:
+    make = lambda: build("gpt2")  # noqa: E731
+    saved = trained(make)
+    save_sidecar(saved, tmp_path, 1)
+    model = patch_model(make(), CONFIG)
+    model.load_state_dict(saved.state_dict())
+    load_sidecar(model, tmp_path)
+    for name, value in saved.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), value, rtol=0, atol=1e-6)

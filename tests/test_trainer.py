@@ -1,0 +1,404 @@
+"""Does the callback do its part in real Trainer runs: logs, schedules, and loud errors where it could not?"""
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import opt, tokens
+from helpers.training import TRAIN, Texts, Watch, arguments, factors, losses, patched_opt, trainer
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Trainer
+
+from hf_subquad import (
+    InactivePatchError,
+    NotPatchedError,
+    SubquadCallback,
+    SubquadConfig,
+    check_active,
+    patch_model,
+    sparse_mlps,
+    sync_model,
+)
+
+LOGGED = {"subquad/active_share", "subquad/update_norm", "subquad/sync_seconds", "subquad/recall"}
+
+
+def test_training_learns_and_changes_only_what_is_trainable(tmp_path: Path) -> None:
+    model = patched_opt()
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = factors(model)
+    run = trainer(model, tmp_path, max_steps=20)
+    run.train()
+    assert losses(run)[-1] < losses(run)[0] - 0.3
+    assert len(frozen) == 8
+    assert all(torch.equal(frozen[n], model.get_parameter(n)) for n in frozen)
+    assert all(not torch.equal(before[n], value) for n, value in factors(model).items())
+    assert all(mlp.calls == 20 for mlp in sparse_mlps(model))
+
+
+def test_logs_reach_the_history_and_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = patched_opt(refresh_steps=2)
+    run = trainer(model, tmp_path, report_to=["tensorboard"], max_steps=4, logging_steps=1, eval_strategy="steps",
+                  eval_steps=2)  # fmt: skip
+    run.train()
+    rows = [entry for entry in run.state.log_history if "loss" in entry]
+    assert len(rows) == 4
+    assert LOGGED - {"subquad/recall"} <= set(rows[0]) and "subquad/recall" not in rows[0]
+    assert all(set(row) >= LOGGED for row in rows[1:])
+    assert all(0 < row["subquad/recall"] <= 1 for row in rows[1:])
+    assert all(row["subquad/active_share"] == pytest.approx(0.5) for row in rows)
+    norms = [row["subquad/update_norm"] for row in rows]
+    assert norms[0] > 0 and norms == sorted(norms)
+    assert all(
+        not any(key.startswith("subquad/") for key in entry) for entry in run.state.log_history if "loss" not in entry
+    )
+
+    files = list(tmp_path.rglob("events.out.tfevents*"))
+    assert files
+    events = EventAccumulator(str(files[0].parent))
+    events.Reload()
+    written = {name.removeprefix("train/"): name for name in events.Tags()["scalars"]}
+    assert set(written) >= LOGGED
+    values = [event.value for event in events.Scalars(written["subquad/update_norm"])]
+    assert values == pytest.approx(norms)
+
+
+def test_logs_reach_reports_with_add_callback(tmp_path: Path) -> None:
+    """A callback added after the Trainer was made is behind the reporting ones until training starts."""
+    seen: list[dict[str, float]] = []
+
+    class Reporter(Watch):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
+    model = patched_opt()
+    run = Trainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=Texts(),
+                  callbacks=[Reporter(lambda *_, **__: None)])  # fmt: skip
+    run.add_callback(SubquadCallback())
+    run.train()
+    assert len([logs for logs in seen if "loss" in logs]) == 2
+    assert all("subquad/update_norm" in logs for logs in seen if "loss" in logs)
+
+
+def test_fold_and_refresh_and_recall_on_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_subquad.index import ActivationIndex
+
+    done: dict[str, list[int]] = {"fold": [], "recall": [], "refresh": []}
+    step = 0
+    model = patched_opt(fold_steps=3, refresh_steps=2)
+    index = sparse_mlps(model)[0].index
+    for name in done:
+        original = getattr(ActivationIndex, name)
+
+        def counting(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
+            if self is index:
+                done[_name].append(step)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(ActivationIndex, name, counting)
+
+    class Clock(Watch):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            nonlocal step
+            step = state.global_step + 1
+
+    weights = model.get_parameter("model.decoder.layers.1.fc1.weight").clone()
+    run = trainer(model, tmp_path, [Clock(lambda *_, **__: None)], max_steps=7)
+    run.train()
+    assert done["fold"] == [3, 6]
+    assert done["recall"] == [2, 4, 6]
+    assert sorted(set(done["refresh"]) - {0}) == [2, 3, 4, 6]  # a fold refreshes too
+    assert not torch.equal(weights, model.get_parameter("model.decoder.layers.1.fc1.weight"))
+    assert all(p.update.restarts == 2 for mlp in sparse_mlps(model) for p in mlp.projections)
+
+
+def test_schedule_counts_optimizer_steps_under_accumulation(tmp_path: Path) -> None:
+    steps: list[tuple[int, int, bool]] = []
+
+    def look(model: nn.Module, step: int, **_: Any) -> None:
+        mlp = sparse_mlps(model)[0]
+        steps.append((step, mlp.calls, mlp.runtime.last_report.folded))
+
+    run = trainer(patched_opt(fold_steps=2, refresh_steps=2), tmp_path, [Watch(look)], max_steps=4,
+                  gradient_accumulation_steps=3)  # fmt: skip
+    run.train()
+    # 16 rows in batches of 2 are 8 micro-batches an epoch: steps of 3, 3 and 2.
+    assert steps == [(1, 3, False), (2, 6, True), (3, 8, False), (4, 11, True)]
+
+
+def test_fold_restarts_moments_and_keeps_the_dense_model(tmp_path: Path) -> None:
+    """Between the optimizer step and the end of the step the dense logits stay, the update and its moments go."""
+    seen: dict[int, dict[str, Any]] = {}
+
+    class Before(Watch):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.eval()
+            with torch.no_grad():
+                seen[state.global_step + 1] = {"logits": model(tokens()).logits}
+            model.train()
+
+    def look(model: nn.Module, step: int, optimizer: Any = None, **_: Any) -> None:
+        model.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens()).logits, seen[step]["logits"], rtol=1e-4, atol=1e-5)
+        model.train()
+        moments = [
+            value.abs().max().item()
+            for mlp in sparse_mlps(model)
+            for p in mlp.projections
+            for factor in p.update.parameters()
+            for value in optimizer.state[factor].values()
+        ]
+        others = [
+            state["exp_avg"].abs().max().item()
+            for parameter, state in optimizer.state.items()
+            if not any(parameter is f for m in sparse_mlps(model) for p in m.projections for f in p.update.parameters())
+        ]
+        assert len(moments) == 2 * 2 * 2 * 3 and min(others) > 0
+        seen[step]["moments"] = max(moments)
+
+    model = patched_opt(fold_steps=2)
+    trainer(model, tmp_path, [Before(look)], max_steps=4).train()
+    assert [seen[step]["moments"] == 0 for step in (1, 2, 3, 4)] == [False, True, False, True]
+
+
+def test_dense_steps(tmp_path: Path) -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    def look(model: nn.Module, step: int, **_: Any) -> None:
+        mlp = sparse_mlps(model)[0]
+        seen.append((step, mlp.calls, mlp.runtime.last_report.active_share))
+
+    model = patched_opt(dense_steps=2)
+    before = factors(model)
+    run = trainer(model, tmp_path, [Watch(look)], max_steps=4)
+    run.train()
+    assert seen == [(1, 0, 1.0), (2, 0, 0.5), (3, 1, 0.5), (4, 2, 0.5)]
+    assert all(not torch.equal(before[n], value) for n, value in factors(model).items())
+    assert [row["subquad/active_share"] for row in run.state.log_history if "loss" in row] == [1.0, 0.5, 0.5, 0.5]
+
+
+def test_evaluation_is_dense_unless_asked(tmp_path: Path) -> None:
+    for sparse_eval, expected in ((False, 0), (True, 8)):
+        model = patched_opt(sparse_eval=sparse_eval)
+        trainer(model, tmp_path, per_device_eval_batch_size=2).evaluate()
+        assert sparse_mlps(model)[0].calls == expected
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    model = patched_opt()
+    run, whole = trainer(model, tmp_path / "bf16", bf16=True), trainer(patched_opt(), tmp_path / "fp32")
+    run.train()
+    whole.train()
+    assert losses(run) == pytest.approx(losses(whole), rel=0.05)
+    assert losses(run) != losses(whole)
+    assert all(factor.dtype == torch.float32 and factor.isfinite().all() for factor in factors(model).values())
+
+
+# Errors before the first step
+
+
+def bypass(model: nn.Module) -> None:
+    """Another model answers."""
+    other = opt()
+
+    def forward(input_ids: torch.Tensor, labels: torch.Tensor, **_: Any) -> Any:
+        return other(input_ids=input_ids, labels=labels)
+
+    model.forward = forward
+
+
+def freeze(model: nn.Module) -> None:
+    for mlp in sparse_mlps(model):
+        mlp.inputs[0].update.U.requires_grad_(False)
+
+
+def rebind(model: nn.Module) -> None:
+    layer = model.model.decoder.layers[2]
+    original = type(layer).forward
+    layer.forward = types.MethodType(lambda self, *args, **kwargs: original(self, *args, **kwargs), layer)
+
+
+def replace(model: nn.Module) -> None:
+    layer = model.model.decoder.layers[2]
+    layer.fc1 = nn.Linear(20, 52)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(freeze, "frozen"), (rebind, r"layers\.2.*rebound"), (replace, r"layers\.2\.fc1 was replaced")],
+)
+def test_inactive_patch_is_an_error_before_training(tmp_path: Path, spoil: Any, words: str) -> None:
+    model = patched_opt()
+    run = trainer(model, tmp_path)
+    spoil(model)
+    with pytest.raises(InactivePatchError, match=words):
+        run.train()
+    assert run.state.global_step == 0
+    assert not any(mlp.calls for mlp in sparse_mlps(model))
+
+
+def test_rebound_class_forward_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patched_opt()
+    layer_class = type(model.model.decoder.layers[2])
+    original = layer_class.forward
+    monkeypatch.setattr(layer_class, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
+    with pytest.raises(InactivePatchError, match="rebound"):
+        trainer(model, tmp_path).train()
+
+
+def test_frozen_before_the_trainer_is_thawed(tmp_path: Path) -> None:
+    """PEFT freezes all but its own parameters; the callback knows."""
+    model = patched_opt()
+    freeze(model)
+    run = trainer(model, tmp_path, max_steps=1)
+    run.train()
+    assert all(
+        factor.requires_grad for m in sparse_mlps(model) for p in m.projections for factor in p.update.parameters()
+    )
+
+
+def test_liger_is_an_error(tmp_path: Path) -> None:
+    args = arguments(tmp_path)
+    args.use_liger_kernel = True
+    with pytest.raises(InactivePatchError, match="use_liger_kernel"):
+        Trainer(model=patched_opt(), args=args, train_dataset=Texts(), callbacks=[SubquadCallback()])
+
+
+def test_unpatched_model_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(NotPatchedError, match="patch_model"):
+        trainer(opt(), tmp_path)
+
+
+def test_optimizer_made_before_the_patch_is_an_error(tmp_path: Path) -> None:
+    model = opt()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    patch_model(model, TRAIN)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    run = Trainer(model=model, args=arguments(tmp_path), train_dataset=Texts(), callbacks=[SubquadCallback()],
+                  optimizers=(optimizer, scheduler))  # fmt: skip
+    with pytest.raises(InactivePatchError, match="optimizer does not hold"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_patch_that_is_bypassed_in_training_is_an_error(tmp_path: Path) -> None:
+    """Nothing was rebound, yet no patched MLP ran: found after the first step."""
+    model = patched_opt()
+    bypass(model)
+    run = trainer(model, tmp_path)
+    with pytest.raises(InactivePatchError, match="no patched MLP did"):
+        run.train()
+    assert run.state.global_step <= 1
+
+
+def test_second_training_is_checked_as_the_first(tmp_path: Path) -> None:
+    """Calls of an earlier run do not count."""
+    model = patched_opt()
+    trainer(model, tmp_path, max_steps=1).train()
+    bypass(model)
+    with pytest.raises(InactivePatchError):
+        trainer(model, tmp_path, max_steps=2).train()
+
+
+# PEFT beside the patch
+
+
+LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+
+
+def with_peft(order: str, **values: Any) -> nn.Module:
+    config = SubquadConfig(**{**TRAIN.to_dict(), **values})
+    if order == "peft first":
+        return patch_model(get_peft_model(opt(), LORA), config)
+    return get_peft_model(patch_model(opt(), config), LORA)
+
+
+@pytest.mark.parametrize("order", ["peft first", "patch first"])
+def test_peft_on_attention_trains_both_and_saves_plain(tmp_path: Path, order: str) -> None:
+    model = with_peft(order)
+    before = factors(model)
+    lora = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n and ".update." not in n}
+    assert len(lora) == 12
+    trainer(model, tmp_path).train()
+    assert all(not torch.equal(before[n], value) for n, value in factors(model).items())
+    assert all(not torch.equal(lora[n], model.get_parameter(n)) for n in lora)
+    assert all(torch.equal(frozen[n], model.get_parameter(n)) for n in frozen)
+
+    model.eval()
+    expected = model(tokens()).logits
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "plain")
+    plain = type(opt()).from_pretrained(tmp_path / "plain").eval()
+    assert list(plain.state_dict()) == list(opt().state_dict())
+    torch.testing.assert_close(plain(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (opt().eval()(tokens()).logits - expected).abs().max() > 1e-2
+
+
+def test_peft_all_linear_leaves_the_patched_projections_alone() -> None:
+    model = get_peft_model(patch_model(opt(), TRAIN), LoraConfig(r=2, target_modules="all-linear"))
+    wrapped = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
+    assert {name.rpartition("layers.")[2] for name in wrapped if ".fc" in name} == {"0.fc1", "0.fc2"}
+    assert sum(".q_proj" in name for name in wrapped) == 3
+    assert all(
+        mlp.parent.get_submodule(p) is q
+        for mlp in sparse_mlps(model)
+        for p, q in zip(mlp.sources, mlp.projections, strict=True)
+    )
+
+
+def test_peft_on_a_patched_projection_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises((ValueError, InactivePatchError)):
+        model = get_peft_model(patch_model(opt(), TRAIN), LoraConfig(r=2, target_modules=["fc1"]))
+        trainer(model, tmp_path).train()
+
+
+# The same without a Trainer
+
+
+def test_custom_loop_does_all_the_callback_does() -> None:
+    model = patched_opt(fold_steps=2, refresh_steps=2, dense_steps=1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    check_active(model, optimizer)
+    reports = [sync_model(model, 0)]
+    for step in range(1, 5):
+        model(tokens(step), labels=tokens(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reports.append(sync_model(model, step, optimizer))
+    assert [r.step for r in reports] == [0, 1, 2, 3, 4]
+    assert [r.folded for r in reports] == [False, False, True, False, True]
+    assert [r.active_share for r in reports] == [1.0, 0.5, 0.5, 0.5, 0.5]
+    assert [r.recall is None for r in reports] == [True, True, False, False, False]
+    assert [r.update_norm.item() > 0 for r in reports] == [False, True, False, True, False]
+    assert [r.sync_seconds for r in reports] == sorted(r.sync_seconds for r in reports)
+    assert reports[-1].recall > 0.5
+
+
+def test_sync_of_what_is_not_patched_or_frozen() -> None:
+    with pytest.raises(NotPatchedError):
+        sync_model(opt(), 0)
+    with pytest.raises(NotPatchedError):
+        check_active(opt())
+    model = patched_opt()
+    freeze(model)
+    with pytest.raises(InactivePatchError, match="frozen"):
+        sync_model(model, 1)
+
+
+def test_update_norm_is_that_of_all_updates() -> None:
+    from helpers.models import fill_updates
+
+    model = patched_opt()
+    fill_updates(model)
+    whole = sum(
+        (2.0 * p.update.U @ p.update.V).square().sum() for mlp in sparse_mlps(model) for p in mlp.projections
+    ).sqrt()
+    torch.testing.assert_close(sync_model(model, 1).update_norm, whole.detach(), rtol=1e-5, atol=0)
