@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from comparison.plots import plot_loss_against_time, plots_available
+from comparison.report import CSV_COLUMNS, step_rows, summarise, table, write_whole
+from comparison.run_method import run_method
+from comparison.run_settings import RunSettings, Shape
+from comparison.turns import WorkerError, run_in_turns
 from environment import commit, machine, versions
-from plots import plot_loss_against_time, plots_available
-from report import CSV_COLUMNS, step_rows, summarise, table, write_whole
-from run_method import run_method
-from run_settings import RunSettings, Shape
 from tqdm import tqdm
-from turns import WorkerError, run_in_turns
 
 METHODS = ("vanilla", "lora", "subquad")
 LEARNING_RATES = {"vanilla": 2e-5, "lora": 2e-4, "subquad": 2e-4}
@@ -133,7 +133,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ours = parser.add_argument_group("methods")
     ours.add_argument("--rank", type=int, default=defaults.rank, help="of LoRA and of subquad's updates")
     ours.add_argument("--alpha", type=float, default=defaults.alpha)
-    ours.add_argument("--rest", choices=("lora", "frozen", "full"), default="lora", help="what subquad leaves")
+    ours.add_argument(
+        "--rest", choices=("lora", "frozen", "full"), default="lora", help="how subquad trains what it does not patch"
+    )
     ours.add_argument("--active", type=_value, help="--set active=..: number or share of neurons")
     ours.add_argument("--tile-size", type=int, help="--set tile_size=..")
     ours.add_argument("--layers", type=_value, help="--set layers_to_transform=..: all, all_but_first, [1, 2]")

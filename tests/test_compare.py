@@ -25,10 +25,10 @@ SCRIPTS = REPOSITORY / "scripts"
 DEMO_MODEL = SCRIPTS / "demo_model"
 sys.path[:0] = [str(SCRIPTS), str(REPOSITORY / "tests")]
 
-import report as reports  # noqa: E402
-from run_settings import Shape  # noqa: E402
+import comparison.report as reports  # noqa: E402
+from comparison.run_settings import Shape  # noqa: E402
+from comparison.turns import WorkerError, run_in_turns  # noqa: E402
 from turn_workers import die, use_turns  # noqa: E402
-from turns import WorkerError, run_in_turns  # noqa: E402
 
 METHODS = ("vanilla", "lora", "subquad")
 TEXT = "the quick brown fox jumps over the lazy dog while {} people watch it from a distance of {} metres\n"
@@ -316,7 +316,7 @@ def test_loss_never_reached_is_null_and_said() -> None:
 
 def test_picture_of_losses(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from plots import plot_loss_against_time
+    from comparison.plots import plot_loss_against_time
 
     summary = reports.summarise({"vanilla": result([1, 1], [3, 2, 1])}, untimed_steps=0)
     plot_loss_against_time(summary, tmp_path / "losses.png")
@@ -338,7 +338,7 @@ def test_files_are_never_half_written(tmp_path: Path) -> None:
 
 def test_mlp_time_is_the_span_between_first_and_last_projection() -> None:
     import torch
-    from mlp_time import MlpTimer
+    from comparison.mlp_time import MlpTimer
     from torch import nn
 
     class Slow(torch.autograd.Function):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from turns import Turns
+from comparison.turns import Turns
 
 
 def use_turns(name: str, turns: Turns) -> list[tuple[int, float, float]]:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from memory import PeakMemory
-from run_settings import RunSettings
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from turns import Turns
+
+from .memory import PeakMemory
+from .run_settings import RunSettings
+from .turns import Turns
 
 Batch = Mapping[str, torch.Tensor]
 

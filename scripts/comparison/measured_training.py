@@ -12,17 +12,18 @@ import datasets
 import torch
 import transformers
 from lm_data import NO_LOSS
-from memory import resident_bytes
 from methods import apply_method, plain_model
-from mlp_time import MlpTimer
-from run_inputs import Inputs, load_inputs
-from run_settings import RunSettings
 from torch import nn
 from torch.utils.data import DataLoader
-from training_clock import TimedTrainer
-from turns import Turns
 
 from hf_subquad import SubquadConfig, dense_forward, sparse_forward, sparse_mlps
+
+from .memory import resident_bytes
+from .mlp_time import MlpTimer
+from .run_inputs import Inputs, load_inputs
+from .run_settings import RunSettings
+from .training_clock import TimedTrainer
+from .turns import Turns
 
 
 def measure(settings: RunSettings, turns: Turns) -> dict[str, Any]:

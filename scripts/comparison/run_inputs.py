@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from data import DataError, load_rows
 from lm_data import NO_LOSS, make_sequences
-from run_settings import RunSettings, Shape
 from settings import LmSettings
 from training import load_tokenizer
 from transformers import (
@@ -19,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     default_data_collator,
 )
+
+from .run_settings import RunSettings, Shape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
