@@ -8,9 +8,11 @@ Several values, separated by commas, make a grid.
 """
 
 import argparse
+import ctypes
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comparison.memory import PeakMemory, resident_bytes
 from environment import commit, machine, versions
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -118,6 +121,20 @@ def saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
+def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
+    """Most memory that a forward and backward take beyond what the process holds before them."""
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed but kept would count as held before
+    before = resident_bytes() if x.device.type == "cpu" else torch.cuda.memory_allocated()
+    peak = PeakMemory(x.device.type)
+    peak.start()
+    layer(x).backward(grad)
+    peak.stop()
+    return max(0, peak.bytes - before)
+
+
 def gather_seconds(layer: nn.Module, x: Tensor) -> float:
     """Seconds that the row gathers of one forward and backward take by themselves."""
     mlp = sparse_mlps(layer)[0]
@@ -161,6 +178,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     median = {kind: statistics.median(values) for kind, values in times.items()}
     mlp = sparse_mlps(layers["subquad"])[0]
     memory = {kind: saved_bytes(layer, x) for kind, layer in layers.items()}
+    peaks = {kind: peak_bytes(layer, x, grad) for kind, layer in layers.items()}
 
     def ratio(kind: str) -> float:
         return statistics.median(a / b for a, b in zip(times[kind], times["subquad"], strict=True))
@@ -178,6 +196,8 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "seconds_range": {kind: [min(values), max(values)] for kind, values in times.items()},
         "dense_full_saved_bytes": memory["dense_full"], "dense_lora_saved_bytes": memory["dense_lora"],
         "subquad_saved_bytes": memory["subquad"],
+        "dense_full_peak_bytes": peaks["dense_full"], "dense_lora_peak_bytes": peaks["dense_lora"],
+        "subquad_peak_bytes": peaks["subquad"],
         "saved_share_of_dense": memory["subquad"] / memory["dense_full"],
     }  # fmt: skip
 
