@@ -173,7 +173,7 @@ _held = threading.local()
 def _scratch(role: str, like: Tensor, rows: int, columns: int) -> Tensor:
     """An uninitialised [rows, columns] for use within one call; on the CPU the same memory again on each call.
 
-    Fresh memory of this size is mapped page by page by the system every time, which costs as much as the gather.
+    Fresh memory of this size may be mapped by the system page by page, which can cost more than filling it.
     Rows start at multiples of 64 bytes, which GEMMs want. What lies between them is zero: oneDNN's low-precision GEMM
     multiplies the first of it by zero, and would make NaN of what an earlier call left there.
     """

@@ -76,12 +76,13 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
             mlp.index.refresh()
     for mlp in mlps:
         mlp.auditing = _due(step + 1, config.refresh_steps)
+    norms_squared = torch.stack([p.update.norm_squared() for m in mlps for p in m.projections])
     runtime.sync_seconds += time.perf_counter() - started
     runtime.last_report = SyncReport(
         step=step,
         active_share=1.0 if runtime.warming_up else sum(m.k for m in mlps) / sum(m.index.neurons for m in mlps),
         recall=recall,
-        update_norm=torch.stack([p.update.norm_squared() for m in mlps for p in m.projections]).sum().sqrt(),
+        update_norm=norms_squared.sum().sqrt(),
         sync_seconds=runtime.sync_seconds,
         folded=folded,
     )
