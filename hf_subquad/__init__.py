@@ -1,9 +1,11 @@
 """Subquadratic fine-tuning of wide MLP layers for Hugging Face models."""
 
+from .calibration import calibrate, compensate
 from .callback import SubquadCallback
 from .config import SubquadConfig
 from .errors import (
     AlreadyPatchedError,
+    CalibrationError,
     ConfigError,
     EmptyBatchError,
     InactivePatchError,
@@ -11,26 +13,34 @@ from .errors import (
     NotPatchedError,
     OutputError,
     PatchError,
+    PlanError,
     SidecarError,
     SubquadError,
     UnsupportedModuleError,
     WeightsError,
 )
-from .patching import dense_forward, patch_model, sparse_forward, sparse_mlps, unpatch_model
+from .patching import apply_plan, dense_forward, patch_model, sparse_forward, sparse_mlps, unpatch_model
+from .plan import LayerPlan, Plan
 from .sidecar import load_sidecar, save_sidecar
 from .sync import SyncReport, check_active, sync_model
+from .watch import BudgetChange
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyPatchedError",
+    "BudgetChange",
+    "CalibrationError",
     "ConfigError",
     "EmptyBatchError",
     "InactivePatchError",
+    "LayerPlan",
     "NoMatchError",
     "NotPatchedError",
     "OutputError",
     "PatchError",
+    "Plan",
+    "PlanError",
     "SidecarError",
     "SubquadCallback",
     "SubquadConfig",
@@ -38,7 +48,10 @@ __all__ = [
     "SyncReport",
     "UnsupportedModuleError",
     "WeightsError",
+    "apply_plan",
+    "calibrate",
     "check_active",
+    "compensate",
     "dense_forward",
     "load_sidecar",
     "patch_model",

@@ -6,16 +6,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .errors import InactivePatchError, SidecarError
-from .patching import require_patched, runtime_of
+from .calibration import calibrate, compensate
+from .errors import CalibrationError, InactivePatchError, SidecarError
+from .patching import apply_plan, require_patched, runtime_of
+from .plan import Plan
 from .sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
 from .sync import check_active, restart_moments, sync_model, train_updates
+from .trainer_batches import sample_batch
+from .undisturbed import undisturbed
 
 logger = logging.get_logger(__name__)
 
@@ -24,8 +29,9 @@ class SubquadCallback(TrainerCallback):
     """Keeps a patched model in sync during `Trainer.train()`.
 
     There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
-    if the patch would not take effect, folds and refreshes on schedule, adds `subquad/...` to the Trainer's logs, and
-    writes and reads the sidecar of each checkpoint.
+    if the patch would not take effect; plans budgets from a batch of the training data, if there is neither a plan nor
+    a fixed `active`, and fits what compensates for skipped neurons; folds, audits and adjusts budgets on schedule; adds
+    `subquad/...` to the Trainer's logs; writes and reads the sidecar of each checkpoint.
     """
 
     def on_init_end(
@@ -46,36 +52,48 @@ class SubquadCallback(TrainerCallback):
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
-        optimizer: Any = None, **kwargs: Any,
+        optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         if state.global_step:
             resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(args, state)
             self._resume(Path(resumed_from), state, model, optimizer)
         check_active(model, optimizer)
         self._move_first(sys._getframe(1).f_locals.get("self"))  # for a callback that came by add_callback
+        self._fit(args, model, train_dataloader)
+        runtime = runtime_of(model)
+        if runtime.plan is not None and state.is_world_process_zero:
+            print(runtime.plan.table(), flush=True)
         sync_model(model, state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        runtime, calls = runtime_of(model), sum(mlp.calls for mlp in require_patched(model))
-        if runtime.sparse(training=True) and calls == runtime.seen_calls:
+        runtime, mlps = runtime_of(model), require_patched(model)
+        calls = sum(mlp.calls for mlp in mlps)
+        if runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls:
             raise InactivePatchError(
                 "a training step ran, but no patched MLP did: is the Trainer training the model that was patched?"
             )
         runtime.seen_calls = calls
-        sync_model(model, state.global_step, optimizer)
+        report = sync_model(model, state.global_step, optimizer)
+        if state.is_world_process_zero:
+            for change in report.changes:
+                logger.warning(f"step {state.global_step}: {change}")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         logs: dict[str, float] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        report = runtime_of(model).last_report
-        if logs is None or "loss" not in logs or report is None:
+        runtime = runtime_of(model)
+        if logs is None or "loss" not in logs or runtime.last_report is None:
             return
-        logs.update(report.metrics())  # seen by the callbacks after this one
-        state.log_history[-1].update(report.metrics())  # the Trainer stored a copy already
+        figures = runtime.last_report.metrics()
+        if runtime.plan is not None:
+            figures["subquad/planned_loss_increase"] = runtime.plan.loss_increase
+            figures["subquad/planned_step_speedup"] = runtime.plan.step_speedup
+        logs.update(figures)  # seen by the callbacks after this one
+        state.log_history[-1].update(figures)  # the Trainer stored a copy already
 
     def on_save(
         self,
@@ -107,6 +125,33 @@ class SubquadCallback(TrainerCallback):
         else:
             logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
 
+    def _fit(self, args: TrainingArguments, model: nn.Module, dataloader: Any) -> None:
+        """Plan budgets and fit compensations on a batch of the training data, where neither was done before.
+
+        One rank plans, since each would measure other times, and all follow.
+        """
+        runtime = runtime_of(model)
+        plans = runtime.plan is None and runtime.config.active is None
+        if not plans and any(mlp.compensation for mlp in require_patched(model)):
+            return
+        with undisturbed(model):
+            batch = sample_batch(dataloader, args.train_batch_size, args.device)
+        try:
+            if batch is None:
+                raise CalibrationError("the dataset can only be iterated")
+            if plans:
+                shared = [_planned(model, batch) if args.process_index == 0 else None]
+                broadcast_object_list(shared)
+                if isinstance(shared[0], CalibrationError):
+                    raise shared[0]
+                apply_plan(model, shared[0])
+            compensate(model, [batch])
+        except CalibrationError as error:
+            logger.warning_once(
+                f"nothing could be fitted to the training data ({error}): every patched MLP computes m^0.8 of its m "
+                "neurons, or the `active` that was set. Call `calibrate` and `compensate` with batches of your own"
+            )
+
     def _resume(self, folder: Path, state: TrainerState, model: nn.Module, optimizer: Any) -> None:
         """Continue with the factors of the checkpoint that the Trainer has just loaded."""
         try:
@@ -119,6 +164,13 @@ class SubquadCallback(TrainerCallback):
             runtime_of(model).synced_step = state.global_step
             if optimizer is not None:
                 restart_moments(require_patched(model), optimizer)
+
+
+def _planned(model: nn.Module, batch: Any) -> Plan | CalibrationError:
+    try:
+        return calibrate(model, [batch])
+    except CalibrationError as error:
+        return error
 
 
 def _resumed_from(frame: FrameType | None) -> str | None:

@@ -28,8 +28,13 @@ class SubquadConfig:
     alpha: float = _setting(16.0, "The update counts alpha / rank times, as in LoRA.")
     active: int | float | None = _setting(
         None,
-        "Neurons a tile computes: a number (int), a share in (0, 1] (float), or null for "
-        "ceil(m ** 0.8) of m neurons, the sparsity level of the paper.",
+        "Neurons a tile computes: a number (int), a share in (0, 1] (float), or null for what a plan says, "
+        "and ceil(m ** 0.8) of m neurons, the sparsity level of the paper, until there is one.",
+    )
+    tolerance: float = _setting(
+        0.02,
+        "What a plan may cost: the expected increase of the training loss, in nats per predicted token, of the "
+        "sparse forward against the dense one.",
     )
     tile_size: int = _setting(128, "Tokens that share one selection of neurons, about.")
     tile_order: TileOrder = _setting(
@@ -48,20 +53,27 @@ class SubquadConfig:
     seed: int = _setting(0, "Seed of the index and of the factors; the global random state is left alone.")
     fold_steps: int = _setting(0, "Fold U V into the base weight every so many steps; 0: never.")
     refresh_steps: int = _setting(100, "Measure recall and refresh the index every so many steps; 0: never.")
-    dense_steps: int = _setting(0, "Run this many first steps with the dense forward.")
+    dense_share: float = _setting(
+        0.0, "Share of the training steps, spread evenly, that run dense: 0.1 is every tenth."
+    )
     sparse_eval: bool = _setting(False, "Evaluate sparse too; by default evaluation is dense.")
     index_factory: str = _setting("Flat", "faiss factory string of the half-space reporting query.")
 
     def __post_init__(self) -> None:
         for name, low in (
             ("rank", 1), ("tile_size", 1), ("sketch_rank", 1), ("seed", 0),
-            ("fold_steps", 0), ("refresh_steps", 0), ("dense_steps", 0),
+            ("fold_steps", 0), ("refresh_steps", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha must be a positive number, got {self.alpha!r}")
+        for name in ("alpha", "tolerance"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+        share = self.dense_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")
         self._check_active()
         self._check_layers()
         if self.tile_order not in get_args(TileOrder):

@@ -41,6 +41,14 @@ class InactivePatchError(SubquadError, RuntimeError):
     """The patch is present but would not take effect (frozen factors, replaced forward, ...)."""
 
 
+class CalibrationError(SubquadError, ValueError):
+    """A model cannot be calibrated on these batches."""
+
+
+class PlanError(SubquadError, ValueError):
+    """A plan is damaged, or was made for another model or other settings."""
+
+
 class SidecarError(SubquadError, RuntimeError):
     """A `subquad_state.safetensors` file is damaged, or belongs to another model."""
 

@@ -44,6 +44,9 @@ class ActivationIndex:
         output: the output projection.
         activation: the MLP's own elementwise activation.
         gated: neurons are activation(gate) * up, with gate and up in two projections or stacked in one.
+
+    Attributes:
+        recompressed: the sketch has gone through folds since it was built from the weights.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ActivationIndex:
         self.sketch: Sketch = build_sketch(stacked, self.rank, self.seed)
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self._seen = self._base_version()
+        self.recompressed = False
         self.refresh()
 
     @torch.no_grad()
@@ -96,6 +100,7 @@ class ActivationIndex:
             projection.update.restart()
         self._reporting = None
         self._seen = self._base_version()
+        self.recompressed = True
         self.refresh()
 
     @torch.no_grad()
@@ -107,15 +112,26 @@ class ActivationIndex:
         self._current()
         directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
         tiles = make_tiles((x @ directions.t()).float(), tile_size, order)
-        count, size = tiles.shape
+        stride = -(-tiles.shape[1] // _SCORED_TOKENS)
+        return Selection(tiles, self._choose(x[tiles.slots[:, ::stride]], k))
+
+    @torch.no_grad()
+    def choose(self, tile_tokens: Tensor, k: int) -> Tensor:
+        """The k most important neurons, int64 [n, k], of each of the given tiles, tokens [n, T, d]."""
+        self._current()
+        return self._choose(tile_tokens[:, :: -(-tile_tokens.shape[1] // _SCORED_TOKENS)], k)
+
+    def _choose(self, sample: Tensor, k: int) -> Tensor:
+        """The k most important neurons of each tile, from a sample of its tokens [n, t, d]."""
+        count, _, width = sample.shape
         if k >= self.neurons:
-            return Selection(tiles, torch.arange(self.neurons, device=x.device).expand(count, -1))
-        sample = tiles.slots[:, :: -(-size // _SCORED_TOKENS)]
-        activations = self._activations(self._estimate(x[sample.reshape(-1)]))
+            return torch.arange(self.neurons, device=sample.device).expand(count, -1)
+        activations = self.combine(self._estimate(sample.reshape(-1, width)))
         if activations.dtype is torch.float16:
             activations = activations.float()  # squares leave its range
-        scores = activations.square_().view(*sample.shape, -1).sum(1, dtype=torch.float32) * self.output_norms
-        return Selection(tiles, scores.topk(k, dim=1, sorted=False).indices)
+        by_tile = activations.square_().view(*sample.shape[:2], -1)
+        scores = by_tile.sum(1, dtype=torch.float32) * self.output_norms
+        return scores.topk(k, dim=1, sorted=False).indices
 
     @torch.no_grad()
     def report(self, x: Tensor, threshold: float) -> Report:
@@ -139,16 +155,38 @@ class ActivationIndex:
     def recall(self, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
         """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
         selection = self.select(x, k, tile_size, order)
-        tiles = selection.tiles
-        activations = self._activations(self._exact(x))
-        scores = activations.square()[tiles.slots].sum(1) * self._live_output_norms()
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, selection.neurons, True)
-        best = scores.topk(k, dim=1).indices
-        return chosen.gather(1, best).float().mean().item()
+        return self.found(x[selection.tiles.slots], selection.neurons)
+
+    @torch.no_grad()
+    def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
+        """What all neurons add to the MLP's output, and what those that a selection skips do: float32 [n, T, d_out].
+
+        From the live weights themselves.
+
+        Args:
+            tile_tokens: [n, T, d].
+            neurons: int64 [n, k], the neurons chosen for each tile.
+        """
+        activations, rows = self._by_tile(tile_tokens), self.output.live_rows().float()
+        whole = activations @ rows
+        chosen = torch.zeros(len(neurons), self.neurons, dtype=torch.bool, device=neurons.device)
+        chosen.scatter_(1, neurons, True)
+        return whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows
+
+    @torch.no_grad()
+    def found(self, tile_tokens: Tensor, neurons: Tensor) -> float:
+        """Share of the truly most important neurons of the given tiles that were chosen; arguments as in `outputs`."""
+        scores = self._by_tile(tile_tokens).square().sum(1) * self._live_output_norms()
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
+        return chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
+
+    def _by_tile(self, tile_tokens: Tensor) -> Tensor:
+        """True activations, float32 [n, T, m]."""
+        return self.exact_activations(tile_tokens.flatten(0, 1)).view(*tile_tokens.shape[:2], -1)
 
     def exact_activations(self, x: Tensor) -> Tensor:
         """True activations of all neurons on x [N, d]: float32 [N, m]."""
-        return self._activations(self._exact(x))
+        return self.combine(self._exact(x))
 
     def _live_output_norms(self) -> Tensor:
         rows = self.output.live_rows()
@@ -169,8 +207,8 @@ class ActivationIndex:
             first += len(u)
         return estimates
 
-    def _activations(self, pre: list[Tensor]) -> Tensor:
-        """Activations [S, m] from the pre-activations of the input projections."""
+    def combine(self, pre: list[Tensor]) -> Tensor:
+        """Activations [..., m] from the pre-activations of the input projections."""
         if not self.gated:
             return self.activation(pre[0])
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)

@@ -11,13 +11,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .compensation import Compensation
 from .config import SubquadConfig
 from .errors import EmptyBatchError, SubquadError
 from .gathered import DotRows, SumRows
 from .index import ActivationIndex, Selection
+from .plan import Plan
 from .projection import NeuronProjection, compute_dtype
 
 Forward = Literal["auto", "dense", "sparse"]
+
+_AUDITED_TILES = 4
 
 
 @dataclass
@@ -26,25 +30,27 @@ class Runtime:
 
     Attributes:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); the others force it.
-        warming_up: training is still dense (`dense_steps`).
+        dense_step: the coming training step runs dense (`dense_share`).
         sync_seconds: time spent keeping in sync so far.
         synced_step: the step that was synced last.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
         last_report: what the latest sync measured, for logs.
+        plan: where the budgets come from, if they were planned; kept up to date as they change.
     """
 
     config: SubquadConfig
     forward: Forward = "auto"
-    warming_up: bool = False
+    dense_step: bool = False
     sync_seconds: float = 0.0
     synced_step: int | None = None
     seen_calls: int = 0
     last_report: Any = field(default=None, repr=False)
+    plan: Plan | None = None
 
     def sparse(self, training: bool) -> bool:
         if self.forward != "auto":
             return self.forward == "sparse"
-        return not self.warming_up if training else self.config.sparse_eval
+        return not self.dense_step if training else self.config.sparse_eval
 
 
 class SparseMLP:
@@ -57,8 +63,10 @@ class SparseMLP:
         trainable: which of their parameters were trainable.
         parent_forward: the forward that called the projections when they were patched in.
         k: neurons that a tile computes.
+        dense: the forward is dense whatever the mode, as planned or because the watch gave the layer up.
         calls: sparse forward passes so far.
-        audit: tokens [tokens, d] of a recent batch, kept if `auditing`, to measure recall on.
+        audited: tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if `auditing`.
+        compensation: what stands in for skipped neurons, once it was fitted.
         forced: if set, the selection that is used in place of the index's.
     """
 
@@ -86,11 +94,13 @@ class SparseMLP:
         self.parent_forward = current_forward(parent)
         self.k = runtime.config.active_neurons(index.neurons)
         self.calls = 0
+        self.dense = False
         self.auditing = False
-        self.audit: Tensor | None = None
+        self.audited: tuple[Tensor, Tensor] | None = None
+        self.compensation: Compensation | None = None
         self.forced: Selection | None = None
         self._selection: Selection | None = None
-        self._batch_shape: torch.Size = torch.Size()
+        self._x: Tensor | None = None
         self._served: set[int] = set()
         for projection in (*self.inputs, output):
             projection.mlp = self
@@ -98,6 +108,22 @@ class SparseMLP:
     @property
     def projections(self) -> list[NeuronProjection]:
         return [*self.inputs, self.output]
+
+    @property
+    def bare_name(self) -> str:
+        """Name in the bare model, also if the MLP was patched inside PEFT's wrapper."""
+        return self.name.removeprefix("base_model.model.")
+
+    @property
+    def active(self) -> int:
+        """Neurons that a token costs in training: k, or all m."""
+        return self.index.neurons if self.dense else self.k
+
+    def set_active(self, k: int) -> None:
+        """Compute k neurons a tile from now on; all m of them: run dense."""
+        self.dense = k >= self.index.neurons
+        if not self.dense:
+            self.k = k
 
     def begin(self, projection: "InputProjection", x: Tensor) -> Selection | None:
         """The selection that this call of an input projection uses; None for a dense forward.
@@ -107,32 +133,40 @@ class SparseMLP:
         """
         if self._selection is None or id(projection) in self._served:
             self._served.clear()
-            self._selection = self._select(x) if self.runtime.sparse(projection.training) else None
-            self._batch_shape = x.shape[:-1]
+            self._selection = self._select(x, projection.training) if self._sparse(projection.training) else None
+            self._x = x
         if self._selection is not None:
             self._served.add(id(projection))
         return self._selection
 
-    def end(self) -> tuple[Selection | None, torch.Size]:
-        """The selection that the output projection uses, and the batch shape to restore."""
-        selection, self._selection = self._selection, None
-        return selection, self._batch_shape
+    def end(self) -> tuple[Selection | None, Tensor]:
+        """The selection that the output projection uses, and the MLP's input x [..., d]."""
+        assert self._x is not None, "an output projection was called before its input projection"
+        (selection, x), (self._selection, self._x) = (self._selection, self._x), (None, None)
+        return selection, x
 
-    def _select(self, x: Tensor) -> Selection:
+    def _sparse(self, training: bool) -> bool:
+        return self.runtime.sparse(training) and (not self.dense or self.forced is not None)
+
+    def _select(self, x: Tensor, training: bool) -> Selection:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
             raise EmptyBatchError(f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model")
-        config = self.runtime.config
         self.calls += 1
-        if self.auditing:
-            self.audit = tokens[: 2 * config.tile_size].clone()
         if self.forced is not None:
             return self.forced
-        with torch.autocast(x.device.type, enabled=False):  # so that recall, measured outside of it, judges the same
-            return self.index.select(tokens, self.k, config.tile_size, config.tile_order)
+        config = self.runtime.config
+        # The tokens of a generation step, one a sequence, have little in common: each gets neurons of its own.
+        tile_size = 1 if not training and x.dim() == 3 and x.shape[1] == 1 else config.tile_size
+        with torch.autocast(x.device.type, enabled=False):  # so that the audit, made outside of it, judges the same
+            selection = self.index.select(tokens, self.k, tile_size, config.tile_order)
+        if self.auditing and training:
+            some = slice(None, None, -(-len(selection.neurons) // _AUDITED_TILES))
+            self.audited = tokens[selection.tiles.slots[some]], selection.neurons[some]
+        return selection
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_selection": None, "_served": set(), "audit": None}
+        return {**self.__dict__, "_selection": None, "_x": None, "_served": set(), "audited": None}
 
 
 class InputProjection(NeuronProjection):
@@ -161,7 +195,7 @@ class OutputProjection(NeuronProjection):
     mlp: SparseMLP
 
     def forward(self, a: Tensor) -> Tensor:
-        selection, batch_shape = self.mlp.end()
+        selection, x = self.mlp.end()
         if selection is None:
             return self.dense(a)
         expected = (*selection.tiles.shape, selection.neurons.shape[1])
@@ -173,7 +207,9 @@ class OutputProjection(NeuronProjection):
         a = a.to(compute_dtype(a))
         u, v, rows = self.update.U, self.update.V, self.rows(a.dtype)
         y = SumRows.apply(a, u, v, rows, self.bias, selection.tiles, selection.neurons, self.update.scale)
-        return y.view(*batch_shape, -1)
+        if self.mlp.compensation is not None:
+            y = y + self.mlp.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
+        return y.view(*x.shape[:-1], -1)
 
 
 def current_forward(module: nn.Module) -> Any:

@@ -11,10 +11,19 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .config import SubquadConfig
-from .errors import AlreadyPatchedError, ConfigError, NotPatchedError, PatchError, UnsupportedModuleError, WeightsError
+from .errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    NotPatchedError,
+    PatchError,
+    PlanError,
+    UnsupportedModuleError,
+    WeightsError,
+)
 from .families import Match, find_activation, find_mlps
 from .index import ActivationIndex
 from .layers import Forward, InputProjection, OutputProjection, Runtime, SparseMLP
+from .plan import Plan
 from .self_test import self_test
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -24,11 +33,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def patch_model(model: ModelT, config: SubquadConfig | None = None) -> ModelT:
+def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
     """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
 
     The patched base weights and biases are frozen, their low-rank updates are trainable; every other parameter
     stays as it is. Saved checkpoints stay plain.
+
+    Args:
+        plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes it at the
+            start of training, unless the config fixes `active`.
 
     Returns:
         The same model.
@@ -39,6 +52,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None) -> ModelT:
         UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
         WeightsError: weights hold NaN or infinite values.
         ConfigError: `active` or `rank` exceeds a layer.
+        PlanError: the plan is for other MLPs or other tiles.
         In each case the model is as it was.
     """
     config = config or SubquadConfig()
@@ -55,11 +69,41 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None) -> ModelT:
         for match in progress:
             patched.append(_patch_one(match, runtime))
             self_test(patched[-1])
+        if plan is not None:
+            apply_plan(model, plan)
     except BaseException:
         for mlp in patched:
             _restore(mlp)
         raise
     return model
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Give every MLP of a patched model its budget.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+        PlanError: the plan is for other MLPs or other tiles. Budgets are as they were.
+    """
+    mlps, runtime = require_patched(model), runtime_of(model)
+    wanted = [(layer.name, layer.neurons) for layer in plan.layers]
+    found = [(mlp.bare_name, mlp.index.neurons) for mlp in mlps]
+    if wanted != found:
+        odd = sorted(set(wanted) ^ set(found))[:4]
+        raise PlanError(
+            f"the plan is for {len(wanted)} MLPs, the model is patched at {len(found)}, and they differ in "
+            f"{', '.join(f'{name} of {neurons} neurons' for name, neurons in odd) or 'their order'}: calibrate the "
+            "model that is patched, with the same config"
+        )
+    config = runtime.config
+    if (plan.tile_size, plan.tile_order) != (config.tile_size, config.tile_order):
+        raise PlanError(
+            f"the plan was measured with tiles of {plan.tile_size} {plan.tile_order} tokens, the config has "
+            f"{config.tile_size} {config.tile_order}: calibrate with the same config"
+        )
+    for mlp, layer in zip(mlps, plan.layers, strict=True):
+        mlp.set_active(layer.active)
+    runtime.plan = plan
 
 
 def unpatch_model(model: ModelT) -> ModelT:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .errors import OutputError, SidecarError
-from .layers import SparseMLP
-from .patching import require_patched, runtime_of
+from .atomic import write_atomically
+from .compensation import Compensation
+from .errors import SidecarError
+from .patching import apply_plan, require_patched, runtime_of
+from .plan import Plan
 from .projection import NeuronProjection
 
 SIDECAR_NAME = "subquad_state.safetensors"
@@ -42,7 +43,10 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         if not merged and (update.restarts or config.fold_steps):
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     for mlp in require_patched(model):
-        tensors[f"{_bare(mlp)}.norms"] = mlp.index.output_norms
+        tensors[f"{mlp.bare_name}.norms"] = mlp.index.output_norms
+        if mlp.compensation is not None:
+            for part, values in vars(mlp.compensation).items():
+                tensors[f"{mlp.bare_name}.compensation.{part}"] = values
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": _FORMAT,
@@ -50,10 +54,11 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         "merged": merged,
         "restarts": restarts,
         "config": config.to_dict(),
+        "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
     }
     text = json.dumps(about, sort_keys=True)
     path = Path(folder) / SIDECAR_NAME
-    _write_atomically(path, save(tensors, {"subquad": text, "digest": _digest(text, tensors)}))
+    write_atomically(path, save(tensors, {"subquad": text, "digest": _digest(text, tensors)}))
     return path
 
 
@@ -92,7 +97,12 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
         mlp.index.build()
-        mlp.index.output_norms = tensors[f"{_bare(mlp)}.norms"].to(mlp.index.output_norms.device)
+        device = mlp.index.output_norms.device
+        mlp.index.output_norms = tensors[f"{mlp.bare_name}.norms"].to(device)
+        saved = {name: tensors.get(f"{mlp.bare_name}.compensation.{name}") for name in ("basis", "weight", "bias")}
+        mlp.compensation = None if saved["basis"] is None else Compensation(**saved).to(device)
+    if about.get("plan"):
+        apply_plan(model, Plan.from_dict(about["plan"]))
     runtime_of(model).synced_step = about["step"]
     return about["step"]
 
@@ -100,15 +110,10 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
 def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
     """Patched projections by their name in the bare model."""
     return {
-        f"{_bare(mlp)}.{path}": projection
+        f"{mlp.bare_name}.{path}": projection
         for mlp in require_patched(model)
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
     }
-
-
-def _bare(mlp: SparseMLP) -> str:
-    """Name of an MLP in the bare model, also if it was patched inside PEFT's wrapper."""
-    return mlp.name.removeprefix("base_model.model.")
 
 
 def _check_fits(
@@ -159,17 +164,3 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
         digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise OutputError(f"could not write {path}: {error.strerror or error}") from error

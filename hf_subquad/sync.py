@@ -1,14 +1,17 @@
 """Keep the index, the base weights and the low-rank updates of a patched model in step with training."""
 
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .errors import InactivePatchError
-from .layers import SparseMLP, current_forward
+from .layers import Runtime, SparseMLP, current_forward
 from .patching import require_patched, runtime_of
+from .watch import Audit, BudgetChange, audit_live, review
 
 
 @dataclass(frozen=True)
@@ -19,31 +22,43 @@ class SyncReport:
         step: optimizer steps done.
         active_share: neurons computed / neurons of the patched MLPs, in the coming step; 1.0 while dense.
         recall: share of the truly most important neurons that the index chose, as last measured; None before.
-        update_norm: Frobenius norm of all live updates s U V together (0-dim tensor).
+        error: relative output error of the sparse MLPs, as last measured; None before.
         sync_seconds: seconds spent in `sync_model` since the patch.
         folded: the updates were folded into the base weights.
+        changes: budgets that changed.
     """
 
     step: int
     active_share: float
     recall: float | None
-    update_norm: Tensor
+    error: float | None
     sync_seconds: float
     folded: bool
+    changes: tuple[BudgetChange, ...]
+    _mlps: Sequence[SparseMLP] = field(repr=False, compare=False)
+
+    @property
+    @torch.no_grad()
+    def update_norm(self) -> float:
+        """Frobenius norm of all live updates s U V together, when it is read."""
+        return torch.stack([p.update.norm_squared() for m in self._mlps for p in m.projections]).sum().sqrt().item()
 
     def metrics(self) -> dict[str, float]:
-        """The figures for logs, under 'subquad/...'; recall only once it was measured."""
+        """The figures for logs, under 'subquad/...'; recall and error only once they were measured."""
         figures = {
             "subquad/active_share": self.active_share,
-            "subquad/update_norm": self.update_norm.item(),
+            "subquad/update_norm": self.update_norm,
             "subquad/sync_seconds": self.sync_seconds,
+            "subquad/recall": self.recall,
+            "subquad/output_error": self.error,
         }
-        return figures if self.recall is None else {**figures, "subquad/recall": self.recall}
+        return {name: value for name, value in figures.items() if value is not None}
 
 
 @torch.no_grad()
 def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> SyncReport:
-    """Do what is due after optimizer step `step`: end the dense warm-up, fold, measure recall, refresh the index.
+    """Do what is due after optimizer step `step`: fold, audit the live tiles, adjust budgets to the plan, refresh the
+    index, and say whether the coming step runs dense.
 
     All that `SubquadCallback` does in training; call it with step 0 before the first step of a custom loop, then
     after each optimizer step. What is due at a step is done once, also if it is called again for that step.
@@ -60,7 +75,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     runtime = runtime_of(model)
     config = runtime.config
     _check_trainable(mlps)
-    runtime.warming_up = step < config.dense_steps
+    runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     runtime.synced_step = step
     folded = _due(step, config.fold_steps) and not already
@@ -69,22 +84,28 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
             mlp.index.fold()
         if optimizer is not None:
             restart_moments(mlps, optimizer)
-    recall = runtime.last_report.recall if runtime.last_report else None
+    recall, error = (runtime.last_report.recall, runtime.last_report.error) if runtime.last_report else (None, None)
+    changes: list[BudgetChange] = []
     if _due(step, config.refresh_steps) and not already:
-        recall = _measure_recall(mlps, recall)
+        audits, changes = _review(mlps, runtime)
+        if audits:
+            recall = sum(audit.recall for audit in audits) / len(audits)
+            error = sum(audit.error for audit in audits) / len(audits)
         for mlp in mlps:
             mlp.index.refresh()
     for mlp in mlps:
         mlp.auditing = _due(step + 1, config.refresh_steps)
-    norms_squared = torch.stack([p.update.norm_squared() for m in mlps for p in m.projections])
+    active = sum(mlp.active for mlp in mlps) / sum(mlp.index.neurons for mlp in mlps)
     runtime.sync_seconds += time.perf_counter() - started
     runtime.last_report = SyncReport(
         step=step,
-        active_share=1.0 if runtime.warming_up else sum(m.k for m in mlps) / sum(m.index.neurons for m in mlps),
+        active_share=1.0 if runtime.dense_step else active,
         recall=recall,
-        update_norm=norms_squared.sum().sqrt(),
+        error=error,
         sync_seconds=runtime.sync_seconds,
         folded=folded,
+        changes=tuple(changes),
+        _mlps=mlps,
     )
     return runtime.last_report
 
@@ -134,15 +155,20 @@ def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> 
                     value.zero_()
 
 
-def _measure_recall(mlps: list[SparseMLP], before: float | None) -> float | None:
-    """Mean recall over the MLPs that kept audit tokens; `before` if none did (no sparse step since)."""
-    config = mlps[0].runtime.config
-    recalls = []
-    for mlp in mlps:
-        if mlp.audit is not None:
-            recalls.append(mlp.index.recall(mlp.audit, mlp.k, config.tile_size, config.tile_order))
-            mlp.audit = None
-    return sum(recalls) / len(recalls) if recalls else before
+def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[BudgetChange]]:
+    """Audit the tiles that MLPs kept of the last batch, and adjust planned budgets to what they show."""
+    audits, changes = [], []
+    planned = runtime.plan.layers if runtime.plan else (None,) * len(mlps)
+    for mlp, layer in zip(mlps, planned, strict=True):
+        audit = audit_live(mlp)
+        if audit is not None:
+            audits.append(audit)
+            if layer is not None and (change := review(mlp, layer, audit)):
+                changes.append(change)
+        mlp.audited = None
+    if runtime.plan:
+        runtime.plan = runtime.plan.with_active([mlp.active for mlp in mlps])
+    return audits, changes
 
 
 def _check_trainable(mlps: list[SparseMLP]) -> None:
@@ -160,3 +186,9 @@ def _factors(mlp: SparseMLP) -> list[nn.Parameter]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
+
+
+def _due_share(step: int, share: float) -> bool:
+    """Whether a step is among a share of the steps, spread evenly from the first on: the last of a round number of
+    steps, whose batch is audited, is not."""
+    return math.ceil(step * share - 1e-9) > math.ceil((step - 1) * share - 1e-9)

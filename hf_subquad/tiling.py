@@ -46,7 +46,12 @@ class TokenTiles:
 
 
 def tile_shape(tokens: int, tile_size: int) -> tuple[int, int]:
-    """Number n of tiles (a power of two) and tokens T of each, T within a factor sqrt(2) of `tile_size`."""
+    """Number n of tiles (a power of two) and tokens T of each, T within a factor sqrt(2) of `tile_size`.
+
+    Tiles of one token are as many as there are tokens.
+    """
+    if tile_size == 1:
+        return tokens, 1
     rounds = max(0, round(math.log2(tokens / tile_size)))
     count = 1 << min(rounds, tokens.bit_length() - 1)
     return count, -(-tokens // count)
@@ -63,7 +68,7 @@ def make_tiles(features: Tensor, tile_size: int, order: TileOrder) -> TokenTiles
     tokens = features.shape[0]
     count, size = tile_shape(tokens, tile_size)
     token_of = torch.arange(count * size, device=features.device) % tokens
-    if order == "similar" and count > 1:
+    if order == "similar" and 1 < count < tokens:
         entries = _bisect(features[token_of], count)
     else:
         entries = torch.arange(count * size, device=features.device).view(count, size)

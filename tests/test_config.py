@@ -11,8 +11,10 @@ from hf_subquad import ConfigError, SubquadConfig, SubquadError
 
 WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in ("rank", "tile_size", "sketch_rank") for value in (0, -1, 2.0, True, "3", None)),
-    *((name, value) for name in ("seed", "fold_steps", "refresh_steps", "dense_steps") for value in (-1, 1.0, False)),
+    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False)),
     *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, "1", None, True)),
+    *(("tolerance", value) for value in (0, -1.0, math.nan, "1", None, True)),
+    *(("dense_share", value) for value in (-0.1, 1.1, math.nan, "1", None, True)),
     *(("active", value) for value in (0, -3, 0.0, 1.0001, -0.5, math.nan, True, "half")),
     *(("tile_order", value) for value in ("random", None, 1)),
     *(("layers_to_transform", value) for value in ("first", [], [-1], [1.0], [True], (1, 2), 3, None, ["1"])),
@@ -38,7 +40,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 def test_every_field_explains_itself_and_there_are_few() -> None:
     fields = dataclasses.fields(SubquadConfig)
-    assert len(fields) <= 14
+    assert len(fields) <= 15
     assert all(len(f.metadata["help"]) > 10 for f in fields)
 
 

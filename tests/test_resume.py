@@ -40,10 +40,10 @@ def all_values(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("make", [plain, beside_peft])
 @pytest.mark.parametrize(
     ("values", "stop"),
-    [({}, 3), ({"fold_steps": 2}, 3), ({"fold_steps": 3}, 3), ({"dense_steps": 4}, 3), ({"fold_steps": 2}, 4)],
-    ids=["no folds", "between folds", "at a fold", "in the dense start", "after two folds"],
+    [({}, 3), ({"fold_steps": 2}, 3), ({"fold_steps": 3}, 3), ({"dense_share": 0.5}, 4), ({"fold_steps": 2}, 4)],
+    ids=["no folds", "between folds", "at a fold", "after a dense step", "after two folds"],
 )
-def test_resumed_equals_uninterrupted(tmp_path: Path, make: Any, values: dict[str, int], stop: int) -> None:
+def test_resumed_equals_uninterrupted(tmp_path: Path, make: Any, values: dict[str, Any], stop: int) -> None:
     straight = make(**values)
     whole = trainer(straight, tmp_path / "whole", max_steps=6)
     whole.train()

@@ -1,0 +1,231 @@
+"""Measure a patched model on a few real batches, and plan from that what each MLP computes.
+
+Two findings make this cheap (`docs/planning.md` has the numbers). What a sparse MLP does to the model's predictions
+grows as the square of its output error, so one forward pass gives the factor, its sensitivity, for all k. And of
+several sparse MLPs the effects add up but for a common factor, which one pass with all of them gives.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .allocation import Option, allocate, budgets
+from .compensation import fit_compensation
+from .config import SubquadConfig
+from .errors import CalibrationError, ConfigError
+from .layers import SparseMLP
+from .measurements import MLPMeasurements, MLPTimes, outputs_of_some, seeing_tokens, share_of
+from .mlp_timing import MLPTiming, timed
+from .patching import (
+    dense_forward,
+    patch_model,
+    require_patched,
+    runtime_of,
+    sparse_forward,
+    sparse_mlps,
+    unpatch_model,
+)
+from .plan import LayerPlan, Plan
+from .predictions import Batch, Predictions, logits_of
+from .undisturbed import undisturbed
+
+_REFERENCE = 1 / 8  # share at which sensitivities are measured: small enough to stand out from rounding
+_JOINT_FACTOR = 2.0  # usual ratio of the joint effect to the sum of single ones, to begin with
+_ROUNDS = 4
+_CLOSE_ENOUGH = 0.9  # of the tolerance spent
+_FITTED_TILES = 16
+
+
+def calibrate(
+    model: nn.Module, batches: Iterable[Batch], config: SubquadConfig | None = None, tolerance: float | None = None
+) -> Plan:
+    """Measure, and allocate budgets. The model is left as it was, patched or not, random states included.
+
+    Args:
+        model: whose outputs have logits: scores of classes, or one value for regression.
+        batches: keyword arguments of the model, on its device and of the size to train with; one or two will do.
+        config: of the patch to plan for, if the model is not patched; a patched one has its own.
+        tolerance: instead of the config's.
+
+    Raises:
+        CalibrationError: no batches, outputs without logits, or values that are not finite.
+        ConfigError: a config was given for a patched model, or the tolerance is not positive.
+        PatchError: the model cannot be patched.
+    """
+    batches = list(batches)
+    if sparse_mlps(model):
+        if config is not None:
+            raise ConfigError("the model is patched already, and planned for with its own settings: leave config out")
+        return _calibrate(model, batches, tolerance)
+    patch_model(model, config)
+    try:
+        return _calibrate(model, batches, tolerance)
+    finally:
+        unpatch_model(model)
+
+
+def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Fit, for every sparse MLP of a patched model, what stands in for the neurons that its budget skips.
+
+    The callback does this at the start of training; a custom loop does it after `patch_model`. Without it the sparse
+    forward is less accurate, and a plan promises too much.
+
+    Raises:
+        CalibrationError: no batches, or tokens that are not finite.
+    """
+    batches = list(batches)
+    if not batches:
+        raise CalibrationError("compensate needs at least one batch")
+    mlps = [mlp for mlp in require_patched(model) if not mlp.dense]
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {mlp.name: [] for mlp in mlps}
+
+    def see(mlp: SparseMLP, tokens: Tensor) -> None:
+        config = mlp.runtime.config
+        selection = mlp.index.select(tokens, mlp.k, config.tile_size, config.tile_order)
+        x, _, missed = outputs_of_some(mlp, tokens, selection, _FITTED_TILES)
+        seen[mlp.name].append((x, missed))
+
+    with undisturbed(model), seeing_tokens(model, mlps, see):
+        for batch in batches:
+            model(**batch)
+    for mlp in mlps:
+        x, missed = (torch.cat(parts) for parts in zip(*seen[mlp.name], strict=True))
+        mlp.compensation = fit_compensation(mlp.index.sketch.basis, x, missed)
+
+
+def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | None) -> Plan:
+    mlps, config = require_patched(model), runtime_of(model).config
+    tolerance = config.tolerance if tolerance is None else tolerance
+    if not tolerance > 0:
+        raise ConfigError(f"tolerance must be positive, got {tolerance!r}")
+    if not batches:
+        raise CalibrationError("calibrate needs at least one batch")
+    measured = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
+    tokens_of: dict[str, Tensor] = {}  # of the first batch
+
+    def see(mlp: SparseMLP, tokens: Tensor) -> None:
+        measured[mlp.name].add(tokens)
+        tokens_of.setdefault(mlp.name, tokens)
+
+    with undisturbed(model), _restored(mlps):
+        with seeing_tokens(model, mlps, see):
+            dense = Predictions(model, batches)
+        times, all_times = {}, MLPTimes()
+        for mlp in mlps:
+            times[mlp.name] = all_times.of(mlp, tokens_of[mlp.name])
+        step_ms = 1000 * min(_step_seconds(model, batches[0]) for _ in range(2))
+        with sparse_forward(model):
+            sensitivities = {mlp.name: _sensitivity(mlps, measured[mlp.name], dense) for mlp in mlps}
+            options = [_options(measured[m.name], sensitivities[m.name], times[m.name]) for m in mlps]
+            chosen, loss_increase = _choose(options, mlps, measured, dense, tolerance)
+    x = tokens_of[mlps[0].name]
+    return Plan(
+        tolerance=tolerance,
+        loss_increase=loss_increase,
+        step_ms=step_ms,
+        tokens=len(x),
+        dtype=str(x.dtype).removeprefix("torch."),
+        device=x.device.type,
+        tile_size=config.tile_size,
+        tile_order=config.tile_order,
+        layers=tuple(
+            _layer_plan(measured[mlp.name], option, of_mlp, sensitivities[mlp.name], times[mlp.name])
+            for mlp, option, of_mlp in zip(mlps, chosen, options, strict=True)
+        ),
+    )
+
+
+def _sensitivity(mlps: Sequence[SparseMLP], measured: MLPMeasurements, dense: Predictions) -> float:
+    """Nats per squared output error, of one MLP sparse among dense ones."""
+    k = share_of(measured.mlp, _REFERENCE)
+    for mlp in mlps:
+        mlp.dense = True
+    _run_with(measured, k)
+    error = measured.error(k)
+    return dense.divergence() / error**2 if error else 0.0
+
+
+def _options(measured: MLPMeasurements, sensitivity: float, timing: MLPTiming) -> list[Option]:
+    """What an MLP can be run with: all budgets, and dense."""
+    neurons = measured.mlp.index.neurons
+    sparse = [Option(k, timing.at(k), sensitivity * measured.error(k) ** 2) for k in budgets(neurons)]
+    return [*sparse, Option(neurons, timing.dense, 0.0)]
+
+
+def _choose(
+    options: Sequence[Sequence[Option]],
+    mlps: Sequence[SparseMLP],
+    measured: Mapping[str, MLPMeasurements],
+    dense: Predictions,
+    tolerance: float,
+) -> tuple[list[Option], float]:
+    """An option for each MLP, with a joint divergence, which is measured and returned, of at most the tolerance."""
+    factor = _JOINT_FACTOR
+    best, best_increase = [of_mlp[-1] for of_mlp in options], 0.0
+    for _ in range(_ROUNDS):
+        allocated = allocate(options, tolerance / factor)
+        single = sum(option.loss for option in allocated)
+        for mlp, option in zip(mlps, allocated, strict=True):
+            _run_with(measured[mlp.name], option.active)
+        joint = dense.divergence() if single else 0.0
+        if joint <= tolerance and _milliseconds(allocated) <= _milliseconds(best):
+            best, best_increase = allocated, joint
+        fastest = [min(of_mlp, key=lambda option: option.ms) for of_mlp in options]
+        if (
+            not single
+            or _CLOSE_ENOUGH * tolerance <= joint <= tolerance
+            or (joint < tolerance and allocated == fastest)
+        ):
+            break
+        factor = max(joint / single, factor / 4) * (1.02 if joint > tolerance else 1.0)
+    return best, best_increase
+
+
+def _layer_plan(
+    measured: MLPMeasurements, chosen: Option, options: Sequence[Option], sensitivity: float, timing: MLPTiming
+) -> LayerPlan:
+    neurons = measured.mlp.index.neurons
+    return LayerPlan(
+        name=measured.mlp.bare_name,
+        neurons=neurons,
+        active=chosen.active,
+        break_even=next(option.active for option in options if option.ms >= timing.dense),
+        error=measured.error(chosen.active) if chosen.active < neurons else 0.0,
+        sensitivity=sensitivity,
+        full_ms=timing.full,
+        dense_ms=timing.dense,
+        sparse_ms=chosen.ms,
+    )
+
+
+def _run_with(measured: MLPMeasurements, k: int) -> None:
+    measured.mlp.set_active(k)
+    measured.mlp.compensation = None if measured.mlp.dense else measured.compensation(k)
+
+
+def _milliseconds(options: Sequence[Option]) -> float:
+    return sum(option.ms for option in options)
+
+
+def _step_seconds(model: nn.Module, batch: Batch) -> float:
+    """Forward and backward of the whole model, dense. Hooks that wait for gradients (DDP's) are not called."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def step() -> None:
+        logits = logits_of(model, batch)
+        torch.autograd.grad(logits, trained, torch.ones_like(logits), allow_unused=True)
+
+    with torch.enable_grad(), dense_forward(model):
+        return timed(step, trained[0].device)
+
+
+@contextmanager
+def _restored(mlps: Sequence[SparseMLP]) -> Iterator[None]:
+    before = [(mlp, mlp.k, mlp.dense, mlp.compensation) for mlp in mlps]
+    try:
+        yield
+    finally:
+        for mlp, k, dense, compensation in before:
+            mlp.k, mlp.dense, mlp.compensation = k, dense, compensation

@@ -1,0 +1,86 @@
+"""How far a model's predictions on some batches move when its MLPs run sparse."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CalibrationError
+
+Batch = Mapping[str, Any]
+
+_JUDGED = 1024  # predictions of each batch
+
+
+class Predictions:
+    """Predictions that a model makes now, to compare later ones with.
+
+    Args:
+        model: whose outputs have logits: scores of classes, or one value for regression.
+        batches: keyword arguments of the model.
+
+    Raises:
+        CalibrationError: there are no logits, or no prediction counts for the loss.
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self._model, self._batches = model, batches
+        self._positions, self._before = [], []
+        for batch in batches:
+            logits = logits_of(model, batch)
+            self._positions.append(_counted(logits, batch))
+            self._before.append(_scores(logits, self._positions[-1]))
+
+    def divergence(self) -> float:
+        """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
+        of a regression, that of Gaussians of unit variance.
+
+        Raises:
+            CalibrationError: predictions are not finite.
+        """
+        total = 0.0
+        for batch, positions, before in zip(self._batches, self._positions, self._before, strict=True):
+            now = _scores(logits_of(self._model, batch), positions)
+            if before.shape[-1] == 1:
+                total += (now - before).square().mean().item() / 2
+            else:
+                total += (before.exp() * (before - now)).sum(-1).mean().item()
+        if not math.isfinite(total):
+            raise CalibrationError("the model's predictions hold NaN or infinite values")
+        return max(total / len(self._batches), 0.0)  # rounding can bring it below
+
+
+def logits_of(model: nn.Module, batch: Batch) -> Tensor:
+    outputs = model(**batch)
+    logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        found = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise CalibrationError(
+            f"{type(model).__name__} returns no logits (but {found}): calibrate a model with a head, "
+            "or set `active` to a fixed share"
+        )
+    return logits
+
+
+def _counted(logits: Tensor, batch: Batch) -> Tensor:
+    """Row numbers of some predictions that count for the loss, spread evenly."""
+    shape = logits.shape[:-1] if logits.dim() > 1 else logits.shape
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
+        counted = labels.reshape(-1) != -100
+    elif isinstance(mask, Tensor) and mask.shape == shape:
+        counted = mask.reshape(-1) != 0
+    else:
+        counted = torch.ones(shape.numel(), dtype=torch.bool, device=logits.device)
+    rows = counted.nonzero().squeeze(1)
+    if not len(rows):
+        raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
+    return rows[:: -(-len(rows) // _JUDGED)]
+
+
+def _scores(logits: Tensor, positions: Tensor) -> Tensor:
+    """float32 log-probabilities [positions, classes]; of a regression, the values [positions, 1]."""
+    rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)[positions].float()
+    return rows if rows.shape[-1] == 1 else rows.log_softmax(-1)

@@ -1,0 +1,117 @@
+"""Whether budgets still serve the live tokens, and which of them change: the sketch first, then k, then dense."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .allocation import budgets
+from .layers import SparseMLP
+from .plan import LayerPlan
+
+# Live tiles are few and vary; a budget changes only when its error leaves this corridor around the planned one.
+_PAST = 1.25
+_COMFORTABLE = 0.8
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How well chosen neurons serve their tiles.
+
+    Attributes:
+        recall: share of the truly most important neurons that were chosen.
+        error: norm of what is missing from the MLP's output, over the norm of what all neurons add.
+    """
+
+    recall: float
+    error: float
+
+
+@dataclass(frozen=True)
+class BudgetChange:
+    """An MLP computes `after` neurons a tile in place of `before` from now on (all of them: dense), and why."""
+
+    name: str
+    before: int
+    after: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.after} neurons: {self.reason}"
+
+
+def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
+    """Audit a selection: tokens [n, T, d] of tiles, and the neurons chosen for each, int64 [n, k]."""
+    whole, missed = mlp.index.outputs(tile_tokens, neurons)
+    if mlp.compensation is not None:
+        missed = missed - mlp.compensation(tile_tokens.float())
+    return Audit(mlp.index.found(tile_tokens, neurons), relative_norm(missed, whole))
+
+
+def relative_norm(part: Tensor, whole: Tensor) -> float:
+    """||part|| / ||whole||, 0 of nothing."""
+    size = torch.linalg.vector_norm(whole).item()
+    return torch.linalg.vector_norm(part).item() / size if size else 0.0
+
+
+def audit_live(mlp: SparseMLP) -> Audit | None:
+    """Audit the tiles that an MLP kept of its last batch; None if it kept none. All ranks get the same."""
+    if mlp.audited is None:
+        return None
+    local = audit(mlp, *mlp.audited)
+    return Audit(_agreed(local.recall, mlp), _agreed(local.error, mlp))
+
+
+def review(mlp: SparseMLP, planned: LayerPlan, seen: Audit) -> BudgetChange | None:
+    """Change an MLP's budget if what was measured has left its plan. Every rank decides the same."""
+    if mlp.dense or mlp.audited is None or planned.error <= 0:
+        return None
+    if seen.error > _PAST * planned.error:
+        return _give_more(mlp, planned, seen.error)
+    if seen.error < _COMFORTABLE * planned.error:
+        return _give_back(mlp, planned, seen.error)
+    return None
+
+
+def _give_more(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange | None:
+    past = f"error {found:.3f} is past the planned {planned.error:.3f}"
+    if mlp.index.recompressed:
+        mlp.index.build()
+        error = _error(mlp, mlp.k)
+        if error <= _PAST * planned.error:
+            return BudgetChange(mlp.name, mlp.k, mlp.k, f"{past}; the sketch rebuilt after folds brings {error:.3f}")
+    before = mlp.k
+    for k in budgets(mlp.index.neurons):
+        if before < k < planned.break_even and (error := _error(mlp, k)) <= planned.error:
+            mlp.set_active(k)
+            return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}")
+    mlp.set_active(mlp.index.neurons)
+    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; what would mend it is no faster than dense")
+
+
+def _give_back(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange | None:
+    """One step down at a time."""
+    less = max((k for k in budgets(mlp.index.neurons) if k < mlp.k), default=None)
+    if less is None or (error := _error(mlp, less)) > planned.error:
+        return None
+    before = mlp.k
+    mlp.set_active(less)
+    reason = f"error {found:.3f} is well within the planned {planned.error:.3f}; {less} neurons bring {error:.3f}"
+    return BudgetChange(mlp.name, before, less, reason)
+
+
+def _error(mlp: SparseMLP, k: int) -> float:
+    """Output error with k neurons on the tiles that were kept."""
+    assert mlp.audited is not None
+    tokens, _ = mlp.audited
+    return _agreed(audit(mlp, tokens, mlp.index.choose(tokens, k)).error, mlp)
+
+
+def _agreed(value: float, mlp: SparseMLP) -> float:
+    """The mean over all ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value
+    shared = torch.tensor(value, dtype=torch.float64, device=mlp.output.weight.device)
+    dist.all_reduce(shared)
+    return shared.item() / dist.get_world_size()
