@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .allocation import Option, allocate, budgets
-from .compensation import fit_compensation
+from .compensation import CompensationFit
 from .config import SubquadConfig
 from .errors import CalibrationError, ConfigError
 from .layers import SparseMLP
-from .measurements import MLPMeasurements, MLPTimes, outputs_of_some, seeing_tokens, share_of
+from .measurements import MLPMeasurements, MLPTimes, outputs_by_tiles, seeing_tokens, share_of
 from .mlp_timing import MLPTiming, timed
 from .patching import (
     dense_forward,
@@ -35,7 +35,6 @@ _REFERENCE = 1 / 8  # share at which sensitivities are measured: small enough to
 _JOINT_FACTOR = 2.0  # usual ratio of the joint effect to the sum of single ones, to begin with
 _ROUNDS = 4
 _CLOSE_ENOUGH = 0.9  # of the tolerance spent
-_FITTED_TILES = 16
 
 
 def calibrate(
@@ -45,7 +44,8 @@ def calibrate(
 
     Args:
         model: whose outputs have logits: scores of classes, or one value for regression.
-        batches: keyword arguments of the model, on its device and of the size to train with; one or two will do.
+        batches: keyword arguments of the model, on its device and of the size to train with. The last one judges what
+            is fitted to the others; two or three will do, from one alone the plan is too hopeful.
         config: of the patch to plan for, if the model is not patched; a patched one has its own.
         tolerance: instead of the config's.
 
@@ -79,20 +79,17 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     if not batches:
         raise CalibrationError("compensate needs at least one batch")
     mlps = [mlp for mlp in require_patched(model) if not mlp.dense]
-    seen: dict[str, list[tuple[Tensor, Tensor]]] = {mlp.name: [] for mlp in mlps}
+    fits = {mlp.name: CompensationFit(mlp.index.sketch.basis) for mlp in mlps}
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
-        config = mlp.runtime.config
-        selection = mlp.index.select(tokens, mlp.k, config.tile_size, config.tile_order)
-        x, _, missed = outputs_of_some(mlp, tokens, selection, _FITTED_TILES)
-        seen[mlp.name].append((x, missed))
+        for x, _, missed in outputs_by_tiles(mlp, tokens, mlp.k):
+            fits[mlp.name].add(x, missed)
 
     with undisturbed(model), seeing_tokens(model, mlps, see):
         for batch in batches:
             model(**batch)
     for mlp in mlps:
-        x, missed = (torch.cat(parts) for parts in zip(*seen[mlp.name], strict=True))
-        mlp.compensation = fit_compensation(mlp.index.sketch.basis, x, missed)
+        mlp.compensation = fits[mlp.name].solve()
 
 
 def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | None) -> Plan:
@@ -103,19 +100,22 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
     if not batches:
         raise CalibrationError("calibrate needs at least one batch")
     measured = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
-    tokens_of: dict[str, Tensor] = {}  # of the first batch
+    tokens_of: dict[str, Tensor] = {}  # of the last batch
 
-    def see(mlp: SparseMLP, tokens: Tensor) -> None:
-        measured[mlp.name].add(tokens)
-        tokens_of.setdefault(mlp.name, tokens)
+    def judge(mlp: SparseMLP, tokens: Tensor) -> None:
+        measured[mlp.name].judge(tokens)
+        tokens_of[mlp.name] = tokens
 
     with undisturbed(model), _restored(mlps):
-        with seeing_tokens(model, mlps, see):
-            dense = Predictions(model, batches)
+        with seeing_tokens(model, mlps, lambda mlp, tokens: measured[mlp.name].fit(tokens)):
+            for batch in batches[:-1] or batches:
+                model(**batch)
+        with seeing_tokens(model, mlps, judge):
+            dense = Predictions(model, batches[-1])
         times, all_times = {}, MLPTimes()
         for mlp in mlps:
             times[mlp.name] = all_times.of(mlp, tokens_of[mlp.name])
-        step_ms = 1000 * min(_step_seconds(model, batches[0]) for _ in range(2))
+        step_ms = 1000 * min(_step_seconds(model, batches[-1]) for _ in range(2))
         with sparse_forward(model):
             sensitivities = {mlp.name: _sensitivity(mlps, measured[mlp.name], dense) for mlp in mlps}
             options = [_options(measured[m.name], sensitivities[m.name], times[m.name]) for m in mlps]

@@ -19,8 +19,10 @@ from .patching import apply_plan, require_patched, runtime_of
 from .plan import Plan
 from .sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
 from .sync import check_active, restart_moments, sync_model, train_updates
-from .trainer_batches import sample_batch
+from .trainer_batches import sample_batches
 from .undisturbed import undisturbed
+
+_CALIBRATION_BATCHES = 3
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +31,7 @@ class SubquadCallback(TrainerCallback):
     """Keeps a patched model in sync during `Trainer.train()`.
 
     There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
-    if the patch would not take effect; plans budgets from a batch of the training data, if there is neither a plan nor
+    if the patch would not take effect; plans budgets from batches of the training data, if there is neither a plan nor
     a fixed `active`, and fits what compensates for skipped neurons; folds, audits and adjusts budgets on schedule; adds
     `subquad/...` to the Trainer's logs; writes and reads the sidecar of each checkpoint.
     """
@@ -126,7 +128,7 @@ class SubquadCallback(TrainerCallback):
             logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
 
     def _fit(self, args: TrainingArguments, model: nn.Module, dataloader: Any) -> None:
-        """Plan budgets and fit compensations on a batch of the training data, where neither was done before.
+        """Plan budgets and fit compensations on batches of the training data, where neither was done before.
 
         One rank plans, since each would measure other times, and all follow.
         """
@@ -135,17 +137,17 @@ class SubquadCallback(TrainerCallback):
         if not plans and any(mlp.compensation for mlp in require_patched(model)):
             return
         with undisturbed(model):
-            batch = sample_batch(dataloader, args.train_batch_size, args.device)
+            batches = sample_batches(dataloader, args.train_batch_size, _CALIBRATION_BATCHES, args.device)
         try:
-            if batch is None:
+            if not batches:
                 raise CalibrationError("the dataset can only be iterated")
             if plans:
-                shared = [_planned(model, batch) if args.process_index == 0 else None]
+                shared = [_planned(model, batches) if args.process_index == 0 else None]
                 broadcast_object_list(shared)
                 if isinstance(shared[0], CalibrationError):
                     raise shared[0]
                 apply_plan(model, shared[0])
-            compensate(model, [batch])
+            compensate(model, batches)
         except CalibrationError as error:
             logger.warning_once(
                 f"nothing could be fitted to the training data ({error}): every patched MLP computes m^0.8 of its m "
@@ -166,9 +168,9 @@ class SubquadCallback(TrainerCallback):
                 restart_moments(require_patched(model), optimizer)
 
 
-def _planned(model: nn.Module, batch: Any) -> Plan | CalibrationError:
+def _planned(model: nn.Module, batches: list[Any]) -> Plan | CalibrationError:
     try:
-        return calibrate(model, [batch])
+        return calibrate(model, batches)
     except CalibrationError as error:
         return error
 

@@ -37,23 +37,30 @@ class Compensation:
         )
 
 
-@torch.no_grad()
-def fit_compensation(basis: Tensor, x: Tensor, missed: Tensor, prior: Compensation | None = None) -> Compensation:
-    """Ridge regression of what was missed on the sketch of the tokens.
+class CompensationFit:
+    """Ridge regression of what selections miss on the sketch of the tokens, from any number of batches.
 
     Args:
         basis: [r, d].
-        x: tokens [N, d].
-        missed: what the skipped neurons would have added, [N, d_out].
-        prior: what to stay near, on the basis given, in place of zero.
     """
-    features = torch.cat([x.float() @ basis.t(), x.new_ones(len(x), 1, dtype=torch.float32)], 1)
-    target = missed.float() if prior is None else missed.float() - prior(x.float())
-    gram = features.t() @ features
-    ridge = _RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    gram.diagonal().add_(ridge)
-    solution = torch.cholesky_solve(features.t() @ target, torch.linalg.cholesky(gram))
-    fitted = Compensation(basis, solution[:-1].t().contiguous(), solution[-1].contiguous())
-    if prior is None:
-        return fitted
-    return Compensation(basis, prior.weight + fitted.weight, prior.bias + fitted.bias)
+
+    def __init__(self, basis: Tensor) -> None:
+        self._basis = basis
+        size = len(basis) + 1
+        self._gram = basis.new_zeros(size, size)
+        self._moment: Tensor | float = 0.0
+
+    @torch.no_grad()
+    def add(self, x: Tensor, missed: Tensor) -> None:
+        """Tokens x [N, d], and what the skipped neurons would have added on them [N, d_out]."""
+        features = torch.cat([x.float() @ self._basis.t(), torch.ones(len(x), 1, device=x.device)], 1)
+        self._gram = self._gram + features.t() @ features
+        self._moment = self._moment + features.t() @ missed.float()
+
+    @torch.no_grad()
+    def solve(self) -> Compensation:
+        """The compensation that fits what was added."""
+        gram = self._gram.clone()
+        gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
+        solution = torch.cholesky_solve(self._moment, torch.linalg.cholesky(gram))
+        return Compensation(self._basis, solution[:-1].t().contiguous(), solution[-1].contiguous())

@@ -9,46 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compensation import Compensation, fit_compensation
+from .compensation import Compensation, CompensationFit
 from .errors import CalibrationError
-from .index import Selection
 from .layers import SparseMLP
 from .mlp_timing import MLPTiming, time_mlp
 from .patching import dense_forward
 from .projection import compute_dtype
-from .watch import relative_norm
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TIMED_SHARES = (1 / 8, 1 / 2)
-_TILES = 8  # of each batch and MLP
-_HELD_OUT = 4  # every so many-th token of a tile judges what was fitted on the others
+_TILES_AT_ONCE = 8
 
 
 class MLPMeasurements:
-    """One MLP's output errors, and the compensations they count on.
+    """One MLP's output errors, and the compensations they count on: fitted to some batches, judged on another.
 
     Both lie on straight lines against log k between the shares that were measured, and are zero at k = m.
     """
 
     def __init__(self, mlp: SparseMLP) -> None:
         self.mlp = mlp
-        self._batches = 0
-        self._errors: dict[int, float] = {}
+        self._fits = {share_of(mlp, share): CompensationFit(mlp.index.sketch.basis) for share in _SHARES}
         self._compensations: dict[int, Compensation] = {}
+        self._errors: dict[int, float] = {}
 
-    def add(self, tokens: Tensor) -> None:
-        """Measure on the MLP's input tokens [N, d] of one more batch."""
-        self._batches += 1
-        config = self.mlp.runtime.config
-        for k in sorted({share_of(self.mlp, share) for share in _SHARES}):
-            selection = self.mlp.index.select(tokens, k, config.tile_size, config.tile_order)
-            x, whole, missed = outputs_of_some(self.mlp, tokens, selection, _TILES)
-            held_out = torch.arange(len(x), device=x.device) % _HELD_OUT == 0
-            fitted = fit_compensation(self.mlp.index.sketch.basis, x[~held_out], missed[~held_out])
-            error = relative_norm(missed[held_out] - fitted(x[held_out].float()), whole[held_out])
-            known, share = self._compensations.get(k, fitted), 1 / self._batches
-            self._errors[k] = self._errors.get(k, 0.0) * (1 - share) + error * share
-            self._compensations[k] = known.towards(fitted, share)
+    def fit(self, tokens: Tensor) -> None:
+        """Fit to the MLP's input tokens [N, d] of a batch."""
+        for k, fit in self._fits.items():
+            for x, _, missed in outputs_by_tiles(self.mlp, tokens, k):
+                fit.add(x, missed)
+
+    def judge(self, tokens: Tensor) -> None:
+        """Measure the errors that remain on the tokens of another batch, after all fitting."""
+        for k, fit in self._fits.items():
+            self._compensations[k] = compensation = fit.solve()
+            missing = whole = 0.0
+            for x, added, missed in outputs_by_tiles(self.mlp, tokens, k):
+                missing += (missed - compensation(x.float())).square().sum().item()
+                whole += added.square().sum().item()
+            self._errors[k] = math.sqrt(missing / whole) if whole else 0.0
 
     def error(self, k: int) -> float:
         """Relative error of the MLP's output with k neurons, compensated."""
@@ -90,13 +89,15 @@ def share_of(mlp: SparseMLP, share: float) -> int:
     return max(1, round(share * mlp.index.neurons))
 
 
-def outputs_of_some(mlp: SparseMLP, tokens: Tensor, selection: Selection, tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """On some tiles of a selection, spread evenly: their tokens [S, d], what all neurons add to the output on them, and
+def outputs_by_tiles(mlp: SparseMLP, tokens: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For some tiles at a time of a selection: tokens [S, d], what all neurons add to the MLP's output on them, and
     what the skipped ones do, both [S, d_out]."""
-    some = slice(None, None, -(-len(selection.neurons) // tiles))
-    tile_tokens = tokens[selection.tiles.slots[some]]
-    whole, missed = mlp.index.outputs(tile_tokens, selection.neurons[some])
-    return tile_tokens.flatten(0, 1), whole.flatten(0, 1), missed.flatten(0, 1)
+    config = mlp.runtime.config
+    selection = mlp.index.select(tokens, k, config.tile_size, config.tile_order)
+    parts = zip(selection.tiles.slots.split(_TILES_AT_ONCE), selection.neurons.split(_TILES_AT_ONCE), strict=True)
+    for slots, neurons in parts:
+        whole, missed = mlp.index.outputs(tokens[slots], neurons)
+        yield tokens[slots].flatten(0, 1), whole.flatten(0, 1), missed.flatten(0, 1)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """How far a model's predictions on some batches move when its MLPs run sparse."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,27 +11,25 @@ from .errors import CalibrationError
 
 Batch = Mapping[str, Any]
 
-_JUDGED = 1024  # predictions of each batch
+_JUDGED = 1024  # predictions
 
 
 class Predictions:
-    """Predictions that a model makes now, to compare later ones with.
+    """Predictions that a model makes on a batch now, to compare later ones with.
 
     Args:
         model: whose outputs have logits: scores of classes, or one value for regression.
-        batches: keyword arguments of the model.
+        batch: keyword arguments of the model.
 
     Raises:
         CalibrationError: there are no logits, or no prediction counts for the loss.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self._model, self._batches = model, batches
-        self._positions, self._before = [], []
-        for batch in batches:
-            logits = logits_of(model, batch)
-            self._positions.append(_counted(logits, batch))
-            self._before.append(_scores(logits, self._positions[-1]))
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        logits = logits_of(model, batch)
+        self._positions = _counted(logits, batch)
+        self._before = _scores(logits, self._positions)
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
@@ -40,16 +38,14 @@ class Predictions:
         Raises:
             CalibrationError: predictions are not finite.
         """
-        total = 0.0
-        for batch, positions, before in zip(self._batches, self._positions, self._before, strict=True):
-            now = _scores(logits_of(self._model, batch), positions)
-            if before.shape[-1] == 1:
-                total += (now - before).square().mean().item() / 2
-            else:
-                total += (before.exp() * (before - now)).sum(-1).mean().item()
-        if not math.isfinite(total):
+        now = _scores(logits_of(self._model, self._batch), self._positions)
+        if now.shape[-1] == 1:
+            divergence = (now - self._before).square().mean().item() / 2
+        else:
+            divergence = (self._before.exp() * (self._before - now)).sum(-1).mean().item()
+        if not math.isfinite(divergence):
             raise CalibrationError("the model's predictions hold NaN or infinite values")
-        return max(total / len(self._batches), 0.0)  # rounding can bring it below
+        return max(divergence, 0.0)  # rounding can bring it below
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
