@@ -22,6 +22,8 @@ from .sync import check_active, restart_moments, sync_model, train_updates
 from .trainer_batches import sample_batches
 from .undisturbed import undisturbed
 
+PLAN_NAME = "subquad_plan.json"
+
 _CALIBRATION_BATCHES = 3
 
 logger = logging.get_logger(__name__)
@@ -65,6 +67,8 @@ class SubquadCallback(TrainerCallback):
         runtime = runtime_of(model)
         if runtime.plan is not None and state.is_world_process_zero:
             print(runtime.plan.table(), flush=True)
+            os.makedirs(args.output_dir, exist_ok=True)
+            runtime.plan.save(Path(args.output_dir) / PLAN_NAME)
         sync_model(model, state.global_step)
 
     def on_step_end(

@@ -20,6 +20,7 @@ from .tiling import TokenTiles, make_tiles
 
 # Measured on two pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
 _SCORED_TOKENS = 16  # of each tile
+_MOVE = 0.5  # of pre-activations' root mean square: how far importance looks beyond the estimate
 _TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
 
 
@@ -107,7 +108,8 @@ class ActivationIndex:
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
         """Tiles of the tokens x [N, d], and the k most important neurons of each.
 
-        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens.
+        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens, plus
+        what a small change of its pre-activations would do to that.
         """
         self._current()
         directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
@@ -126,12 +128,25 @@ class ActivationIndex:
         count, _, width = sample.shape
         if k >= self.neurons:
             return torch.arange(self.neurons, device=sample.device).expand(count, -1)
-        activations = self.combine(self._estimate(sample.reshape(-1, width)))
-        if activations.dtype is torch.float16:
-            activations = activations.float()  # squares leave its range
-        by_tile = activations.square_().view(*sample.shape[:2], -1)
-        scores = by_tile.sum(1, dtype=torch.float32) * self.output_norms
+        importance = self._importance(self._estimate(sample.reshape(-1, width)))
+        scores = importance.view(*sample.shape[:2], -1).sum(1, dtype=torch.float32) * self.output_norms
         return scores.topk(k, dim=1, sorted=False).indices
+
+    def _importance(self, pre: list[Tensor]) -> Tensor:
+        """Squared activation plus its squared change if pre-activations move a little, [S, m].
+
+        The second term keeps neurons that matter little now but can be trained to, since gradients reach a neuron
+        through that change; it is also what an error of the estimate can hide.
+        """
+        if pre[0].dtype is torch.float16:
+            pre = [values.float() for values in pre]  # squares leave its range
+        if not self.gated:
+            now = self.activation(pre[0])
+            return (self.activation(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square_())
+        gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
+        now, up_squared = self.activation(gate), up.square()
+        moved = (self.activation(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
+        return moved.addcmul_(now.square_(), up_squared.add_((_MOVE * _spread(up)) ** 2))
 
     @torch.no_grad()
     def report(self, x: Tensor, threshold: float) -> Report:
@@ -167,22 +182,21 @@ class ActivationIndex:
             tile_tokens: [n, T, d].
             neurons: int64 [n, k], the neurons chosen for each tile.
         """
-        activations, rows = self._by_tile(tile_tokens), self.output.live_rows().float()
+        count, size, width = tile_tokens.shape
+        activations = self.exact_activations(tile_tokens.reshape(-1, width)).view(count, size, -1)
+        rows = self.output.live_rows().float()
         whole = activations @ rows
-        chosen = torch.zeros(len(neurons), self.neurons, dtype=torch.bool, device=neurons.device)
-        chosen.scatter_(1, neurons, True)
+        chosen = torch.zeros(count, self.neurons, dtype=torch.bool, device=neurons.device).scatter_(1, neurons, True)
         return whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows
 
     @torch.no_grad()
     def found(self, tile_tokens: Tensor, neurons: Tensor) -> float:
         """Share of the truly most important neurons of the given tiles that were chosen; arguments as in `outputs`."""
-        scores = self._by_tile(tile_tokens).square().sum(1) * self._live_output_norms()
+        count, size, width = tile_tokens.shape
+        importance = self._importance(self._exact(tile_tokens.reshape(-1, width))).view(count, size, -1)
+        scores = importance.sum(1) * self._live_output_norms()
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
         return chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
-
-    def _by_tile(self, tile_tokens: Tensor) -> Tensor:
-        """True activations, float32 [n, T, m]."""
-        return self.exact_activations(tile_tokens.flatten(0, 1)).view(*tile_tokens.shape[:2], -1)
 
     def exact_activations(self, x: Tensor) -> Tensor:
         """True activations of all neurons on x [N, d]: float32 [N, m]."""
@@ -230,6 +244,11 @@ class ActivationIndex:
     def __getstate__(self) -> dict[str, Any]:
         samples = [projection.sample() for projection in (*self.inputs, self.output)]
         return {**self.__dict__, "_reporting": None, "_seen": None, "_copied_with": samples}
+
+
+def _spread(values: Tensor) -> Tensor:
+    """Root mean square, a 0-dim tensor."""
+    return values.square().mean(dtype=torch.float32).sqrt().to(values.dtype)
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:

@@ -76,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         alpha=settings.alpha,
         subquad=settings.subquad_config(),
         rest=settings.rest,
+        plan=settings.plan,
         task_type="SEQ_CLS",
     )
 

@@ -27,6 +27,7 @@ def apply_method(
     alpha: float = 16.0,
     subquad: SubquadConfig | None = None,
     rest: Rest = "lora",
+    plan: str | None = None,
     task_type: str = "CAUSAL_LM",
 ) -> tuple[nn.Module, list[TrainerCallback]]:
     """Prepare `model` for fine-tuning by `method`. Call it before the Trainer is made.
@@ -39,6 +40,7 @@ def apply_method(
         subquad: settings of the sparse layers; by default `SubquadConfig(rank=rank, alpha=alpha)`.
         rest: for "subquad", what is not patched: "lora" puts adapters on the remaining linear layers as
             method "lora" does, "frozen" trains U and V only, "full" trains all that is not patched.
+        plan: for "subquad", path of a plan in JSON; without one the callback plans, unless `active` is fixed.
         task_type: PEFT's name of the task: "CAUSAL_LM" or "SEQ_CLS". For "SEQ_CLS" the fresh classification
             head is always trained, even where the rest is frozen.
 
@@ -48,13 +50,14 @@ def apply_method(
     Raises:
         ValueError: an unknown `method` or `rest`.
         hf_subquad.errors.PatchError: "subquad" found nothing to patch.
+        hf_subquad.errors.PlanError: the plan is damaged, or for another model.
     """
     if method == "vanilla":
         return model, []
     if method == "lora":
         return _add_lora(model, rank, alpha, task_type), []
     if method == "subquad":
-        return _patch(model, subquad or SubquadConfig(rank=rank, alpha=alpha), rank, alpha, rest, task_type)
+        return _patch(model, subquad or SubquadConfig(rank=rank, alpha=alpha), rank, alpha, rest, plan, task_type)
     raise ValueError(f"method must be 'vanilla', 'lora' or 'subquad', got {method!r}")
 
 
@@ -73,14 +76,20 @@ def _add_lora(model: PreTrainedModel, rank: int, alpha: float, task_type: str) -
 
 
 def _patch(
-    model: PreTrainedModel, config: SubquadConfig, rank: int, alpha: float, rest: Rest, task_type: str
+    model: PreTrainedModel,
+    config: SubquadConfig,
+    rank: int,
+    alpha: float,
+    rest: Rest,
+    plan: str | None,
+    task_type: str,
 ) -> tuple[nn.Module, list[TrainerCallback]]:
-    from hf_subquad import SubquadCallback, patch_model
+    from hf_subquad import Plan, SubquadCallback, patch_model
 
     if rest not in ("lora", "frozen", "full"):
         raise ValueError(f"rest must be 'lora', 'frozen' or 'full', got {rest!r}")
     names_before = {name for name, _ in model.named_parameters()}
-    result: Any = patch_model(model, config)
+    result: Any = patch_model(model, config, Plan.load(plan) if plan else None)
     factors = [weight for name, weight in result.named_parameters() if name not in names_before]
     if rest == "frozen":
         _freeze(result, keep_head=task_type == "SEQ_CLS")

@@ -43,6 +43,7 @@ class Settings(SubquadConfig):
     model: str  # Hub name, or path of a folder
     method: Method
     rest: Rest = "lora"  # treatment of what "subquad" does not patch, see methods.py
+    plan: str | None = None  # JSON file of `hf-subquad plan --save`; null: planned at the start, if `active` is null
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # weights are loaded and saved in it
     output_dir: str
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -73,6 +74,9 @@ class Settings(SubquadConfig):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise SettingsError(f"{name} must be at least {low}, got {value}")
+
+        if self.plan is not None and not Path(self.plan).is_file():
+            raise SettingsError(f"plan: there is no file {self.plan} (seen from {Path.cwd()})")
 
     def subquad_config(self) -> SubquadConfig:
         return SubquadConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SubquadConfig)})
@@ -112,7 +116,7 @@ _NOT_PASSED_ON = {f.name for f in dataclasses.fields(Settings)} | {
     "local_rank",
 }
 
-_SPARSE_KEYS = {f.name for f in dataclasses.fields(SubquadConfig)} - {"rank", "alpha", "seed"} | {"rest"}
+_SPARSE_KEYS = {f.name for f in dataclasses.fields(SubquadConfig)} - {"rank", "alpha", "seed"} | {"rest", "plan"}
 _WITHOUT_EFFECT: dict[str, set[str]] = {
     "vanilla": _SPARSE_KEYS | {"rank", "alpha"},
     "lora": _SPARSE_KEYS,
