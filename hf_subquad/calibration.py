@@ -79,6 +79,8 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     if not batches:
         raise CalibrationError("compensate needs at least one batch")
     mlps = [mlp for mlp in require_patched(model) if not mlp.dense]
+    if not mlps:
+        return
     fits = {mlp.name: CompensationFit(mlp.index.sketch.basis) for mlp in mlps}
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
@@ -100,11 +102,11 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
     if not batches:
         raise CalibrationError("calibrate needs at least one batch")
     measured = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
-    tokens_of: dict[str, Tensor] = {}  # of the last batch
+    times = MLPTimes()
 
     def judge(mlp: SparseMLP, tokens: Tensor) -> None:
         measured[mlp.name].judge(tokens)
-        tokens_of[mlp.name] = tokens
+        times.add(mlp, tokens)
 
     with undisturbed(model), _restored(mlps):
         with seeing_tokens(model, mlps, lambda mlp, tokens: measured[mlp.name].fit(tokens)):
@@ -112,15 +114,15 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
                 model(**batch)
         with seeing_tokens(model, mlps, judge):
             dense = Predictions(model, batches[-1])
-        times, all_times = {}, MLPTimes()
         for mlp in mlps:
-            times[mlp.name] = all_times.of(mlp, tokens_of[mlp.name])
+            mlp.compensation = measured[mlp.name].compensation(1)  # of any budget: it is to be timed too
+            times.of(mlp)
         step_ms = 1000 * min(_step_seconds(model, batches[-1]) for _ in range(2))
         with sparse_forward(model):
             sensitivities = {mlp.name: _sensitivity(mlps, measured[mlp.name], dense) for mlp in mlps}
-            options = [_options(measured[m.name], sensitivities[m.name], times[m.name]) for m in mlps]
+            options = [_options(measured[m.name], sensitivities[m.name], times.of(m)) for m in mlps]
             chosen, loss_increase = _choose(options, mlps, measured, dense, tolerance)
-    x = tokens_of[mlps[0].name]
+    x = times.tokens_of(mlps[0])
     return Plan(
         tolerance=tolerance,
         loss_increase=loss_increase,
@@ -131,7 +133,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         tile_size=config.tile_size,
         tile_order=config.tile_order,
         layers=tuple(
-            _layer_plan(measured[mlp.name], option, of_mlp, sensitivities[mlp.name], times[mlp.name])
+            _layer_plan(measured[mlp.name], option, of_mlp, sensitivities[mlp.name], times.of(mlp))
             for mlp, option, of_mlp in zip(mlps, chosen, options, strict=True)
         ),
     )

@@ -37,6 +37,21 @@ class Selection:
     neurons: Tensor
 
 
+@dataclass(frozen=True)
+class Examination:
+    """A selection held against the truth.
+
+    Attributes:
+        recall: share of the truly most important neurons that were chosen.
+        whole: what all neurons add to the MLP's output, float32 [n, T, d_out].
+        missed: what the skipped ones do, float32 [n, T, d_out].
+    """
+
+    recall: float
+    whole: Tensor
+    missed: Tensor
+
+
 class ActivationIndex:
     """Index over the m neurons of one MLP.
 
@@ -170,33 +185,24 @@ class ActivationIndex:
     def recall(self, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
         """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
         selection = self.select(x, k, tile_size, order)
-        return self.found(x[selection.tiles.slots], selection.neurons)
+        return self.examine(x[selection.tiles.slots], selection.neurons).recall
 
     @torch.no_grad()
-    def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
-        """What all neurons add to the MLP's output, and what those that a selection skips do: float32 [n, T, d_out].
-
-        From the live weights themselves.
+    def examine(self, tile_tokens: Tensor, neurons: Tensor) -> Examination:
+        """What a selection finds and what it misses, from the live weights themselves.
 
         Args:
             tile_tokens: [n, T, d].
             neurons: int64 [n, k], the neurons chosen for each tile.
         """
         count, size, width = tile_tokens.shape
-        activations = self.exact_activations(tile_tokens.reshape(-1, width)).view(count, size, -1)
-        rows = self.output.live_rows().float()
-        whole = activations @ rows
-        chosen = torch.zeros(count, self.neurons, dtype=torch.bool, device=neurons.device).scatter_(1, neurons, True)
-        return whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows
-
-    @torch.no_grad()
-    def found(self, tile_tokens: Tensor, neurons: Tensor) -> float:
-        """Share of the truly most important neurons of the given tiles that were chosen; arguments as in `outputs`."""
-        count, size, width = tile_tokens.shape
-        importance = self._importance(self._exact(tile_tokens.reshape(-1, width))).view(count, size, -1)
-        scores = importance.sum(1) * self._live_output_norms()
+        pre = self._exact(tile_tokens.reshape(-1, width))
+        scores = self._importance(pre).view(count, size, -1).sum(1) * self._live_output_norms()
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
-        return chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
+        recall = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
+        activations, rows = self.combine(pre).view(count, size, -1), self.output.live_rows().float()
+        whole = activations @ rows
+        return Examination(recall, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
 
     def exact_activations(self, x: Tensor) -> Tensor:
         """True activations of all neurons on x [N, d]: float32 [N, m]."""

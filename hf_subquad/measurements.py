@@ -71,11 +71,22 @@ class MLPTimes:
     """Times of MLPs; those of one shape, dtype and number of tokens are timed once."""
 
     def __init__(self) -> None:
+        self._keys: dict[str, tuple[Any, ...]] = {}
+        self._samples: dict[tuple[Any, ...], Tensor] = {}
         self._times: dict[tuple[Any, ...], MLPTiming] = {}
 
-    def of(self, mlp: SparseMLP, tokens: Tensor) -> MLPTiming:
+    def add(self, mlp: SparseMLP, tokens: Tensor) -> None:
+        """The tokens [N, d] that an MLP is to be timed on."""
         shapes = tuple((p.weight.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
-        key = (shapes, len(tokens), tokens.dtype)
+        self._keys[mlp.name] = key = (shapes, len(tokens), tokens.dtype)
+        self._samples.setdefault(key, tokens)
+
+    def tokens_of(self, mlp: SparseMLP) -> Tensor:
+        """Tokens such as the MLP sees."""
+        return self._samples[self._keys[mlp.name]]
+
+    def of(self, mlp: SparseMLP) -> MLPTiming:
+        key, tokens = self._keys[mlp.name], self.tokens_of(mlp)
         if key not in self._times:
             autocast = tokens.dtype != mlp.output.weight.dtype
             with torch.autocast(tokens.device.type, dtype=tokens.dtype, enabled=autocast):
@@ -96,8 +107,8 @@ def outputs_by_tiles(mlp: SparseMLP, tokens: Tensor, k: int) -> Iterator[tuple[T
     selection = mlp.index.select(tokens, k, config.tile_size, config.tile_order)
     parts = zip(selection.tiles.slots.split(_TILES_AT_ONCE), selection.neurons.split(_TILES_AT_ONCE), strict=True)
     for slots, neurons in parts:
-        whole, missed = mlp.index.outputs(tokens[slots], neurons)
-        yield tokens[slots].flatten(0, 1), whole.flatten(0, 1), missed.flatten(0, 1)
+        truth = mlp.index.examine(tokens[slots], neurons)
+        yield tokens[slots].flatten(0, 1), truth.whole.flatten(0, 1), truth.missed.flatten(0, 1)
 
 
 @contextmanager

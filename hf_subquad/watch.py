@@ -11,8 +11,8 @@ from .layers import SparseMLP
 from .plan import LayerPlan
 
 # Live tiles are few and vary; a budget changes only when its error leaves this corridor around the planned one.
-_PAST = 1.25
-_COMFORTABLE = 0.8
+_PAST = 1.4
+_COMFORTABLE = 0.7
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,10 @@ class BudgetChange:
 
 def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
     """Audit a selection: tokens [n, T, d] of tiles, and the neurons chosen for each, int64 [n, k]."""
-    whole, missed = mlp.index.outputs(tile_tokens, neurons)
-    if mlp.compensation is not None:
-        missed = missed - mlp.compensation(tile_tokens.float())
-    return Audit(mlp.index.found(tile_tokens, neurons), relative_norm(missed, whole))
-
-
-def relative_norm(part: Tensor, whole: Tensor) -> float:
-    """||part|| / ||whole||, 0 of nothing."""
-    size = torch.linalg.vector_norm(whole).item()
-    return torch.linalg.vector_norm(part).item() / size if size else 0.0
+    truth = mlp.index.examine(tile_tokens, neurons)
+    missed = truth.missed if mlp.compensation is None else truth.missed - mlp.compensation(tile_tokens.float())
+    size = torch.linalg.vector_norm(truth.whole).item()
+    return Audit(truth.recall, torch.linalg.vector_norm(missed).item() / size if size else 0.0)
 
 
 def audit_live(mlp: SparseMLP) -> Audit | None:
