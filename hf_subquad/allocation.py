@@ -24,7 +24,7 @@ def budgets(neurons: int) -> list[int]:
     while share < 1:
         ks.add(-(-round(neurons * share) // _MULTIPLE) * _MULTIPLE)
         share *= 2 ** (1 / _STEPS_PER_DOUBLING)
-    return sorted(k for k in ks if k < neurons)
+    return sorted(k for k in ks if 0 < k < neurons)
 
 
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
@@ -60,10 +60,10 @@ def _at_price(options: Sequence[Sequence[Option]], price: float) -> list[Option]
 def _best_swap(
     options: Sequence[Sequence[Option]], chosen: Sequence[Option], budget: float
 ) -> tuple[int, Option] | None:
-    """The one change that saves most time within the budget, if any does."""
+    """The one change that saves most time for its loss within the budget, if any does."""
     left = budget - sum(option.loss for option in chosen)
     swaps = [
-        (now.ms - option.ms, layer, option)
+        ((now.ms - option.ms) / max(option.loss - now.loss, 1e-30), layer, option)
         for layer, (of_layer, now) in enumerate(zip(options, chosen, strict=True))
         for option in of_layer
         if option.ms < now.ms and option.loss - now.loss <= left

@@ -31,9 +31,10 @@ from .plan import LayerPlan, Plan
 from .predictions import Batch, Predictions, logits_of
 from .undisturbed import undisturbed
 
-_REFERENCE = 1 / 8  # share at which sensitivities are measured: small enough to stand out from rounding
+# Shares at which sensitivities are measured, the first with an error: small enough to stand out from rounding.
+_REFERENCES = (1 / 8, 1 / 16)
 _JOINT_FACTOR = 2.0  # usual ratio of the joint effect to the sum of single ones, to begin with
-_ROUNDS = 4
+_ROUNDS = 6
 _CLOSE_ENOUGH = 0.9  # of the tolerance spent
 
 
@@ -141,12 +142,14 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
 
 def _sensitivity(mlps: Sequence[SparseMLP], measured: MLPMeasurements, dense: Predictions) -> float:
     """Nats per squared output error, of one MLP sparse among dense ones."""
-    k = share_of(measured.mlp, _REFERENCE)
     for mlp in mlps:
         mlp.dense = True
-    _run_with(measured, k)
-    error = measured.error(k)
-    return dense.divergence() / error**2 if error else 0.0
+    for share in _REFERENCES:
+        k = share_of(measured.mlp, share)
+        if error := measured.error(k):
+            _run_with(measured, k)
+            return dense.divergence() / error**2
+    return 0.0
 
 
 def _options(measured: MLPMeasurements, sensitivity: float, timing: MLPTiming) -> list[Option]:
@@ -171,17 +174,16 @@ def _choose(
         single = sum(option.loss for option in allocated)
         for mlp, option in zip(mlps, allocated, strict=True):
             _run_with(measured[mlp.name], option.active)
-        joint = dense.divergence() if single else 0.0
+        joint = dense.divergence()
         if joint <= tolerance and _milliseconds(allocated) <= _milliseconds(best):
             best, best_increase = allocated, joint
-        fastest = [min(of_mlp, key=lambda option: option.ms) for of_mlp in options]
-        if (
-            not single
-            or _CLOSE_ENOUGH * tolerance <= joint <= tolerance
-            or (joint < tolerance and allocated == fastest)
-        ):
+        fastest = allocated == [min(of_mlp, key=lambda option: option.ms) for of_mlp in options]
+        if joint <= tolerance and (fastest or not joint or joint >= _CLOSE_ENOUGH * tolerance):
             break
-        factor = max(joint / single, factor / 4) * (1.02 if joint > tolerance else 1.0)
+        if not single:  # single effects say nothing here: only dense is safe
+            break
+        found = joint / single
+        factor = max(1.02 * found, 1.05 * factor) if joint > tolerance else max(found, factor / 4)
     return best, best_increase
 
 
@@ -225,9 +227,9 @@ def _step_seconds(model: nn.Module, batch: Batch) -> float:
 
 @contextmanager
 def _restored(mlps: Sequence[SparseMLP]) -> Iterator[None]:
-    before = [(mlp, mlp.k, mlp.dense, mlp.compensation) for mlp in mlps]
+    before = [(mlp, mlp.k, mlp.dense, mlp.compensation, mlp.calls) for mlp in mlps]
     try:
         yield
     finally:
-        for mlp, k, dense, compensation in before:
-            mlp.k, mlp.dense, mlp.compensation = k, dense, compensation
+        for mlp, k, dense, compensation, calls in before:
+            mlp.k, mlp.dense, mlp.compensation, mlp.calls = k, dense, compensation, calls

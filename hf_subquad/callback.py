@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from .calibration import calibrate, compensate
 from .errors import CalibrationError, InactivePatchError, SidecarError
-from .patching import apply_plan, require_patched, runtime_of
+from .patching import apply_plan, patched_parts, require_patched, runtime_of
 from .plan import Plan
 from .sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
 from .sync import check_active, restart_moments, sync_model, train_updates
@@ -75,7 +75,7 @@ class SubquadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        runtime, mlps = runtime_of(model), require_patched(model)
+        runtime, mlps = patched_parts(model)
         calls = sum(mlp.calls for mlp in mlps)
         if runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls:
             raise InactivePatchError(
@@ -136,9 +136,9 @@ class SubquadCallback(TrainerCallback):
 
         One rank plans, since each would measure other times, and all follow.
         """
-        runtime = runtime_of(model)
+        runtime, mlps = patched_parts(model)
         plans = runtime.plan is None and runtime.config.active is None
-        if not plans and any(mlp.compensation for mlp in require_patched(model)):
+        if not plans and any(mlp.compensation for mlp in mlps):
             return
         with undisturbed(model):
             batches = sample_batches(dataloader, args.train_batch_size, _CALIBRATION_BATCHES, args.device)
@@ -154,8 +154,9 @@ class SubquadCallback(TrainerCallback):
             compensate(model, batches)
         except CalibrationError as error:
             logger.warning_once(
-                f"nothing could be fitted to the training data ({error}): every patched MLP computes m^0.8 of its m "
-                "neurons, or the `active` that was set. Call `calibrate` and `compensate` with batches of your own"
+                f"nothing could be planned or fitted on the training data: {error}. Budgets stay as they are, "
+                f"{mlps[-1].active} of {mlps[-1].index.neurons} neurons in {mlps[-1].name}. Call `calibrate` and "
+                "`compensate` with batches of your own"
             )
 
     def _resume(self, folder: Path, state: TrainerState, model: nn.Module, optimizer: Any) -> None:

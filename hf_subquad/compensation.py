@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_RIDGE = 1e-3  # of the features' mean square
+_RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not drown the others
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Compensation:
     bias: Tensor
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d_out] in the dtype of x; differentiable in x."""
-        return F.linear(F.linear(x, self.basis.to(x.dtype)), self.weight.to(x.dtype), self.bias.to(x.dtype))
+        """[..., d] to [..., d_out] in the dtype and on the device of x; differentiable in x."""
+        return F.linear(F.linear(x, self.basis.to(x)), self.weight.to(x), self.bias.to(x))
 
     def to(self, device: torch.device) -> "Compensation":
         return Compensation(self.basis.to(device), self.weight.to(device), self.bias.to(device))
@@ -46,6 +46,7 @@ class CompensationFit:
 
     def __init__(self, basis: Tensor) -> None:
         self._basis = basis
+        self._tokens = 0
         size = len(basis) + 1
         self._gram = basis.new_zeros(size, size)
         self._moment: Tensor | float = 0.0
@@ -54,13 +55,17 @@ class CompensationFit:
     def add(self, x: Tensor, missed: Tensor) -> None:
         """Tokens x [N, d], and what the skipped neurons would have added on them [N, d_out]."""
         features = torch.cat([x.float() @ self._basis.t(), torch.ones(len(x), 1, device=x.device)], 1)
+        self._tokens += len(x)
         self._gram = self._gram + features.t() @ features
         self._moment = self._moment + features.t() @ missed.float()
 
     @torch.no_grad()
     def solve(self) -> Compensation:
-        """The compensation that fits what was added."""
+        """The compensation that fits what was added; none to speak of, all zero, from too few tokens."""
         gram = self._gram.clone()
-        gram.diagonal().add_(_RIDGE * gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny))
-        solution = torch.cholesky_solve(self._moment, torch.linalg.cholesky(gram))
+        gram.diagonal().mul_(1 + _RIDGE).add_(torch.finfo(gram.dtype).tiny)
+        if self._tokens < len(gram):
+            solution = torch.zeros_like(self._moment)
+        else:
+            solution = torch.cholesky_solve(self._moment, torch.linalg.cholesky(gram))
         return Compensation(self._basis, solution[:-1].t().contiguous(), solution[-1].contiguous())

@@ -32,7 +32,7 @@ class SubquadConfig:
         "and ceil(m ** 0.8) of m neurons, the sparsity level of the paper, until there is one.",
     )
     tolerance: float = _setting(
-        0.02,
+        0.003,
         "What a plan may cost: the expected increase of the training loss, in nats per predicted token, of the "
         "sparse forward against the dense one.",
     )

@@ -157,11 +157,11 @@ class ActivationIndex:
             pre = [values.float() for values in pre]  # squares leave its range
         if not self.gated:
             now = self.activation(pre[0])
-            return (self.activation(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square_())
+            return (self.activation(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
         now, up_squared = self.activation(gate), up.square()
         moved = (self.activation(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
-        return moved.addcmul_(now.square_(), up_squared.add_((_MOVE * _spread(up)) ** 2))
+        return moved.addcmul_(now.square(), up_squared.add_((_MOVE * _spread(up)) ** 2))
 
     @torch.no_grad()
     def report(self, x: Tensor, threshold: float) -> Report:
@@ -253,8 +253,8 @@ class ActivationIndex:
 
 
 def _spread(values: Tensor) -> Tensor:
-    """Root mean square, a 0-dim tensor."""
-    return values.square().mean(dtype=torch.float32).sqrt().to(values.dtype)
+    """Root mean square over each token's neurons, [S, 1]."""
+    return torch.linalg.vector_norm(values, dim=1, keepdim=True) / values.shape[1] ** 0.5
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:

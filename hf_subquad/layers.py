@@ -22,6 +22,7 @@ from .projection import NeuronProjection, compute_dtype
 Forward = Literal["auto", "dense", "sparse"]
 
 _AUDITED_TILES = 4
+_FEW = 4  # times fewer tokens than a tile has
 
 
 @dataclass
@@ -156,8 +157,8 @@ class SparseMLP:
         if self.forced is not None:
             return self.forced
         config = self.runtime.config
-        # The tokens of a generation step, one a sequence, have little in common: each gets neurons of its own.
-        tile_size = 1 if not training and x.dim() == 3 and x.shape[1] == 1 else config.tile_size
+        # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
+        tile_size = 1 if not training and _FEW * len(tokens) <= config.tile_size else config.tile_size
         with torch.autocast(x.device.type, enabled=False):  # so that the audit, made outside of it, judges the same
             selection = self.index.select(tokens, self.k, tile_size, config.tile_order)
         if self.auditing and training:

@@ -29,10 +29,11 @@ class MLPTiming:
     sparse: dict[int, float]
 
     def at(self, k: int) -> float:
-        """Sparse milliseconds at any k, on the straight line through the least and the greatest k measured."""
+        """Sparse milliseconds at any k, on the straight line through the least and the greatest k measured; below, not
+        less than in proportion."""
         (low, low_ms), (high, high_ms) = min(self.sparse.items()), max(self.sparse.items())
         slope = max(0.0, high_ms - low_ms) / max(1, high - low)
-        return low_ms + slope * (k - low)
+        return max(low_ms + slope * (k - low), low_ms * min(1.0, k / low))
 
 
 @torch.enable_grad()

@@ -85,7 +85,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         NotPatchedError: the model is not patched.
         PlanError: the plan is for other MLPs or other tiles. Budgets are as they were.
     """
-    mlps, runtime = require_patched(model), runtime_of(model)
+    check_plan(model, plan)
+    runtime, mlps = patched_parts(model)
+    for mlp, layer in zip(mlps, plan.layers, strict=True):
+        mlp.set_active(layer.active)
+    runtime.plan = plan
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises what `apply_plan` would, and changes nothing."""
+    runtime, mlps = patched_parts(model)
     wanted = [(layer.name, layer.neurons) for layer in plan.layers]
     found = [(mlp.bare_name, mlp.index.neurons) for mlp in mlps]
     if wanted != found:
@@ -101,9 +110,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             f"the plan was measured with tiles of {plan.tile_size} {plan.tile_order} tokens, the config has "
             f"{config.tile_size} {config.tile_order}: calibrate with the same config"
         )
-    for mlp, layer in zip(mlps, plan.layers, strict=True):
-        mlp.set_active(layer.active)
-    runtime.plan = plan
 
 
 def unpatch_model(model: ModelT) -> ModelT:
@@ -143,7 +149,17 @@ def runtime_of(model: nn.Module) -> Runtime:
         NotPatchedError: the model is not patched.
         PatchError: its parts were patched one by one, so there is no one schedule to follow.
     """
-    runtimes = {id(mlp.runtime): mlp.runtime for mlp in require_patched(model)}
+    return _shared_runtime(model, require_patched(model))
+
+
+def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
+    """`runtime_of` and `require_patched` in one search of the model."""
+    mlps = require_patched(model)
+    return _shared_runtime(model, mlps), mlps
+
+
+def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
+    runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
     if len(runtimes) > 1:
         raise PatchError(
             f"{type(model).__name__} was patched in {len(runtimes)} parts: unpatch it and patch the whole model once, "

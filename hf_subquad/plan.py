@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .atomic import write_atomically
 from .config import TileOrder
@@ -120,10 +121,11 @@ class Plan:
             rest = {name: value for name, value in values.items() if name not in ("format", "layers")}
             layers = tuple(LayerPlan(**layer) for layer in values["layers"])
             plan = cls(**rest, layers=layers)
-            whole = bool(layers) and all(1 <= layer.active <= layer.neurons for layer in layers)
+            for part in (plan, *layers):
+                _check(part)
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"this is not a plan: {error}") from error
-        if not whole:
+        if not layers or not all(1 <= layer.active <= layer.neurons for layer in layers):
             raise PlanError("this plan has no MLPs, or an MLP with an impossible number of active neurons")
         return plan
 
@@ -151,3 +153,20 @@ class Plan:
             return cls.from_dict(values)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+
+
+def _check(part: Plan | LayerPlan) -> None:
+    """Raises PlanError if a field holds what it cannot."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if field.type is int:
+            good = type(value) is int and value >= 1
+        elif field.type is float:
+            good = type(value) in (int, float) and math.isfinite(value) and value >= 0
+            good = good and (value > 0 or not field.name.endswith("_ms"))
+        elif field.name == "tile_order":
+            good = value in get_args(TileOrder)
+        else:
+            good = isinstance(value, tuple if field.name == "layers" else str)
+        if not good:
+            raise PlanError(f"this is not a plan: {field.name} is {value!r}")

@@ -28,7 +28,7 @@ class Predictions:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model, self._batch = model, batch
         logits = logits_of(model, batch)
-        self._positions = _counted(logits, batch)
+        self._positions = _counted(model, logits, batch)
         self._before = _scores(logits, self._positions)
 
     def divergence(self) -> float:
@@ -60,12 +60,15 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
     return logits
 
 
-def _counted(logits: Tensor, batch: Batch) -> Tensor:
+def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     """Row numbers of some predictions that count for the loss, spread evenly."""
     shape = logits.shape[:-1] if logits.dim() > 1 else logits.shape
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
-        counted = labels.reshape(-1) != -100
+        counted = labels != -100
+        if _predicts_next(model):
+            counted = torch.cat([counted[:, 1:], torch.zeros_like(counted[:, :1])], 1)
+        counted = counted.reshape(-1)
     elif isinstance(mask, Tensor) and mask.shape == shape:
         counted = mask.reshape(-1) != 0
     else:
@@ -74,6 +77,13 @@ def _counted(logits: Tensor, batch: Batch) -> Tensor:
     if not len(rows):
         raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
     return rows[:: -(-len(rows) // _JUDGED)]
+
+
+def _predicts_next(model: nn.Module) -> bool:
+    """Whether the label in place t is predicted in place t - 1, as transformers' causal models do."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return getattr(model, "loss_type", None) in (None, "ForCausalLM")
 
 
 def _scores(logits: Tensor, positions: Tensor) -> Tensor:

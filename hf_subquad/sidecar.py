@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .atomic import write_atomically
 from .compensation import Compensation
-from .errors import SidecarError
-from .patching import apply_plan, require_patched, runtime_of
+from .errors import PlanError, SidecarError
+from .patching import apply_plan, check_plan, require_patched, runtime_of
 from .plan import Plan
 from .projection import NeuronProjection
 
@@ -85,6 +85,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         )
     for name, projection in projections.items():
         _check_fits(path, name, projection, about, tensors)
+    plan = _plan(path, model, about)
     with torch.no_grad():
         for name, projection in projections.items():
             update = projection.update
@@ -101,8 +102,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         mlp.index.output_norms = tensors[f"{mlp.bare_name}.norms"].to(device)
         saved = {name: tensors.get(f"{mlp.bare_name}.compensation.{name}") for name in ("basis", "weight", "bias")}
         mlp.compensation = None if saved["basis"] is None else Compensation(**saved).to(device)
-    if about.get("plan"):
-        apply_plan(model, Plan.from_dict(about["plan"]))
+    if plan is not None:
+        apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
     return about["step"]
 
@@ -114,6 +115,17 @@ def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
         for mlp in require_patched(model)
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
     }
+
+
+def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
+    if not about.get("plan"):
+        return None
+    try:
+        plan = Plan.from_dict(about["plan"])
+        check_plan(model, plan)
+    except PlanError as error:
+        raise SidecarError(f"{path}: its plan does not fit: {error}") from error
+    return plan
 
 
 def _check_fits(

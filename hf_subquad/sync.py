@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import InactivePatchError
 from .layers import Runtime, SparseMLP, current_forward
-from .patching import require_patched, runtime_of
+from .patching import patched_parts, require_patched
 from .watch import Audit, BudgetChange, audit_live, review
 
 
@@ -71,8 +71,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
         InactivePatchError: the updates were frozen after the patch.
     """
     started = time.perf_counter()
-    mlps = require_patched(model)
-    runtime = runtime_of(model)
+    runtime, mlps = patched_parts(model)
     config = runtime.config
     _check_trainable(mlps)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
@@ -173,7 +172,7 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
 
 def _check_trainable(mlps: list[SparseMLP]) -> None:
     for mlp in mlps:
-        if not all(factor.requires_grad for factor in _factors(mlp)):
+        if not all(p.update.U.requires_grad and p.update.V.requires_grad for p in mlp.projections):
             raise InactivePatchError(
                 f"the low-rank updates of {mlp.name} are frozen (get_peft_model freezes all but its own): "
                 "call patch_model after get_peft_model, or pass SubquadCallback to the Trainer, which thaws them"

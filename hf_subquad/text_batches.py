@@ -20,7 +20,9 @@ def read_text(path: Path, column: str) -> str:
     if path.suffix != ".jsonl":
         return text
     parts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         row = json.loads(line)
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             raise CalibrationError(f"{path}, line {number}: no text in {column!r}; name another with --column")

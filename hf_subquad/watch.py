@@ -1,6 +1,6 @@
 """Whether budgets still serve the live tokens, and which of them change: the sketch first, then k, then dense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from .plan import LayerPlan
 # Live tiles are few and vary; a budget changes only when its error leaves this corridor around the planned one.
 _PAST = 1.4
 _COMFORTABLE = 0.7
+_NEGLIGIBLE = 0.01  # error: less is not asked for
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def audit_live(mlp: SparseMLP) -> Audit | None:
 
 def review(mlp: SparseMLP, planned: LayerPlan, seen: Audit) -> BudgetChange | None:
     """Change an MLP's budget if what was measured has left its plan. Every rank decides the same."""
-    if mlp.dense or mlp.audited is None or planned.error <= 0:
+    if mlp.dense or mlp.audited is None:
         return None
+    if planned.error < _NEGLIGIBLE:
+        planned = replace(planned, error=_NEGLIGIBLE)
     if seen.error > _PAST * planned.error:
         return _give_more(mlp, planned, seen.error)
     if seen.error < _COMFORTABLE * planned.error:

@@ -173,7 +173,7 @@ def test_recall_is_a_share_of_the_true_top() -> None:
     selection = index.select(x, k, 16, "similar")
     gate = index.inputs[0]
     pre = x @ gate.live_rows().t() + gate.bias
-    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.5 * pre.square().mean().sqrt()))
+    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.5 * pre.square().mean(1, keepdim=True).sqrt()))
     true = (now**2 + (moved - now) ** 2) * index.output.live_rows().square().sum(1)
     hits = []
     for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):

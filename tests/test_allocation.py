@@ -1,0 +1,173 @@
+"""Is a budget of loss spent where it buys most time?"""
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from hf_subquad.allocation import Option, allocate, budgets
+
+TIMES = st.floats(0.1, 100)
+LOSSES = st.one_of(st.just(0.0), st.floats(1e-6, 10))
+SPARSE = st.lists(st.tuples(TIMES, LOSSES), max_size=4)
+INSTANCES = st.lists(st.tuples(TIMES, SPARSE), min_size=1, max_size=4)
+BUDGETS = st.one_of(st.just(0.0), st.floats(1e-7, 20))
+
+
+def made(instance: Sequence[tuple[float, Sequence[tuple[float, float]]]]) -> list[list[Option]]:
+    """Options of MLPs of 100 neurons: some sparse ones, and dense."""
+    return [
+        [Option(10 + number, ms, loss) for number, (ms, loss) in enumerate(sparse)] + [Option(100, dense, 0.0)]
+        for dense, sparse in instance
+    ]
+
+
+def ms(options: Sequence[Option]) -> float:
+    return math.fsum(option.ms for option in options)
+
+
+def loss(options: Sequence[Option]) -> float:
+    return math.fsum(option.loss for option in options)
+
+
+def within(options: Sequence[Option], budget: float) -> bool:
+    return loss(options) <= budget * (1 + 1e-9)
+
+
+def brute_force(options: Sequence[Sequence[Option]], budget: float) -> float:
+    return min(ms(chosen) for chosen in itertools.product(*options) if within(chosen, budget))
+
+
+def realistic(count: int, seed: int) -> list[list[Option]]:
+    """MLPs of one shape whose losses fall with k, some of them a hundred times as sensitive as others."""
+    rng = random.Random(seed)
+    options = []
+    for _ in range(count):
+        sensitivity, power = 10 ** rng.uniform(-3, -1), rng.uniform(0.5, 2)
+        sparse = [
+            Option(k, 20 + 100 * k / 1024, sensitivity * ((1024 / k) ** power - 1) * rng.uniform(0.98, 1.02))
+            for k in budgets(1024)
+        ]
+        options.append([*sparse, Option(1024, 120.0, 0.0)])
+    return options
+
+
+@pytest.mark.parametrize("neurons", [1, 5, 8, 9, 16, 52, 100, 1536, 8192, 11008])
+def test_budgets_are_possible_and_what_gemms_like(neurons: int) -> None:
+    ks = budgets(neurons)
+    assert all(0 < k < neurons and k % 8 == 0 for k in ks)
+    assert ks == sorted(set(ks))
+
+
+def test_budgets_reach_from_a_sixteenth_in_small_steps() -> None:
+    ks = budgets(8192)
+    assert ks[0] == 512 and ks[-1] > 0.8 * 8192
+    assert all(1.1 < following / k < 1.3 for k, following in itertools.pairwise(ks))
+    assert {1024, 2048, 4096} < set(ks)
+
+
+@settings(max_examples=150, deadline=None)
+@given(INSTANCES, BUDGETS)
+def test_one_option_of_each_within_the_budget(instance, budget: float) -> None:
+    options = made(instance)
+    chosen = allocate(options, budget)
+    assert len(chosen) == len(options)
+    assert all(option in of_layer for option, of_layer in zip(chosen, options, strict=True))
+    assert within(chosen, budget)
+
+
+@settings(max_examples=150, deadline=None)
+@given(INSTANCES, BUDGETS)
+def test_nothing_that_saves_time_is_left_to_buy(instance, budget: float) -> None:
+    options = made(instance)
+    chosen = allocate(options, budget)
+    for number, of_layer in enumerate(options):
+        for option in of_layer:
+            other = [*chosen[:number], option, *chosen[number + 1 :]]
+            assert ms(other) >= ms(chosen) or loss(other) > budget * (1 - 1e-9)
+
+
+@settings(max_examples=300, deadline=None)
+@given(INSTANCES, BUDGETS)
+@example([(10.0, [(2.0, 1.0), (1.9, 3.0)])] * 4, 3.5)
+def test_at_most_one_mlp_behind_the_optimum(instance, budget: float) -> None:
+    """Of a relaxation of the knapsack, only one item is ever split: that is all that rounding it can cost."""
+    options = made(instance)
+    split = max(of_layer[-1].ms - min(option.ms for option in of_layer) for of_layer in options)
+    assert ms(allocate(options, budget)) <= brute_force(options, budget) + max(split, 0.0) + 1e-6
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.tuples(TIMES, SPARSE), BUDGETS)
+def test_one_mlp_gets_the_best_option(layer, budget: float) -> None:
+    options = made([layer])
+    assert ms(allocate(options, budget)) == pytest.approx(brute_force(options, budget))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_close_to_brute_force(seed: int) -> None:
+    """On curves as they are measured: within a tenth of the time that the best choice saves."""
+    options = [of_layer[::3] + of_layer[-1:] for of_layer in realistic(4, seed)]
+    for budget in (0.003, 0.03, 0.3):
+        best, dense = brute_force(options, budget), 4 * 120.0
+        assert ms(allocate(options, budget)) <= best + 0.1 * (dense - best) + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_uniform_choice_is_better(seed: int) -> None:
+    """At the loss of any one k for all, MLPs that compete are at least as fast, mostly much faster."""
+    options = realistic(24, seed)
+    gains = []
+    for number in range(len(options[0])):
+        uniform = [of_layer[number] for of_layer in options]
+        chosen = allocate(options, loss(uniform) * (1 + 1e-9))
+        assert ms(chosen) <= ms(uniform) + 1e-6
+        gains.append(ms(uniform) / ms(chosen))
+    assert max(gains) > 1.2
+
+
+@pytest.mark.parametrize("count", [2, 7, 24])
+def test_equal_mlps(count: int) -> None:
+    """At a price where all of them change at once, the budget goes to the change that buys most for its loss.
+
+    Here as many as can take the good option (80 ms for a nat) should, not one the slightly faster dear one.
+    """
+    options = [[Option(8, 19.0, 5.0), Option(16, 20.0, 1.0), Option(100, 100.0, 0.0)] for _ in range(count)]
+    affordable = count // 2
+    chosen = allocate(options, float(affordable) + 0.5)
+    assert sorted(option.active for option in chosen) == [16] * affordable + [100] * (count - affordable)
+
+
+def test_no_budget_takes_what_is_free() -> None:
+    """Which is dense, or a sparse option without loss; the fastest of them."""
+    options = [
+        [Option(8, 1.0, 0.1), Option(100, 9.0, 0.0)],
+        [Option(8, 1.0, 0.0), Option(16, 2.0, 0.0), Option(100, 9.0, 0.0)],
+        [Option(8, 12.0, 0.0), Option(100, 9.0, 0.0)],
+        [Option(8, 1.0, 1e-9), Option(100, 9.0, 0.0)],
+    ]
+    assert [option.active for option in allocate(options, 0.0)] == [100, 8, 100, 100]
+
+
+def test_an_unbounded_budget_takes_the_fastest() -> None:
+    options = [*realistic(5, 0), [Option(8, 130.0, 0.001), Option(1024, 120.0, 0.0)]]
+    assert [option.active for option in allocate(options, 1e9)] == [64] * 5 + [1024]
+
+
+def test_sensitive_mlps_get_more_neurons() -> None:
+    def curve(sensitivity: float) -> list[Option]:
+        sparse = [Option(k, 20 + 100 * k / 1024, sensitivity * (1024 / k - 1)) for k in budgets(1024)]
+        return [*sparse, Option(1024, 120.0, 0.0)]
+
+    active = [option.active for option in allocate([curve(s) for s in (0.001, 0.01, 0.1)], 0.05)]
+    assert active == sorted(active) and active[0] < active[2]
+
+
+def test_a_larger_budget_is_never_slower_on_measured_curves() -> None:
+    options = realistic(8, 3)
+    times = [ms(allocate(options, budget)) for budget in (0.0, 0.001, 0.01, 0.1, 1.0, 10.0)]
+    assert times == sorted(times, reverse=True) and times[0] > times[-1]

@@ -1,0 +1,294 @@
+"""Is a plan kept to the bit, refused when it is damaged or foreign, and followed by the model it is for?"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import CONFIG, NEURONS, assert_same, batch, fill_updates, llama, logits, opt, snapshot, tokens
+from helpers.planning import budgets_of, hand_plan
+from torch import nn
+
+from hf_subquad import (
+    LayerPlan,
+    NotPatchedError,
+    OutputError,
+    Plan,
+    PlanError,
+    SubquadConfig,
+    apply_plan,
+    dense_forward,
+    patch_model,
+    sparse_mlps,
+)
+from hf_subquad.patching import runtime_of
+
+LAYERS = (
+    LayerPlan("layers.1.mlp", 1000, 125, 800, 0.0625, 0.3, full_ms=30.0, dense_ms=20.0, sparse_ms=10.0),
+    LayerPlan("layers.2.mlp", 1003, 1003, 640, 0.0, 0.7, full_ms=12.0, dense_ms=8.0, sparse_ms=8.0),
+)
+PLAN = Plan(
+    tolerance=0.02, loss_increase=1 / 81, step_ms=100.0, tokens=2048, dtype="bfloat16", device="cpu", tile_size=5,
+    tile_order="similar", layers=LAYERS,
+)  # fmt: skip
+
+
+def changed(**values: Any) -> dict[str, Any]:
+    """The plan as JSON values, with other ones; those named `layer_...` are of its first layer."""
+    whole = PLAN.to_dict()
+    whole.update({name: value for name, value in values.items() if not name.startswith("layer_")})
+    of_layer = {name.removeprefix("layer_"): value for name, value in values.items() if name.startswith("layer_")}
+    if of_layer:
+        whole["layers"][0].update(of_layer)
+    return whole
+
+
+# By itself
+
+
+def test_speedups_by_hand() -> None:
+    assert PLAN.mlp_speedup == pytest.approx((30 + 12) / (10 + 8))
+    # 100 ms of the step are with MLPs of 20 and 8 ms: before the patch they took 14 ms more, in the plan 10 ms less.
+    assert PLAN.step_speedup == pytest.approx(114 / 90)
+
+
+def test_dense_is_all_neurons() -> None:
+    assert [layer.dense for layer in PLAN.layers] == [False, True]
+
+
+def test_other_budgets() -> None:
+    other = PLAN.with_active([200, 64])
+    assert [layer.active for layer in other.layers] == [200, 64]
+    assert other == dataclasses.replace(PLAN, layers=other.layers)
+    assert [dataclasses.replace(layer, active=0) for layer in other.layers] == [
+        dataclasses.replace(layer, active=0) for layer in PLAN.layers
+    ]
+    with pytest.raises(ValueError):
+        PLAN.with_active([200])
+
+
+def test_table_shows_every_mlp() -> None:
+    header, first, second, summary = PLAN.table().splitlines()
+    assert first.split() == ["layers.1.mlp", "1000", "125", "12.5%", "0.062", "30.0", "20.0", "10.0", "3.00x"]
+    assert second.split() == ["layers.2.mlp", "1003", "dense", "100.0%", "0.000", "12.0", "8.0", "8.0", "1.50x"]
+    assert len(header) == len(first) == len(second)
+    for part in ("2048 tokens", "bfloat16", "cpu", "2.33x", "1.27x", "+0.0123", "0.02"):
+        assert part in summary
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    PLAN.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == PLAN
+    assert Plan.load(str(tmp_path / "plan.json")).loss_increase == 1 / 81  # floats to the bit
+    assert Plan.from_dict(json.loads(json.dumps(PLAN.to_dict()))) == PLAN
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_to_dict_shares_nothing() -> None:
+    PLAN.to_dict()["layers"][0]["active"] = 1
+    assert PLAN.layers[0].active == 125
+
+
+# Files
+
+
+def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"plan\.json.*No space left"):
+            patch.setattr(os, call, full)
+            PLAN.with_active([8, 8]).save(path)
+    assert Plan.load(path) == PLAN
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_save_where_there_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "plan.json", tmp_path / "nowhere" / "plan.json"):
+        with pytest.raises(OutputError, match=r"plan\.json"):
+            PLAN.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Plan.load(tmp_path / "plan.json")
+
+
+def test_truncated_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    data = path.read_bytes()
+    for length in range(0, len(data.rstrip()), 7):
+        path.write_bytes(data[:length])
+        with pytest.raises(PlanError, match=r"plan\.json"):
+            Plan.load(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}'])
+def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "plan.json"
+    path.write_bytes(data)
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"format": 2},
+        {"format": None},
+        {"surprise": 1},
+        {"layers": []},
+        {"layers": None},
+        {"layers": ["layers.1.mlp"]},
+        {"layer_active": 0},
+        {"layer_active": 1001},
+        {"layer_active": "125"},
+        {"layer_surprise": 1},
+        {"layer_active": 125.5},
+        {"layer_error": "small"},
+        {"layer_sparse_ms": 0.0},
+        {"layer_break_even": None},
+        {"loss_increase": None},
+        {"tile_order": "alphabetical"},
+    ],
+    ids=str,
+)
+def test_what_is_no_plan_is_an_error_at_once(tmp_path: Path, values: dict[str, Any]) -> None:
+    """Not later, in the middle of training."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(changed(**values)))
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("name", [*(f.name for f in dataclasses.fields(Plan)), "format"])
+def test_missing_fields(name: str) -> None:
+    values = PLAN.to_dict()
+    del values[name]
+    with pytest.raises(PlanError):
+        Plan.from_dict(values)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(LayerPlan)])
+def test_missing_fields_of_a_layer(name: str) -> None:
+    values = PLAN.to_dict()
+    del values["layers"][1][name]
+    with pytest.raises(PlanError):
+        Plan.from_dict(values)
+
+
+# On a model
+
+
+def planned(budgets: list[int], **values: Any) -> tuple[nn.Module, Plan]:
+    """A model that was patched with a plan, its updates filled."""
+    config = SubquadConfig(**{**CONFIG.to_dict(), **values})
+    plan = hand_plan(patch_model(opt(), config), budgets)
+    model = patch_model(opt(), config, plan=plan)
+    fill_updates(model)
+    return model, plan
+
+
+def test_patch_with_a_plan_sets_budgets() -> None:
+    model, plan = planned([16, NEURONS])
+    assert budgets_of(model) == [16, NEURONS]
+    assert [mlp.dense for mlp in sparse_mlps(model)] == [False, True]
+    assert runtime_of(model).plan is plan
+    model(tokens())
+    assert [mlp.calls for mlp in sparse_mlps(model)] == [1, 0]
+
+
+def test_a_plan_goes_before_a_fixed_budget() -> None:
+    model, _ = planned([16, 24], active=0.9)
+    assert budgets_of(model) == [16, 24]
+
+
+def test_dense_layers_run_dense_to_the_bit() -> None:
+    model, _ = planned([NEURONS, NEURONS])
+    inputs = batch("opt", model)
+    found = logits(model, inputs)
+    with dense_forward(model):
+        expected = logits(model, inputs)
+    assert torch.equal(found, expected)
+    assert not any(mlp.calls for mlp in sparse_mlps(model))
+    sparse, _ = planned([NEURONS, 8])
+    assert not torch.equal(logits(sparse, inputs), expected)
+
+
+def test_a_new_plan_replaces_the_old_one() -> None:
+    model, plan = planned([16, NEURONS])
+    other = plan.with_active([NEURONS, 24])
+    apply_plan(model, other)
+    assert budgets_of(model) == [NEURONS, 24]
+    assert [mlp.dense for mlp in sparse_mlps(model)] == [True, False]
+    assert runtime_of(model).plan is other
+
+
+def test_names_do_not_depend_on_a_peft_wrapper() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plan = planned([16, NEURONS])[1]
+    model = get_peft_model(opt(), LoraConfig(r=2, target_modules=["q_proj"]))
+    patch_model(model, CONFIG, plan=plan)
+    assert budgets_of(model) == [16, NEURONS]
+
+
+def renamed(plan: Plan) -> Plan:
+    first, *rest = plan.layers
+    return dataclasses.replace(plan, layers=(dataclasses.replace(first, name="model.layers.9.mlp"), *rest))
+
+
+def resized(plan: Plan) -> Plan:
+    first, *rest = plan.layers
+    return dataclasses.replace(plan, layers=(dataclasses.replace(first, neurons=NEURONS + 4), *rest))
+
+
+FOREIGN = {
+    "another name": (renamed, r"model\.layers\.9\.mlp"),
+    "other neurons": (resized, f"{NEURONS + 4} neurons"),
+    "one less": (lambda plan: dataclasses.replace(plan, layers=plan.layers[:1]), r"1 MLPs.*patched at 2"),
+    "another order": (lambda plan: dataclasses.replace(plan, layers=plan.layers[::-1]), "order"),
+    "tile size": (lambda plan: dataclasses.replace(plan, tile_size=6), "tiles of 6"),
+    "tile order": (lambda plan: dataclasses.replace(plan, tile_order="consecutive"), "consecutive"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_plan_changes_nothing(spoil, words: str) -> None:
+    model, plan = planned([16, NEURONS])
+    with pytest.raises(PlanError, match=words):
+        apply_plan(model, spoil(plan.with_active([24, 24])))
+    assert budgets_of(model) == [16, NEURONS]
+    assert runtime_of(model).plan is plan
+
+
+@pytest.mark.parametrize(("spoil", "words"), FOREIGN.values(), ids=FOREIGN)
+def test_a_patch_with_a_foreign_plan_is_undone(spoil, words: str) -> None:
+    plan = planned([16, NEURONS])[1]
+    model = opt()
+    before = snapshot(model)
+    with pytest.raises(PlanError, match=words):
+        patch_model(model, CONFIG, plan=spoil(plan))
+    assert_same(before, snapshot(model))
+    assert not sparse_mlps(model)
+    patch_model(model, CONFIG, plan=plan)
+
+
+def test_a_plan_of_another_family() -> None:
+    with pytest.raises(PlanError, match="differ in"):
+        patch_model(llama(), CONFIG, plan=planned([16, 16])[1])
+
+
+def test_a_model_that_is_not_patched() -> None:
+    with pytest.raises(NotPatchedError):
+        apply_plan(opt(), planned([16, 16])[1])

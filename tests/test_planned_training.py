@@ -1,0 +1,461 @@
+"""Does the callback plan from the training data, without the training noticing, and keep the plan through it all?"""
+
+import copy
+import itertools
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from helpers.models import NEURONS, opt, tokens
+from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches
+from helpers.training import ROWS, TRAIN, StopAt, Texts, Watch, arguments, factors, losses, trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+from transformers.utils import logging
+
+from hf_subquad import (
+    InactivePatchError,
+    Plan,
+    SidecarError,
+    SubquadCallback,
+    SubquadConfig,
+    compensate,
+    load_sidecar,
+    patch_model,
+    save_sidecar,
+    sparse_mlps,
+)
+from hf_subquad.patching import runtime_of
+from hf_subquad.trainer_batches import sample_batches
+
+HERE = Path(__file__).resolve().parent
+PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-5}  # a part of what the fastest plan costs
+
+
+@pytest.fixture(autouse=True)
+def _times(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch)
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What the library warns of; `warning_once` starts anew."""
+    logging.get_logger("hf_subquad").warning_once.__func__.cache_clear()
+    logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        yield caplog
+    logging.disable_propagation()
+
+
+def to_plan(model: nn.Module | None = None, plan: Plan | None = None, **values: Any) -> nn.Module:
+    return patch_model(model or opt(), SubquadConfig(**{**PLANNED, **values}), plan=plan)
+
+
+class AtStart(TrainerCallback):
+    """Calls a function once, before the first step and after the other callbacks."""
+
+    def __init__(self, look: Any) -> None:
+        self.look = look
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self.look:
+            self.look(model)
+        self.look = None
+
+
+def fitted(model: nn.Module) -> list[Any]:
+    return [copy.deepcopy(mlp.compensation) for mlp in sparse_mlps(model)]
+
+
+def same_fits(ones: list[Any], others: list[Any]) -> bool:
+    return len(ones) == len(others) and all(
+        (a is None) == (b is None) and (a is None or all(torch.equal(vars(a)[n], vars(b)[n]) for n in vars(a)))
+        for a, b in zip(ones, others, strict=True)
+    )
+
+
+# Planning at the start
+
+
+def test_the_callback_plans_prints_logs_and_keeps_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = to_plan()
+    default = budgets_of(model)
+    seen: list[Any] = []
+    run = trainer(model, tmp_path, [AtStart(lambda m: seen.append((budgets_of(m), runtime_of(m).plan)))], max_steps=2)
+    run.train()
+    budgets, plan = seen[0]
+    assert budgets == [layer.active for layer in plan.layers] != default
+    assert 0 < plan.loss_increase <= plan.tolerance == 1e-5
+    assert plan.tokens == 14 and plan.step_ms == STEP_MS  # two rows of seven tokens
+    assert all(mlp.compensation is not None for mlp in sparse_mlps(model) if not mlp.dense)
+    assert capsys.readouterr().out.count(plan.table()) == 1
+    rows = [entry for entry in run.state.log_history if "loss" in entry]
+    assert [row["subquad/planned_loss_increase"] for row in rows] == [plan.loss_increase] * 2
+    assert rows[0]["subquad/planned_step_speedup"] == pytest.approx(plan.step_speedup)
+    assert rows[0]["subquad/active_share"] == pytest.approx(sum(budgets) / (2 * NEURONS))
+    assert Plan.load(tmp_path / "subquad_plan.json") == plan
+
+
+def test_a_fixed_share_is_compensated_but_not_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = to_plan(active=0.5)
+    run = trainer(model, tmp_path, max_steps=1)
+    run.train()
+    assert runtime_of(model).plan is None and budgets_of(model) == [NEURONS // 2] * 2
+    assert all(mlp.compensation.weight.any() for mlp in sparse_mlps(model))
+    assert "MLP" not in capsys.readouterr().out
+    assert not any("planned" in name for entry in run.state.log_history for name in entry)
+
+
+def test_a_plan_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_subquad import callback
+
+    monkeypatch.setattr(callback, "calibrate", None)
+    plan = hand_plan(to_plan(), [40, NEURONS])
+    model = to_plan(plan=plan)
+    trainer(model, tmp_path, max_steps=1, logging_steps=5).train()
+    assert [layer.name for layer in runtime_of(model).plan.layers] == [layer.name for layer in plan.layers]
+    assert runtime_of(model).plan.loss_increase == plan.loss_increase
+    first, second = sparse_mlps(model)
+    assert first.compensation is not None and second.dense and second.compensation is None
+
+
+def test_compensations_that_are_there_are_kept(tmp_path: Path) -> None:
+    model = to_plan(active=0.5)
+    compensate(model, text_batches(7))
+    before = fitted(model)
+    trainer(model, tmp_path, max_steps=1).train()
+    assert same_fits(fitted(model), before)
+
+
+def test_a_second_training_goes_on_with_the_plan(tmp_path: Path) -> None:
+    model = to_plan(refresh_steps=0)
+    trainer(model, tmp_path, max_steps=1).train()
+    plan, before = runtime_of(model).plan, fitted(model)
+    trainer(model, tmp_path, max_steps=1).train()
+    assert runtime_of(model).plan is plan and same_fits(fitted(model), before)
+
+
+def test_mixed_precision_is_planned_in(tmp_path: Path) -> None:
+    model = to_plan()
+    trainer(model, tmp_path, max_steps=1, bf16=True).train()
+    assert runtime_of(model).plan.dtype == "bfloat16"
+
+
+def test_the_sampled_batches_are_of_the_data(tmp_path: Path) -> None:
+    """Rows from all over, as the Trainer would collate them, on its device."""
+    data = [{"row": torch.tensor(number)} for number in range(23)]
+    loader = DataLoader(data, batch_size=4)
+    batches = sample_batches(loader, rows=4, count=3, device=torch.device("cpu"))
+    rows = [batch["row"].tolist() for batch in batches]
+    assert [len(batch) for batch in rows] == [4, 4, 4]
+    spread = sorted(itertools.chain(*rows))
+    assert len(set(spread)) == 12 and max(b - a for a, b in itertools.pairwise(spread)) <= 2
+    assert all(max(batch) - min(batch) > 12 for batch in rows)
+    assert sample_batches(loader, rows=9, count=3, device=torch.device("cpu"))[1]["row"].shape == (9,)
+    assert len(sample_batches(loader, rows=50, count=3, device=torch.device("cpu"))) == 1
+    assert sample_batches(DataLoader([]), rows=4, count=3, device=torch.device("cpu")) == []
+
+
+# Without the training noticing
+
+
+class Noisy(Texts):
+    """Rows that change with every random state, as augmented data do, and say which they were."""
+
+    def __init__(self) -> None:
+        self.served: list[tuple[int, int]] = []
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        noise = int(random.random() * 7) + int(numpy.random.rand() * 7) + int(torch.rand(1) * 7)
+        self.served.append((row, noise))
+        ids = tokens(seed=100 * row + noise, shape=(7,))
+        return {"input_ids": ids, "labels": ids}
+
+
+def run_noisy(model: nn.Module, folder: Path, look: Any = None) -> tuple[Trainer, Noisy]:
+    data = Noisy()
+    run = Trainer(model=model, args=arguments(folder, max_steps=4), train_dataset=data,
+                  callbacks=[SubquadCallback(), AtStart(look)])  # fmt: skip
+    run.train()
+    return run, data
+
+
+def test_planning_disturbs_neither_data_nor_random_states(tmp_path: Path) -> None:
+    """Against a run that gets plan and compensations by hand: the same rows, the same dropout, the same losses."""
+    found: list[Any] = []
+    model = to_plan(opt(dropout=0.3))
+    planned, data = run_noisy(model, tmp_path / "planned", lambda m: found.append((runtime_of(m).plan, fitted(m))))
+    plan, compensations = found[0]
+    by_hand = to_plan(opt(dropout=0.3), plan)
+    for mlp, compensation in zip(sparse_mlps(by_hand), compensations, strict=True):
+        mlp.compensation = compensation
+    straight, other = run_noisy(by_hand, tmp_path / "by hand")
+    assert len(other.served) >= 8 and data.served[6:] == other.served  # behind three batches of two rows to plan with
+    assert losses(planned) == losses(straight)
+    assert all(torch.equal(value, factors(by_hand)[name]) for name, value in factors(model).items())
+
+
+def test_a_plan_by_hand_gets_the_compensations_of_planning(tmp_path: Path) -> None:
+    found: list[Any] = []
+    look = lambda m: found.append((runtime_of(m).plan, fitted(m)))  # noqa: E731
+    first, _ = run_noisy(to_plan(), tmp_path / "planned", look)
+    second, _ = run_noisy(to_plan(plan=found[0][0]), tmp_path / "by hand", look)
+    assert same_fits(found[0][1], found[1][1])
+    assert losses(first) == losses(second)
+
+
+class Heavy:
+    """A collator that holds the model, as `DataCollatorForSeq2Seq` does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        assert self.model is HELD[0], "the model was copied"
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+HELD: list[nn.Module] = []
+
+
+def test_a_model_in_the_collator_is_not_copied(tmp_path: Path) -> None:
+    """It may fill most of the memory."""
+    HELD[:] = [model := to_plan()]
+    run = Trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=Texts(),
+                  data_collator=Heavy(model), callbacks=[SubquadCallback()])  # fmt: skip
+    run.train()
+    assert runtime_of(model).plan is not None
+
+
+# Where it cannot plan
+
+
+class Stream(IterableDataset):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (Texts()[row] for row in range(ROWS))
+
+
+def test_a_stream_is_not_used_up(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    model = to_plan()
+    default = budgets_of(model)
+    run = Trainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=Stream(),
+                  callbacks=[SubquadCallback()])  # fmt: skip
+    run.train()
+    assert run.state.global_step == 2
+    assert budgets_of(model) == default and runtime_of(model).plan is None
+    assert "can only be iterated" in warnings.text and "Budgets stay as they are" in warnings.text
+
+
+def test_a_model_without_logits(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = opt().model
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": self.model(input_ids).last_hidden_state.square().mean()}
+
+    model = to_plan(Bare())
+    default = budgets_of(model)
+    run = trainer(model, tmp_path, max_steps=2)
+    run.train()
+    assert run.state.global_step == 2 and budgets_of(model) == default and runtime_of(model).plan is None
+    assert "Bare returns no logits (but loss)" in warnings.text
+    assert all(mlp.calls == 2 for mlp in sparse_mlps(model))
+
+
+def test_the_warning_says_what_runs(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    """With a plan, a stream leaves MLPs at its budgets, not at m^0.8, but without compensations."""
+    model = to_plan(plan=hand_plan(to_plan(), [40, 40]))
+    run = Trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=Stream(),
+                  callbacks=[SubquadCallback()])  # fmt: skip
+    run.train()
+    assert budgets_of(model) != [24, 24] and "can only be iterated" in warnings.text
+    assert "every patched MLP computes m^0.8" not in warnings.text
+
+
+def test_a_bypass_is_found_after_planning_too(tmp_path: Path) -> None:
+    """What calibration ran sparse does not count as a training step."""
+    model, other = to_plan(), opt()
+    forward = model.forward
+
+    def bypassed_in_training(input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        return (forward if not model.training else other)(input_ids=input_ids, labels=labels)
+
+    model.forward = bypassed_in_training
+    run = trainer(model, tmp_path, max_steps=1)
+    with pytest.raises(InactivePatchError, match="no patched MLP did"):
+        run.train()
+
+
+# During training
+
+
+def test_changes_of_budgets_are_warned_of(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    model = to_plan(plan=hand_plan(to_plan(), [8, NEURONS], error=1e-6))
+    trainer(model, tmp_path, max_steps=1).train()
+    first, second = budgets_of(model)
+    assert first > 8 and second == NEURONS
+    assert f"step 1: {sparse_mlps(model)[0].name}: 8 -> {first} neurons" in warnings.text
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0, 0.3])
+def test_dense_steps_are_spread(tmp_path: Path, share: float) -> None:
+    """A share of the steps, the first among them, with the others in between."""
+    dense: list[bool] = []
+    calls = [0]
+
+    def look(model: nn.Module, step: int, **_: Any) -> None:
+        now = sparse_mlps(model)[0].calls
+        dense.append(now == calls[0])
+        calls[0] = now
+
+    trainer(to_plan(active=0.5, dense_share=share), tmp_path, [Watch(look)], max_steps=12).train()
+    assert len(dense) == 12 and dense[0]
+    places = [number for number, value in enumerate(dense) if value]
+    assert len(places) == -(-12 * share // 1)
+    gaps = {b - a for a, b in itertools.pairwise(places)}
+    assert gaps <= {int(1 / share), -int(-1 // share)}
+
+
+def test_no_step_is_dense_by_default(tmp_path: Path) -> None:
+    model = to_plan(active=0.5)
+    trainer(model, tmp_path, max_steps=3).train()
+    assert all(mlp.calls == 3 for mlp in sparse_mlps(model))
+
+
+# Saving and resuming
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+
+
+@pytest.mark.parametrize("values", [{}, {"fold_steps": 2}, {"dense_share": 0.5}], ids=["plain", "folds", "dense steps"])
+def test_resumed_equals_uninterrupted(
+    tmp_path: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = to_plan(**values)
+    whole = trainer(straight, tmp_path / "whole")
+    whole.train()
+    first = trainer(to_plan(**values), tmp_path / "run", [StopAt(4)], **SAVING)
+    first.train()
+    assert losses(first) == losses(whole)[:4]
+    capsys.readouterr()
+
+    set_times(monkeypatch, overhead=3.0)  # planned anew, all would be dense
+    resumed, found = to_plan(**values), []
+    again = trainer(resumed, tmp_path / "run", [AtStart(lambda m: found.append((runtime_of(m).plan, fitted(m))))],
+                    **SAVING)  # fmt: skip
+    again.train(resume_from_checkpoint=True)
+    assert found[0][0] == runtime_of(first.model).plan
+    assert same_fits(found[0][1], fitted(first.model)) and any(found[0][1])
+    assert capsys.readouterr().out.count(found[0][0].table()) == 1
+    assert losses(again) == pytest.approx(losses(whole), abs=1e-4)
+    assert budgets_of(resumed) == budgets_of(straight)
+
+
+def test_a_checkpoint_without_a_plan_is_planned(tmp_path: Path) -> None:
+    trainer(to_plan(active=0.5), tmp_path, [StopAt(2)], **SAVING).train()
+    (tmp_path / "checkpoint-2" / "subquad_state.safetensors").unlink()
+    model = to_plan()
+    trainer(model, tmp_path, **SAVING).train(resume_from_checkpoint=True)
+    assert runtime_of(model).plan is not None
+
+
+def saved(folder: Path, **values: Any) -> nn.Module:
+    model = to_plan(**values)
+    from hf_subquad import apply_plan
+
+    apply_plan(model, hand_plan(model, [24, NEURONS]))
+    compensate(model, text_batches(0))
+    save_sidecar(model, folder, 3)
+    return model
+
+
+def test_the_sidecar_keeps_plan_and_compensations(tmp_path: Path) -> None:
+    model, other = saved(tmp_path), to_plan()
+    compensate(other, text_batches(5))
+    assert load_sidecar(other, tmp_path) == 3
+    assert runtime_of(other).plan == runtime_of(model).plan and budgets_of(other) == [24, NEURONS]
+    assert same_fits(fitted(other), fitted(model))
+    assert fitted(other)[1] is None
+
+
+@pytest.mark.parametrize("rank", [1, 20])
+def test_the_sidecar_holds_compensations_of_any_rank(tmp_path: Path, rank: int) -> None:
+    model, other = saved(tmp_path, sketch_rank=rank), to_plan(sketch_rank=rank)
+    load_sidecar(other, tmp_path)
+    assert same_fits(fitted(other), fitted(model)) and len(fitted(other)[0].basis) == rank
+
+
+def test_a_sidecar_with_a_plan_for_other_tiles_changes_nothing(tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = to_plan(tile_size=6)
+    from helpers.models import fill_updates
+
+    fill_updates(other)
+    before, budgets = factors(other), budgets_of(other)
+    with pytest.raises(SidecarError, match="tiles"):
+        load_sidecar(other, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in factors(other).items())
+    assert budgets_of(other) == budgets and not any(fitted(other))
+
+
+def test_best_model_at_end_keeps_the_plan(tmp_path: Path) -> None:
+    model = to_plan()
+    trainer(model, tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
+            **{**SAVING, "max_steps": 2}).train()  # fmt: skip
+    assert [layer.active for layer in runtime_of(model).plan.layers] == budgets_of(model)
+
+
+# In several processes
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one_plan(tmp_path: Path) -> None:
+    """Alone, the second would plan otherwise, since it measures other times."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "planning_worker.py"), str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
+                              "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                              "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [worker.communicate(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
+    assert one["plan"] == two["plan"] and one["budgets"] == two["budgets"]
+    assert any(layer["sparse_ms"] < layer["dense_ms"] for layer in one["plan"]["layers"])
+    for name in ("compensations", "factors"):
+        pairs = [one[name], two[name]] if name == "factors" else [dict(enumerate(x[name])) for x in (one, two)]
+        assert pairs[0].keys() == pairs[1].keys()
+        for key, value in pairs[0].items():
+            parts = value if isinstance(value, dict) else {"": value}
+            others = pairs[1][key] if isinstance(value, dict) else {"": pairs[1][key]}
+            assert all(
+                other is part is None or torch.equal(part, other)
+                for part, other in ((parts[n], others[n]) for n in parts)
+            )
+    assert one["errors"] == two["errors"] is not None
+    assert outputs[0][0].count("Predicted for batches") == 1 and "Predicted" not in outputs[1][0]
+    assert json.loads((tmp_path / "subquad_plan.json").read_text())["tokens"] == 14

@@ -1,0 +1,330 @@
+"""Do budgets follow the live tokens: the sketch first, then more neurons, then dense, and back in small steps?"""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.mlps import patched, single
+from helpers.models import NEURONS, opt, tokens
+from helpers.planning import budgets_of, hand_plan
+from helpers.training import TRAIN
+from torch import Tensor, nn
+
+from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, patch_model, sparse_mlps, sync_model
+from hf_subquad.allocation import budgets
+from hf_subquad.compensation import Compensation
+from hf_subquad.layers import SparseMLP
+from hf_subquad.patching import runtime_of
+from hf_subquad.sketch import Sketch
+from hf_subquad.watch import Audit, audit, audit_live, review
+
+D, M, TILES, SIZE = 12, 128, 3, 16
+STEPS = budgets(M)
+
+
+def mlp_with(k: int, sketch_rank: int = D) -> SparseMLP:
+    """An MLP that kept some tiles of its last batch, with what it chose there."""
+    mlp = patched("plain", D, M, dtype=torch.float32, sketch_rank=sketch_rank)[1]
+    mlp.index.refresh()
+    mlp.set_active(k)
+    keep(mlp)
+    return mlp
+
+
+def keep(mlp: SparseMLP) -> None:
+    x = torch.randn(TILES, SIZE, D, generator=torch.Generator().manual_seed(8))
+    mlp.audited = x, mlp.index.choose(x, mlp.k)
+
+
+def error_at(mlp: SparseMLP, k: int) -> float:
+    tokens_, _ = mlp.audited
+    return audit(mlp, tokens_, mlp.index.choose(tokens_, k)).error
+
+
+def planned(error: float, break_even: int = M) -> LayerPlan:
+    return LayerPlan("mlp", M, 16, break_even, error, 0.1, full_ms=3.0, dense_ms=2.0, sparse_ms=1.0)
+
+
+# One audit
+
+
+def test_an_audit_by_hand() -> None:
+    mlp = mlp_with(24)
+    x, chosen = mlp.audited
+    up, down = mlp.projections
+    hidden = torch.nn.functional.gelu(x @ up.live_rows().t() + up.bias.detach())
+    mask = torch.zeros(TILES, 1, M).scatter_(2, chosen[:, None], 1)
+    whole, missed = hidden @ down.live_rows(), (hidden * (1 - mask)) @ down.live_rows()
+    found = audit(mlp, x, chosen)
+    assert found.error == pytest.approx((missed.norm() / whole.norm()).item(), rel=1e-4)
+    assert found.recall == mlp.index.examine(x, chosen).recall > 0.5
+    assert audit_live(mlp) == found
+
+    mlp.compensation = made = Compensation(mlp.index.sketch.basis, torch.randn(D, D) * 0.01, torch.randn(D) * 0.01)
+    assert audit(mlp, x, chosen).error == pytest.approx(((missed - made(x)).norm() / whole.norm()).item(), rel=1e-4)
+    assert audit(mlp, x, chosen).recall == found.recall
+
+
+def test_nothing_kept_is_no_audit() -> None:
+    mlp = mlp_with(24)
+    mlp.audited = None
+    assert audit_live(mlp) is None
+    assert review(mlp, planned(0.1), Audit(1.0, 9.0)) is None
+
+
+def test_outputs_that_are_all_zero() -> None:
+    mlp = mlp_with(24)
+    with torch.no_grad():
+        mlp.output.weight.zero_()
+    mlp.output.update.restart()
+    assert audit_live(mlp).error == 0.0
+
+
+def test_an_audit_of_a_linear_mlp() -> None:
+    """Its activation hands back the very tensor that it gets."""
+    module = single("plain", D, M, dtype=torch.float32)
+    module.act = nn.Identity()
+    patch_model(module, SubquadConfig(rank=2, sketch_rank=D, layers_to_transform="all"))
+    mlp = sparse_mlps(module)[0]
+    x = torch.randn(TILES, SIZE, D, generator=torch.Generator().manual_seed(8))
+    truth = mlp.index.examine(x, mlp.index.choose(x, 24))
+    with torch.no_grad():
+        torch.testing.assert_close(truth.whole, module.eval()(x) - module.fc2.bias, rtol=1e-4, atol=1e-4)
+
+
+# One review
+
+
+@pytest.mark.parametrize("share", [0.75, 1.0, 1.3])
+def test_in_the_corridor_nothing_happens(share: float) -> None:
+    mlp = mlp_with(48)
+    seen = audit_live(mlp)
+    assert review(mlp, planned(seen.error / share), seen) is None
+    assert mlp.k == 48 and not mlp.dense
+
+
+@pytest.mark.parametrize("enough", [80, 112])
+def test_past_the_plan_the_least_budget_that_serves(enough: int) -> None:
+    mlp = mlp_with(24)
+    aim = error_at(mlp, enough)
+    seen = audit_live(mlp)
+    change = review(mlp, planned(aim * 1.0001), seen)
+    assert mlp.k == enough and mlp.active == enough
+    assert all(error_at(mlp, k) > aim * 1.0001 for k in STEPS if 24 < k < enough)
+    assert (change.name, change.before, change.after) == (mlp.name, 24, enough)
+    for part in (f"{seen.error:.3f}", f"{aim:.3f}", f"{enough} neurons"):
+        assert part in change.reason
+    assert str(change) == f"{mlp.name}: 24 -> {enough} neurons: {change.reason}"
+
+
+def test_past_break_even_it_is_dense() -> None:
+    mlp = mlp_with(24)
+    aim = error_at(mlp, 80)
+    change = review(mlp, planned(aim * 1.0001, break_even=80), audit_live(mlp))
+    assert mlp.dense and mlp.active == M and (change.before, change.after) == (24, M)
+    assert "no faster than dense" in change.reason
+    again = review(mlp, planned(aim), Audit(1.0, 9.0))
+    assert again is None and mlp.dense
+
+
+def test_what_no_budget_mends_is_dense() -> None:
+    mlp = mlp_with(24)
+    change = review(mlp, planned(1e-6), audit_live(mlp))
+    assert mlp.dense and change.after == M
+
+
+def spoil_sketch(mlp: SparseMLP, recompressed: bool) -> None:
+    """A sketch that knows nothing of the neurons, as recompression could leave it at worst."""
+    sketch = mlp.index.sketch
+    mlp.index.sketch = Sketch(sketch.basis, torch.zeros_like(sketch.codes))
+    mlp.index.recompressed = recompressed
+    for projection in mlp.inputs:
+        projection.update.restart()  # which enter exactly
+    keep(mlp)
+
+
+def test_a_recompressed_sketch_is_rebuilt_first() -> None:
+    mlp = mlp_with(32)
+    for projection in mlp.inputs:
+        projection.update.restart()
+    good = error_at(mlp, 32)
+    spoil_sketch(mlp, recompressed=True)
+    seen = audit_live(mlp)
+    assert seen.error > 1.4 * good
+    change = review(mlp, planned(good), seen)
+    assert mlp.k == 32 and not mlp.dense and not mlp.index.recompressed
+    assert (change.before, change.after) == (32, 32)
+    assert "rebuilt" in change.reason and f"{good:.3f}" in change.reason and f"{seen.error:.3f}" in change.reason
+    keep(mlp)
+    assert audit_live(mlp).error == pytest.approx(good, rel=1e-3)
+
+
+def test_a_sketch_that_was_not_recompressed_is_left() -> None:
+    mlp = mlp_with(32)
+    good = error_at(mlp, 32)
+    spoil_sketch(mlp, recompressed=False)
+    change = review(mlp, planned(good), audit_live(mlp))
+    assert change.after > 32 and "rebuilt" not in change.reason
+    assert not mlp.index.sketch.codes.any()
+
+
+def test_where_a_rebuilt_sketch_does_not_suffice_k_grows_with_it() -> None:
+    mlp = mlp_with(24)
+    for projection in mlp.inputs:
+        projection.update.restart()
+    aim = error_at(mlp, 80)
+    spoil_sketch(mlp, recompressed=True)
+    change = review(mlp, planned(aim * 1.0001), audit_live(mlp))
+    assert mlp.k == 80 and change.after == 80  # as many as with the good sketch
+    assert mlp.index.sketch.codes.any()
+
+
+def test_well_within_the_plan_one_step_less() -> None:
+    mlp = mlp_with(72)
+    seen = audit_live(mlp)
+    less = max(k for k in STEPS if k < 72)
+    change = review(mlp, planned(2 * seen.error), seen)
+    assert mlp.k == less and (change.before, change.after) == (72, less)
+    for part in (f"{seen.error:.3f}", f"{2 * seen.error:.3f}", f"{less} neurons bring {error_at(mlp, less):.3f}"):
+        assert part in change.reason
+
+
+def test_no_step_less_that_would_leave_the_plan() -> None:
+    mlp = mlp_with(STEPS[1])
+    seen, next_error = audit_live(mlp), error_at(mlp, STEPS[0])
+    assert review(mlp, planned((seen.error + next_error) / 2 * 1.0), Audit(1.0, 0.0)) is None
+    assert mlp.k == STEPS[1]
+
+
+def test_the_least_budget_is_the_end() -> None:
+    mlp = mlp_with(STEPS[0])
+    assert review(mlp, planned(9.0), audit_live(mlp)) is None
+
+
+def test_budgets_between_the_usual_steps() -> None:
+    """Such as m^0.8, or a plan's by hand."""
+    mlp = mlp_with(50)
+    change = review(mlp, planned(9.0), audit_live(mlp))
+    assert change.after == max(k for k in STEPS if k < 50)
+    mlp = mlp_with(50)
+    aim = error_at(mlp, 96)
+    assert review(mlp, planned(aim * 1.0001), audit_live(mlp)).after == 96
+
+
+def test_dense_mlps_stay() -> None:
+    mlp = mlp_with(24)
+    mlp.set_active(M)
+    assert review(mlp, planned(0.1), Audit(1.0, 0.0)) is None
+    assert review(mlp, planned(0.1), Audit(0.1, 9.0)) is None
+    assert mlp.dense
+
+
+def test_a_budget_that_was_to_miss_nothing_is_watched_too() -> None:
+    """As of ReLU neurons that never fired while it was planned."""
+    mlp = mlp_with(24)
+    assert audit_live(mlp).error > 0.1
+    assert review(mlp, planned(0.0), audit_live(mlp)) is not None
+
+
+# Through sync_model
+
+
+def trained_one_step(active: list[int], refresh_steps: int = 1, **of_layers: Any) -> nn.Module:
+    """A planned model after the first step of a loop; what it computed then is kept where that is due."""
+    config = SubquadConfig(**{**TRAIN.to_dict(), "active": None, "refresh_steps": refresh_steps})
+    model = patch_model(opt(), config)
+    from hf_subquad import apply_plan
+
+    apply_plan(model, hand_plan(model, active, **of_layers))
+    sync_model(model, 0)
+    model(tokens(0), labels=tokens(0)).loss.backward()
+    return model
+
+
+def planned_budgets(model: nn.Module) -> list[int]:
+    return [layer.active for layer in runtime_of(model).plan.layers]
+
+
+def test_sync_gives_more_and_says_so() -> None:
+    model = trained_one_step([8, 8], error=1e-6)
+    report = sync_model(model, 1)
+    assert [type(change) for change in report.changes] == [BudgetChange] * 2
+    assert [change.name for change in report.changes] == [mlp.name for mlp in sparse_mlps(model)]
+    after = [change.after for change in report.changes]
+    assert budgets_of(model) == planned_budgets(model) == after and min(after) > 32
+    assert report.active_share == sum(after) / (2 * NEURONS) and report.error > 0.1 and 0 < report.recall <= 1
+    assert report.metrics()["subquad/output_error"] == report.error
+
+
+def test_sync_gives_back_one_step_a_time() -> None:
+    model = trained_one_step([32, 24], error=9.0)
+    assert [(c.before, c.after) for c in sync_model(model, 1).changes] == [(32, 24), (24, 16)]
+    assert sync_model(model, 1).changes == ()  # what is due at a step is done once
+    model(tokens(1), labels=tokens(1)).loss.backward()
+    report = sync_model(model, 2)
+    assert budgets_of(model) == planned_budgets(model) == [16, 8]
+    assert report.active_share == pytest.approx(24 / (2 * NEURONS))
+    model(tokens(2))
+    assert sync_model(model, 3).changes[-1].after == 8 and budgets_of(model) == [8, 8]
+
+
+def test_sync_leaves_dense_ones_and_those_in_the_corridor() -> None:
+    model = trained_one_step([NEURONS, 24])
+    error = audit_live(sparse_mlps(model)[1]).error
+    report = sync_model(model, 1)
+    assert report.error == pytest.approx(error)
+    model = trained_one_step([NEURONS, 24], error=error)
+    report = sync_model(model, 1)
+    assert report.changes == () and budgets_of(model) == planned_budgets(model) == [NEURONS, 24]
+    assert report.active_share == pytest.approx((NEURONS + 24) / (2 * NEURONS))
+
+
+def test_sync_reviews_on_schedule_only() -> None:
+    model = trained_one_step([8, 8], refresh_steps=3, error=1e-6)
+    assert all(mlp.audited is None for mlp in sparse_mlps(model))
+    for step in (1, 2):
+        assert sync_model(model, step).changes == ()
+        model(tokens(step))
+    assert len(sync_model(model, 3).changes) == 2
+    assert all(mlp.audited is None for mlp in sparse_mlps(model))
+
+
+def test_without_a_plan_errors_are_seen_but_budgets_kept() -> None:
+    model = patch_model(opt(), TRAIN)
+    sync_model(model, 0)
+    model(tokens())
+    before = budgets_of(model)
+    report = sync_model(model, 1)
+    assert report.error > 0 and report.changes == () and budgets_of(model) == before
+
+
+def test_evaluation_is_not_audited() -> None:
+    model = trained_one_step([24, 24])
+    kept = [mlp.audited for mlp in sparse_mlps(model)]
+    with torch.no_grad():
+        from hf_subquad import sparse_forward
+
+        with sparse_forward(model):
+            model.eval()(tokens(5))
+    assert all(mlp.audited is former for mlp, former in zip(sparse_mlps(model), kept, strict=True))
+
+
+def test_the_audit_sees_what_the_forward_chose() -> None:
+    """Tiles of the batch, and k neurons of each."""
+    model = trained_one_step([24, 16])
+    for mlp, k in zip(sparse_mlps(model), (24, 16), strict=True):
+        x, chosen = mlp.audited
+        assert x.shape == (4, 4, 20) and chosen.shape == (4, k)  # 15 tokens in tiles of about 5
+        assert torch.equal(mlp.index.choose(x, k).sort().values, chosen.sort().values)
+
+
+def test_half_precision_and_autocast() -> None:
+    def error_of(model: nn.Module, autocast: bool = False) -> Tensor:
+        sync_model(model, 0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            model(tokens())
+        return sync_model(model, 1).error
+
+    expected = error_of(patch_model(opt(), TRAIN))
+    assert error_of(patch_model(opt(torch.bfloat16), TRAIN)) == pytest.approx(expected, rel=0.15)
+    assert error_of(patch_model(opt(), TRAIN), autocast=True) == pytest.approx(expected, rel=0.15)
