@@ -12,6 +12,7 @@ from .errors import CalibrationError
 Batch = Mapping[str, Any]
 
 _JUDGED = 1024  # predictions
+_LEAST = 1e-4  # information: where there is less, rounding decides
 
 
 class Predictions:
@@ -30,10 +31,14 @@ class Predictions:
         logits = logits_of(model, batch)
         self._positions = _counted(model, logits, batch)
         self._before = _scores(logits, self._positions)
+        self._scale = max(1.0, 1 / max(_information(self._before), _LEAST))
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
         of a regression, that of Gaussians of unit variance.
+
+        Predictions of a head that was not trained yet hardly tell one input from another, and so hardly diverge. Both
+        grow as the square of the head's size: the divergence is scaled to a head that has learned to tell.
 
         Raises:
             CalibrationError: predictions are not finite.
@@ -45,7 +50,7 @@ class Predictions:
             divergence = (self._before.exp() * (self._before - now)).sum(-1).mean().item()
         if not math.isfinite(divergence):
             raise CalibrationError("the model's predictions hold NaN or infinite values")
-        return max(divergence, 0.0)  # rounding can bring it below
+        return self._scale * max(divergence, 0.0)  # rounding can bring it below
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -77,6 +82,16 @@ def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     if not len(rows):
         raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
     return rows[:: -(-len(rows) // _JUDGED)]
+
+
+def _information(scores: Tensor) -> float:
+    """How well predictions tell inputs apart, 1 if they do it well: their mutual information with the input, over 1 nat
+    or half of what there is to tell; of a regression, the variance."""
+    if scores.shape[-1] == 1:
+        return scores.var(correction=0).item()
+    mean = scores.exp().mean(0)
+    told = (scores.exp() * scores).sum(-1).mean() - (mean * mean.clamp_min(1e-30).log()).sum()
+    return told.item() / min(1.0, math.log(scores.shape[-1]) / 2)
 
 
 def _predicts_next(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from helpers.models import (
     snapshot,
     tokens,
 )
-from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches
+from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches, trained_head
 from torch import Tensor, nn
 
 from hf_subquad import (
@@ -95,9 +95,11 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def _times(monkeypatch: pytest.MonkeyPatch) -> None:
+def _times(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Sparse is always faster, the more so the fewer neurons; tests choose other times."""
     set_times(monkeypatch)
+    if "untrained" not in request.node.name:
+        trained_head(monkeypatch)
 
 
 def divergence(model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]]) -> float:
@@ -501,3 +503,38 @@ def test_an_mlp_that_does_not_run() -> None:
 
     with pytest.raises(CalibrationError, match=r"did not run layers\.2"):
         calibrate(Model(), [{"x": torch.randn(9, WIDTH)}], PLANNED)
+
+
+@pytest.mark.parametrize("kind", ["classes", "value"])
+def test_an_untrained_head_does_not_hide_what_is_skipped(kind: str) -> None:
+    """A hundredth of the head, a ten thousandth of the divergence: the plan must not take that for harmless."""
+    from types import SimpleNamespace
+
+    class Head(nn.Module):
+        size, moved = 1.0, 0.0
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(logits=self.size * (x + self.moved * x.roll(1, 0)))
+
+    torch.manual_seed(0)
+    batch, model = {"x": torch.randn(300, 7 if kind == "classes" else 1)}, Head()
+
+    def divergence(size: float) -> float:
+        model.size, model.moved = size, 0.0
+        predictions = Predictions(model, batch)
+        model.moved = 0.1
+        return predictions.divergence()
+
+    small, smaller = divergence(0.3), divergence(0.03)
+    assert smaller == pytest.approx(small, rel=0.15)
+    assert small > 1e-3
+    well_told = divergence(5.0)
+    model.size, model.moved = 5.0, 0.0
+    before = model(**batch).logits
+    model.moved = 0.1
+    after = model(**batch).logits
+    if kind == "classes":
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        assert well_told == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    else:
+        assert well_told == pytest.approx((after - before).square().mean().item() / 2, rel=1e-4)

@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 from helpers.models import NEURONS, opt, tokens
-from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches
+from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches, trained_head
 from helpers.training import ROWS, TRAIN, StopAt, Texts, Watch, arguments, factors, losses, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -45,6 +45,7 @@ PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-5}  # a part of wh
 @pytest.fixture(autouse=True)
 def _times(monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch)
+    trained_head(monkeypatch)
 
 
 @pytest.fixture
