@@ -129,7 +129,17 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
     """The sparse MLPs of a model, also of one wrapped by PEFT or DDP, in the model's order; empty if unpatched."""
-    return [module.mlp for module in model.modules() if isinstance(module, OutputProjection)]
+    # Runs in every step: `model.modules()`, which makes names too, takes several times as long.
+    found, waiting, seen = [], [model], set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, OutputProjection):
+            found.append(module.mlp)
+        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
 
 
 def require_patched(model: nn.Module) -> list[SparseMLP]:

@@ -96,11 +96,8 @@ class NeuronProjection(nn.Module):
         """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them."""
         weight = self.weight if self.weight_is_rows == self.into_neurons else self.weight.t()
         u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
-        first, second = (v.t(), u.t()) if self.into_neurons else (u, v)
-        tokens = x.flatten(0, -2)
-        base = F.linear(tokens, weight, self.bias)
-        y = torch.addmm(base, tokens @ first, second, alpha=self.update.scale)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        low = F.linear(F.linear(x, v), u) if self.into_neurons else x @ u @ v
+        return torch.add(F.linear(x, weight, self.bias), low, alpha=self.update.scale)
 
     def extra_repr(self) -> str:
         neurons, width = self.rows().shape
