@@ -40,7 +40,7 @@ def self_test(mlp: SparseMLP) -> None:
     def keep_chosen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:])
 
-    with _evaluating(mlp.parent), torch.autocast(weight.device.type, enabled=False):
+    with _evaluating(mlp.parent):
         with _forward(mlp, "dense", None), _pre_hook(mlp.output, keep_chosen):
             expected = _run(mlp, x)
         seen: dict[str, Tensor] = {}

@@ -21,7 +21,7 @@ def test_plan_lists_the_mlps_that_would_be_patched(tmp_path: Path, capsys: pytes
     config = tmp_path / "settings.json"
     config.write_text(json.dumps({"active": 5, "layers_to_transform": "all"}))
     assert main(["plan", str(tmp_path), "--config", str(config)]) == 0
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     assert len(lines) == model.config.num_hidden_layers
     for number, line in enumerate(lines):
         name, neurons, active, _, width = line.split()

@@ -108,7 +108,7 @@ def _patched(model: nn.Module) -> list[dict[str, Any]]:
             "name": mlp.name,
             "projections": [f"{mlp.name}.{path}".lstrip(".") for path in mlp.sources],
             "neurons": mlp.index.neurons,
-            "active": mlp.k,
+            "active": mlp.active,
         }
         for mlp in sparse_mlps(model)
     ]

@@ -66,16 +66,11 @@ class TimedTrainer(Trainer):
         self._loss = self._tokens = torch.zeros(())
         self._started = 0.0
 
-        def collate_and_hash(rows: list[Any]) -> dict[str, torch.Tensor]:
-            batch = collate(rows)
-            self._hash.update(batch["input_ids"].numpy().tobytes())
-            return batch
-
         super().__init__(
             model=model,
             args=training_arguments(settings, output_dir),
             train_dataset=train,
-            data_collator=collate_and_hash,
+            data_collator=collate,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
@@ -84,6 +79,7 @@ class TimedTrainer(Trainer):
         self.callback_handler.callbacks.append(_After(self))
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._hash.update(inputs["input_ids"].cpu().numpy().tobytes())
         self._tokens = inputs["attention_mask"].sum()
         self._loss = super().training_step(model, inputs, *args, **kwargs)
         return self._loss
