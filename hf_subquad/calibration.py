@@ -85,8 +85,8 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     fits = {mlp.name: CompensationFit(mlp.index.sketch.basis) for mlp in mlps}
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
-        for x, _, missed in outputs_by_tiles(mlp, tokens, mlp.k):
-            fits[mlp.name].add(x, missed)
+        for x, _, missed in outputs_by_tiles(mlp, tokens, [mlp.k]):
+            fits[mlp.name].add(x, missed[mlp.k])
 
     with undisturbed(model), seeing_tokens(model, mlps, see):
         for batch in batches:

@@ -30,7 +30,7 @@ class Selection:
 
     Attributes:
         tiles: n tiles of T slots.
-        neurons: int64 [n, k], in no particular order.
+        neurons: int64 [n, k], the most important first; in no particular order if they are all.
     """
 
     tiles: TokenTiles
@@ -145,7 +145,7 @@ class ActivationIndex:
             return torch.arange(self.neurons, device=sample.device).expand(count, -1)
         importance = self._importance(self._estimate(sample.reshape(-1, width)))
         scores = importance.view(*sample.shape[:2], -1).sum(1, dtype=torch.float32) * self.output_norms
-        return scores.topk(k, dim=1, sorted=False).indices
+        return scores.topk(k, dim=1).indices
 
     def _importance(self, pre: list[Tensor]) -> Tensor:
         """Squared activation plus its squared change if pre-activations move a little, [S, m].

@@ -35,19 +35,19 @@ class MLPMeasurements:
 
     def fit(self, tokens: Tensor) -> None:
         """Fit to the MLP's input tokens [N, d] of a batch."""
-        for k, fit in self._fits.items():
-            for x, _, missed in outputs_by_tiles(self.mlp, tokens, k):
-                fit.add(x, missed)
+        for x, _, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
+            for k, fit in self._fits.items():
+                fit.add(x, missed[k])
 
     def judge(self, tokens: Tensor) -> None:
         """Measure the errors that remain on the tokens of another batch, after all fitting."""
-        for k, fit in self._fits.items():
-            self._compensations[k] = compensation = fit.solve()
-            missing = whole = 0.0
-            for x, added, missed in outputs_by_tiles(self.mlp, tokens, k):
-                missing += (missed - compensation(x.float())).square().sum().item()
-                whole += added.square().sum().item()
-            self._errors[k] = math.sqrt(missing / whole) if whole else 0.0
+        self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
+        whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
+        for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
+            whole += added.square().sum().item()
+            for k, compensation in self._compensations.items():
+                missing[k] += (missed[k] - compensation(x.float())).square().sum().item()
+        self._errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
 
     def error(self, k: int) -> float:
         """Relative error of the MLP's output with k neurons, compensated."""
@@ -100,15 +100,23 @@ def share_of(mlp: SparseMLP, share: float) -> int:
     return max(1, round(share * mlp.index.neurons))
 
 
-def outputs_by_tiles(mlp: SparseMLP, tokens: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For some tiles at a time of a selection: tokens [S, d], what all neurons add to the MLP's output on them, and
-    what the skipped ones do, both [S, d_out]."""
-    config = mlp.runtime.config
-    selection = mlp.index.select(tokens, k, config.tile_size, config.tile_order)
+def outputs_by_tiles(
+    mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
+    """For some tiles at a time: tokens [S, d], what all neurons add to the MLP's output on them, [S, d_out], and by k what
+    those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
+    config, rows = mlp.runtime.config, mlp.output.live_rows().float()
+    selection = mlp.index.select(tokens, max(ks), config.tile_size, config.tile_order)
     parts = zip(selection.tiles.slots.split(_TILES_AT_ONCE), selection.neurons.split(_TILES_AT_ONCE), strict=True)
     for slots, neurons in parts:
-        truth = mlp.index.examine(tokens[slots], neurons)
-        yield tokens[slots].flatten(0, 1), truth.whole.flatten(0, 1), truth.missed.flatten(0, 1)
+        x = tokens[slots].flatten(0, 1)
+        activations = mlp.index.exact_activations(x).view(*slots.shape, -1)
+        whole, missed = (activations @ rows).flatten(0, 1), {}
+        for k in sorted(ks):  # each masks more of the same activations
+            chosen = torch.zeros(len(slots), mlp.index.neurons, dtype=torch.bool, device=x.device)
+            activations.masked_fill_(chosen.scatter_(1, neurons[:, :k], True).unsqueeze(1), 0)
+            missed[k] = (activations @ rows).flatten(0, 1)
+        yield x, whole, missed
 
 
 @contextmanager
