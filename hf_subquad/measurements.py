@@ -103,8 +103,8 @@ def share_of(mlp: SparseMLP, share: float) -> int:
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """For some tiles at a time: tokens [S, d], what all neurons add to the MLP's output on them, [S, d_out], and by k what
-    those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
+    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and by k
+    what those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
     config, rows = mlp.runtime.config, mlp.output.live_rows().float()
     selection = mlp.index.select(tokens, max(ks), config.tile_size, config.tile_order)
     parts = zip(selection.tiles.slots.split(_TILES_AT_ONCE), selection.neurons.split(_TILES_AT_ONCE), strict=True)
