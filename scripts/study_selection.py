@@ -509,7 +509,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(report, options.json)
     if options.png:
-        write_whole(options.png, lambda file: draw(panels(report), options.model, file))
+        write_whole(options.png, lambda file: draw(panels(report), Path(options.model).name, file))
     return 0
 
 
