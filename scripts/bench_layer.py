@@ -13,7 +13,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
+from hf_subquad.mlp_timing import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -93,16 +93,6 @@ def run_once(layer: nn.Module, x: Tensor, grad: Tensor) -> float:
         x.grad = None
         seconds = timed(lambda: layer(x).backward(grad), x.device)
     return seconds
-
-
-def timed(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 def saved_bytes(layer: nn.Module, x: Tensor) -> int:
