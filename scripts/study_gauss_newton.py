@@ -38,8 +38,8 @@ Settings = Mapping[str, float]
 
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "adamw": {"alpha": (16.0, 256.0), "learning_rate": (1e-3, 3e-3, 1e-2, 3e-2)},
-    # In pilot runs on `length` 256 was better than 16, and 2048 no better than 256.
-    "gauss-newton": {"alpha": (256.0,), "damping": (0.1, 1.0), "learning_rate": (0.1, 0.3, 1.0)},
+    # With alpha = 16 the head makes 99.9% of the diagonal of J J^T on `length`, and the updates hardly move.
+    "gauss-newton": {"alpha": (256.0, 2048.0), "damping": (0.1, 1.0), "learning_rate": (0.3, 1.0)},
 }
 TUNING_SEED = 0
 
