@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import study_gauss_newton
 from study.gauss_newton import (
     GaussNewtonTrainer,
+    OutputOf,
     direction,
+    logit_difference,
     root_loss,
     rows_of,
     squared_error,
@@ -44,13 +47,13 @@ def tiny() -> Task:
     return memorise(rows=SEQUENCES, length=LENGTH, width=16, neurons=40)
 
 
-def tiny_classes() -> Task:
+def tiny_classes(classes: int = CLASSES, output_of: OutputOf = root_loss) -> Task:
     config = BertConfig(
         vocab_size=256, hidden_size=16, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=CLASSES, initializer_range=0.5,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=classes, initializer_range=0.5,
     )  # fmt: skip
-    rows = [row | {"labels": number % CLASSES} for number, row in enumerate(tiny().train)]
-    return tiny()._replace(model=lambda: BertForSequenceClassification(config), output_of=root_loss, train=rows)
+    rows = [row | {"labels": number % classes} for number, row in enumerate(tiny().train)]
+    return tiny()._replace(model=lambda: BertForSequenceClassification(config), output_of=output_of, train=rows)
 
 
 def fill(model: nn.Module) -> nn.Module:
@@ -61,7 +64,11 @@ def fill(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-@pytest.mark.parametrize(("make", "factor"), [(tiny, 2.0), (tiny_classes, 1.0)], ids=["regression", "classes"])
+@pytest.mark.parametrize(
+    ("make", "factor"),
+    [(tiny, 2.0), (tiny_classes, 1.0), (partial(tiny_classes, 2, logit_difference), 1.0)],
+    ids=["regression", "classes", "two classes"],
+)
 def test_rows_add_up_to_the_gradient_of_the_batch(make: Any, factor: float) -> None:
     """In the sparse forward, too: a tile is a sequence, in a batch as alone."""
     task = make()
@@ -128,3 +135,12 @@ def test_report_has_trials_runs_and_costs(tmp_path: Path, monkeypatch: pytest.Mo
     assert costs["jacobian_bytes"] == 4 * SEQUENCES * costs["trained_weights"] and len(costs["rounds"]) == 2
     assert costs["gauss_newton_against_adamw"] > 0 and costs["bound_against_adamw"] > 0
     assert {"definitions", "settings", "versions", "commit", "machine", "command", "finished"} <= set(report)
+
+
+def test_derivatives_of_two_classes_are_those_of_the_cross_entropy() -> None:
+    difference, label = torch.tensor(0.7, requires_grad=True), torch.tensor(1)
+    _, first, second = logit_difference(torch.stack([torch.zeros(()), difference]), label)
+    loss = nn.functional.cross_entropy(torch.stack([torch.zeros(()), difference]), label)
+    (slope,) = torch.autograd.grad(loss, difference, create_graph=True)
+    torch.testing.assert_close(first, slope.detach())
+    torch.testing.assert_close(second, torch.autograd.grad(slope, difference)[0])

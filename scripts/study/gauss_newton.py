@@ -31,8 +31,15 @@ def squared_error(logits: Tensor, label: Tensor) -> Output:
     return Output(logits[0], logits[0].detach() - label, torch.tensor(1.0))
 
 
+def logit_difference(logits: Tensor, label: Tensor) -> Output:
+    """Two classes: the output is the difference of the logits, of which the cross-entropy is a function."""
+    difference = logits[1] - logits[0]
+    p = difference.detach().sigmoid()
+    return Output(difference, p - label, p * (1 - p))
+
+
 def root_loss(logits: Tensor, label: Tensor) -> Output:
-    """Classification: the cross-entropy l as half the square of a residual sqrt(2 l).
+    """More classes: the cross-entropy l as half the square of a residual sqrt(2 l).
 
     One row for a sequence. The Hessian of the softmax would need a row, hence a backward pass, for every class.
     """

