@@ -68,7 +68,7 @@ def train(
             "output_dir": folder, "max_steps": options.steps, "learning_rate": settings["learning_rate"],
             "per_device_train_batch_size": task.batch_size, "per_device_eval_batch_size": 64, "logging_steps": 1,
             "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-            "use_cpu": True, "seed": seed,
+            "use_cpu": True, "seed": seed, "warmup_steps": options.warmup_steps,
         }  # fmt: skip
         if method == "adamw":
             trainer = Trainer(args=TrainingArguments(optim="adamw_torch", **arguments), **common)
@@ -151,7 +151,8 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     trials: list[dict[str, Any]] = []
     runs: list[dict[str, Any]] = []
     with tqdm(desc=options.task, unit="run") as bar:
-        for method, grid in GRIDS.items():
+        for method in options.methods:
+            grid = GRIDS[method]
             settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
             tried = []
             for one in settings[: options.trials]:
@@ -185,7 +186,7 @@ def _eval_loss(row: Mapping[str, Any]) -> float:
 def table(report: Mapping[str, Any]) -> str:
     """A line a method and alike seeds: mean of the final losses, and the cost of a step against AdamW's."""
     lines = []
-    for method in GRIDS:
+    for method in report["settings"]["methods"]:
         rows = [row for row in report["runs"] if row["method"] == method]
         against = [1.0, 1.0] if method == "adamw" else [report["costs"][f"{kind}_against_adamw"] for kind in _COSTS]
         settings = " ".join(f"{name}={value:g}" for name, value in rows[0]["settings"].items())
@@ -203,6 +204,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help=f"tuning has seed {TUNING_SEED}")
+    parser.add_argument("--methods", choices=GRIDS, nargs="+", default=list(GRIDS))
+    parser.add_argument("--warmup-steps", type=int, default=0, help="of the learning rate, which then falls linearly")
     parser.add_argument("--active", type=float, default=0.25, help="share of the neurons; 1.0: dense")
     parser.add_argument("--rounds", type=int, default=5, help="of cost measurement")
     parser.add_argument("--trials", type=int, help="first settings of each grid; default: all")
