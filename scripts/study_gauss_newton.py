@@ -98,6 +98,7 @@ def costs(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     batch = default_data_collator(task.train[: task.batch_size])
     adamw, sgd = torch.optim.AdamW(weights, lr=0.0), torch.optim.SGD(weights, lr=0.0)
     rows = rows_of(model, batch, task.output_of, weights)
+    loss = torch.tensor(0.0)
 
     def update() -> None:
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -112,7 +113,6 @@ def costs(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         model.zero_grad()
         loss = model(**batch).loss
 
-    loss = torch.tensor(0.0)
     parts: dict[str, Callable[[], Any]] = {
         "forward": forward,
         "backward": lambda: loss.backward(),
@@ -184,19 +184,20 @@ def _eval_loss(row: Mapping[str, Any]) -> float:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A line a method and alike seeds: mean of the final losses, and the cost of a step against AdamW's."""
+    """A line for each method: final losses, means over seeds, and the cost of a step against AdamW's."""
     lines = []
     for method in report["settings"]["methods"]:
         rows = [row for row in report["runs"] if row["method"] == method]
-        against = [1.0, 1.0] if method == "adamw" else [report["costs"][f"{kind}_against_adamw"] for kind in _COSTS]
+        against = (
+            [1.0, 1.0]
+            if method == "adamw"
+            else [report["costs"][f"{kind}_against_adamw"] for kind in ("gauss_newton", "bound")]
+        )
         settings = " ".join(f"{name}={value:g}" for name, value in rows[0]["settings"].items())
         losses = [f"{mean(row[f'{kind}_loss'] for row in rows):.4g}" for kind in ("train", "eval")]
         lines.append([method, settings, *losses, *(f"{ratio:.2f}" for ratio in against)])
     head = ["method", "settings", "training loss", "evaluation loss", "step, measured", "step, bound"]
     return text_table(head, lines)
-
-
-_COSTS = ("gauss_newton", "bound")
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

