@@ -1,4 +1,4 @@
-"""What study_selection.py is made of: inputs, ways to select neurons, ways to spend time, and training in turns."""
+"""What the studies are made of: inputs, ways to select neurons, ways to spend time, training in turns, Gauss-Newton."""
 
 import sys
 from pathlib import Path
