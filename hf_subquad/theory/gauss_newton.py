@@ -35,7 +35,7 @@ class GaussNewton:
 
     Args:
         network: whose `trained` matrix is to be trained, in place and lazily.
-        x: samples [n, d] of length 1, in the dtype of the network.
+        x: samples [n, d] in the dtype of the network.
         y: targets [n, p].
         solver: 'cholesky', 'tensor_sketch', 'tensor_srht', or an object with a method `solve`.
         damping: as a share of the mean diagonal of G; not for a solver of one's own.

@@ -20,14 +20,16 @@ class MaintainedState:
     Attributes:
         features: H [n, m].
         kernel: K [n, n].
+        shift: [n, 1].
         pre: Z [n, m].
         fired: bool [n, m], where Z exceeds the shift.
     """
 
     @torch.no_grad()
     def __init__(self, network: WideNet, x: Tensor) -> None:
-        self.gain, self.shift, self.output = network.gain, network.shift, network.output
+        self.gain, self.output = network.gain, network.output
         self.features = network.features(x)
+        self.shift = network.shift(self.features)
         self.kernel = self.features @ self.features.t()
         self.pre = network.trained.apply_to(self.features)
         self.fired = self.pre > self.shift

@@ -29,16 +29,17 @@ def gain(c: float) -> float:
 class WideNet(nn.Module):
     """f(x) = A phi(W_L phi(... phi(W_1 x))), of which W_L is trained, in few samples and at low rank.
 
-    phi(z) = gain * max(z - shift, 0), where shift is c standard deviations of a pre-activation of an input of length 1.
-    The gain is ours: without it a shifted ReLU shrinks what passes, by 0.11 a layer at m = 16,384, and with it and
-    entries +-1 in A, f(x) is of order 1 for inputs of length 1 at every width and depth. It changes no fired set.
+    phi(z) = gain * max(z - shift, 0), where shift is c standard deviations, sqrt(2 / m) ||h||, of the pre-activations that
+    random weights give the layer's input h. The gain and the factor ||h|| are ours. Without the gain a shifted ReLU shrinks
+    what passes, by 0.11 a layer at m = 16,384; with it and entries +-1 in A, f(x) is of order ||x|| at every width and
+    depth. It changes no fired set. A shift that is the same for all h would silence the shorter ones in deep nets.
 
     Matrices are stored by input: row k of a stored matrix is what input k adds to the m neurons (the transpose of
     `nn.Linear.weight`), so a sparse input reads few, contiguous rows. Entries of W_l are N(0, 2 / m), drawn on the
     CPU from `seed`; the global random state is left alone.
 
     Args:
-        in_features: d. Inputs should have length 1: the shift presumes it.
+        in_features: d.
         width: m.
         depth: L >= 2, hidden layers.
         outputs: p, the rows of A.
@@ -83,7 +84,7 @@ class WideNet(nn.Module):
         def gaussian(rows: int) -> Tensor:
             return torch.randn(rows, width, generator=generator, dtype=dtype).mul_(deviation)
 
-        self.shift = threshold(width) * deviation
+        self.shift_per_length = threshold(width) * deviation
         self.gain = gain(threshold(width))
         lower = [gaussian(in_features), *(gaussian(width) for _ in range(depth - 2))]
         self.lower = nn.ParameterList(nn.Parameter(weight, requires_grad=False) for weight in lower)
@@ -105,18 +106,23 @@ class WideNet(nn.Module):
         """m."""
         return self.output.shape[1]
 
-    def activation(self, pre: Tensor) -> Tensor:
-        """phi, elementwise."""
-        return (pre - self.shift).clamp_(min=0).mul_(self.gain)
+    def shift(self, h: Tensor) -> Tensor:
+        """What the pre-activations of a layer with inputs h [N, r] must exceed to fire, [N, 1]."""
+        return self.shift_per_length * torch.linalg.vector_norm(h, dim=1, keepdim=True)
+
+    def layer(self, h: Tensor, pre: Tensor) -> Tensor:
+        """phi of pre-activations [N, m] that come from inputs h [N, r]."""
+        return (pre - self.shift(h)).clamp_(min=0).mul_(self.gain)
 
     def features(self, x: Tensor) -> Tensor:
         """h [N, m]: what the trained layer sees of x [N, d]. Training does not change it."""
         first, *others = self.lower
-        h = self.activation(x @ first)
+        h = self.layer(x, x @ first)
         for weight in others:
-            h = self.activation(sparse_product(h, weight))
+            h = self.layer(h, sparse_product(h, weight))
         return h
 
     def forward(self, x: Tensor) -> Tensor:
         """f(x) [N, p] of any inputs x [N, d], exactly: m nnz(h) multiply-adds a sample and layer, and pending updates."""
-        return self.activation(self.trained.apply_to(self.features(x))) @ self.output.t()
+        h = self.features(x)
+        return self.layer(h, self.trained.apply_to(h)) @ self.output.t()
