@@ -69,7 +69,7 @@ class SketchedCG:
             self._sketch = self.kind.draw(m, m, self.size or 4 * n * p, generator, state.features.dtype)
             self._left = self._sketch.left(state.features).repeat_interleave(p, 0)
             self._features = state.features
-        sketched = self._sketch.join(self._left, self._sketch.right(state.jacobian_factors()))
+        sketched = self._sketch.join(self._left, self._sketch.right(state.derivatives.flatten(0, 1)))
         sketched_gram = sketched @ sketched.t()
         damping = self.damping * gram_diagonal(state).mean()
         factor = cholesky_factor(sketched_gram, damping)
@@ -97,22 +97,19 @@ def make_solver(name: str, damping: float) -> Solver:
 
 def gram(state: MaintainedState) -> Tensor:
     """G [n p, n p]: inner products of the Jacobian's rows, Kronecker products h (x) b, in n^2 p^2 m multiply-adds."""
-    factors = state.jacobian_factors()
-    p = len(factors) // len(state.kernel)
-    kernel = state.kernel.repeat_interleave(p, 0).repeat_interleave(p, 1)
-    return (factors @ factors.t()).mul_(kernel)
+    outputs = state.derivatives.shape[1]
+    rows = state.derivatives.flatten(0, 1)
+    return (rows @ rows.t()).mul_(state.kernel.repeat_interleave(outputs, 0).repeat_interleave(outputs, 1))
 
 
 def gram_diagonal(state: MaintainedState) -> Tensor:
-    """Diagonal of G, [n, p]; entries of A are +-1, so it counts the neurons that fire."""
-    squares = (state.gain * state.output).square()
-    return state.kernel.diagonal()[:, None] * (state.fired.to(squares.dtype) @ squares.t())
+    """Diagonal of G, as [n, p]."""
+    return state.kernel.diagonal()[:, None] * torch.linalg.vector_norm(state.derivatives, dim=2).square()
 
 
 def gram_product(state: MaintainedState, v: Tensor) -> Tensor:
     """G v [n, p] for v [n, p] without G, in n^2 m + 2 n m p multiply-adds."""
-    moved = (state.kernel @ state.direction(v)).mul_(state.fired)
-    return state.gain * (moved @ state.output.t())
+    return torch.bmm((state.kernel @ state.direction(v))[:, None], state.derivatives.transpose(1, 2))[:, 0]
 
 
 def cholesky_solution(matrix: Tensor, damping: float, right: Tensor) -> Tensor:
