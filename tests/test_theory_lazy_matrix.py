@@ -84,7 +84,7 @@ def test_keeps_no_hold_on_the_right_factor() -> None:
 
 
 def test_merges_only_when_an_update_no_longer_fits() -> None:
-    lazy, dense = pair()
+    lazy, _ = pair()
     before = lazy.weight.clone()
     for seed in (1, 2, 3):
         lazy.append(random(ROWS, 2, seed=seed), random(2, COLUMNS, seed=seed + 10))

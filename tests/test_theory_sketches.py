@@ -82,9 +82,9 @@ def test_inner_products_are_kept_in_expectation(kind: type) -> None:
 def test_subspace_embedding_error_over_many_draws(kind: type) -> None:
     """For J = U S V^T with n rows, the sketch of orthonormal rows V^T has a Gram matrix I + E.
 
-    Mean ||E||_F^2 is at most 11 n^2 / s, the bound of Avron, Nguyen and Woodruff (2014) for TensorSketch, which TensorSRHT
-    meets here too. And all singular values of the sketched Jacobian are within a factor 1 +- 1/2 of the exact ones'
-    span in 95% of the draws at s = 64 n.
+    The mean of ||E||_F^2 is at most 11 n^2 / s, the bound of Avron, Nguyen and Woodruff (2014) for TensorSketch, which
+    TensorSRHT meets here too. At s = 64 n, in 95% of the draws the sketch changes no vector of the span by more than
+    half of its length: singular values of the sketched Jacobian are within that of the exact ones.
     """
     n = 8
     h, b = sparse_rows(n, D1, 3), sparse_rows(n, D2, 4)

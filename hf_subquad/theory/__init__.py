@@ -1,7 +1,7 @@
-"""The training loop of Song, Zhang and Zhang (ITCS 2024, arXiv 2112.07628): a wide net trained without reading its weights.
+"""The training loop of Song, Zhang and Zhang (ITCS 2024, arXiv 2112.07628): wide nets trained without reading weights.
 
-`GaussNewton(WideNet(...), x, y).step()` is the algorithm; `WideNetRegressor` fits and predicts. docs/paper.md says which
-pieces are the paper's and which were replaced.
+`GaussNewton(WideNet(...), x, y).step()` is the algorithm; `WideNetRegressor` fits and predicts. docs/paper.md says
+which pieces are the paper's and which were replaced.
 """
 
 from ..errors import DataError, DivergedError, NotFittedError

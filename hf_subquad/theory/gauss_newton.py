@@ -68,19 +68,31 @@ class GaussNewton:
         Raises:
             DivergedError: predictions are not finite; the network is as before the call.
         """
-        state, clock = self.state, _Clock()
-        residual = state.predictions() - self.y
-        loss, share = residual.double().square().sum().item() / 2, state.fired_share
+        clock = _Clock()
+        residual = self._forward() - self.y
+        loss, share = residual.double().square().sum().item() / 2, self.state.fired_share
         if not loss < float("inf"):
             raise DivergedError(f"the loss is {loss}: use a larger damping, or float64")
         clock.stop("forward")
-        direction = state.direction(self.solver.solve(state, residual))
+        direction = self.state.direction(self.solver.solve(self.state, residual))
         clock.stop("solve")
-        state.move(direction)
+        self._update(direction)
         clock.stop("update")
-        self.network.trained.append(self._left, direction)
+        self._maintain(direction)
         clock.stop("maintenance")
         return Step(loss, share, clock.seconds)
+
+    def _forward(self) -> Tensor:
+        """Predictions [n, p]."""
+        return self.state.predictions()
+
+    def _update(self, direction: Tensor) -> None:
+        """What the next iteration needs of W -= D^T H."""
+        self.state.move(direction)
+
+    def _maintain(self, direction: Tensor) -> None:
+        """The step itself, for whoever reads W later."""
+        self.network.trained.append(self._left, direction)
 
     @torch.no_grad()
     def loss(self) -> float:

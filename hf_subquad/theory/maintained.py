@@ -32,7 +32,7 @@ class MaintainedState:
         self.features = network.features(x)
         self.kernel = self.features @ self.features.t()
         self.shift = network.shift(self.features)
-        self._slopes = network.gain * network.output
+        self._gain, self._slopes = network.gain, network.gain * network.output
         self.derivatives = self._slopes.new_empty(len(x), *self._slopes.shape)
         self.set_pre(network.trained.apply_to(self.features))
 
@@ -62,4 +62,5 @@ class MaintainedState:
     @property
     def fired_share(self) -> float:
         """Mean share of neurons that fire, over the samples."""
-        return self.derivatives[:, 0].count_nonzero().item() / self.pre.numel()
+        norm = torch.linalg.vector_norm(self.derivatives[:, 0])  # of entries 0 and +-gain; faster than counting
+        return (norm / self._gain).square().item() / self.pre.numel()

@@ -29,10 +29,10 @@ def gain(c: float) -> float:
 class WideNet(nn.Module):
     """f(x) = A phi(W_L phi(... phi(W_1 x))), of which W_L is trained, in few samples and at low rank.
 
-    phi(z) = gain * max(z - shift, 0), where shift is c standard deviations, sqrt(2 / m) ||h||, of the pre-activations that
-    random weights give the layer's input h. The gain and the factor ||h|| are ours. Without the gain a shifted ReLU shrinks
-    what passes, by 0.11 a layer at m = 16,384; with it and entries +-1 in A, f(x) is of order ||x|| at every width and
-    depth. It changes no fired set. A shift that is the same for all h would silence the shorter ones in deep nets.
+    phi(z) = gain * max(z - shift, 0), where shift is c standard deviations, sqrt(2 / m) ||h||, of the pre-activations
+    that random weights give the layer's input h. The gain and the factor ||h|| are ours. Without the gain a shifted
+    ReLU shrinks what passes, by 0.11 a layer at m = 16,384; with it and entries +-1 in A, f(x) is of order ||x|| at
+    every width and depth. It changes no fired set. One shift for all h would silence the shorter ones in deep nets.
 
     Matrices are stored by input: row k of a stored matrix is what input k adds to the m neurons (the transpose of
     `nn.Linear.weight`), so a sparse input reads few, contiguous rows. Entries of W_l are N(0, 2 / m), drawn on the
@@ -123,6 +123,6 @@ class WideNet(nn.Module):
         return h
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x) [N, p] of any inputs x [N, d], exactly: m nnz(h) multiply-adds a sample and layer, and pending updates."""
+        """f(x) [N, p] of any x [N, d], exactly: m nnz(h) multiply-adds a sample and layer, and what is pending."""
         h = self.features(x)
         return self.layer(h, self.trained.apply_to(h)) @ self.output.t()

@@ -20,8 +20,8 @@ class WideNetRegressor:
     """A wide net trained by Gauss-Newton to the least squared loss.
 
     Columns of X are standardised, a constant of the same weight as all of them together is appended, and each row is
-    scaled to length 1, as the net presumes; targets are standardised. With `zero_start` the net is 0 before training, so
-    predictions are those of an interpolation of least change, and revert to the mean of y far from the samples.
+    scaled to length 1; targets are standardised. The net starts at zero (`zero_start`), so that predictions hold
+    nothing but what was learned.
 
     Args:
         width: m, even. An iteration costs n^2 m multiply-adds, fitting m^2 numbers of memory.

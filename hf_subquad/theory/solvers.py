@@ -1,4 +1,4 @@
-"""(G + damping I) z = r for the Gram matrix G of the Jacobian: exactly, or by sketch-preconditioned conjugate gradients."""
+"""(G + damping I) z = r for the Gram matrix G of the Jacobian: by Cholesky, or by sketch-preconditioned CG."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -74,7 +74,7 @@ class SketchedCG:
         damping = self.damping * gram_diagonal(state).mean()
         factor = cholesky_factor(sketched_gram, damping)
         z, self.used = conjugate_gradients(
-            lambda v: (gram_product(state, v.view(n, p)).flatten() + damping * v),
+            lambda v: gram_product(state, v.view(n, p)).flatten() + damping * v,
             lambda v: torch.cholesky_solve(v[:, None].double(), factor)[:, 0].to(v.dtype),
             residual.flatten(),
             self.tolerance,

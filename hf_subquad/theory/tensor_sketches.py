@@ -1,7 +1,7 @@
 """Sketches of Kronecker products h (x) b that never form them: TensorSketch and TensorSRHT.
 
-Both map R^(d1 d2) to R^s linearly and keep inner products in expectation, so for s large enough they embed the span of n
-rows. The sketch of h (x) b is `join(left(h), right(b))`; where one factor stays the same, its half is kept.
+Both map R^(d1 d2) to R^s linearly and keep inner products in expectation, so for s large enough they embed the span
+of n rows. The sketch of h (x) b is `join(left(h), right(b))`; where one factor stays the same, its half is kept.
 """
 
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ class TensorSRHT:
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """Rows of x [N, d], padded with zeros to a power of two, times the Hadamard matrix of entries +-1: d log d a row."""
+    """Rows of x [N, d], padded with zeros to a power of two, times the Hadamard matrix of +-1: d log d a row."""
     width = padded(x.shape[1])
     x = torch.nn.functional.pad(x, (0, width - x.shape[1]))
     step = 1
