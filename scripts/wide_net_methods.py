@@ -2,14 +2,16 @@
 
     python scripts/wide_net_methods.py --width 4096 --samples 64 --json out/methods.json --png out/methods.png
 
-All methods train the same m x m matrix of the same net on the same realisable task, in turns of one iteration, until the
-loss is --goal of its start. Gauss-Newton: the library's with each solver, and dense. Gradient descent: `maintained` with
-the library's pre-activations (a step of it has rank n too), `dense` by autograd; both with the largest of a few step
-sizes, in units of 1 / (largest eigenvalue of the Gram matrix at the start), that reaches the least loss. Adam: by
-autograd, with the best of --adam-rates; its steps have full rank, so nothing can be maintained.
+All methods train the same m x m matrix of the same net on the same realisable task, in turns of one iteration, until
+the loss is --goal of its start. Gauss-Newton: the library's with each solver, and dense. Gradient descent, with step
+sizes in units of 1 / (largest eigenvalue of the Gram matrix at the start): `maintained` with the library's
+pre-activations (a step of it has rank n too), `dense` by autograd. Adam: by autograd; its steps have full rank, so
+nothing can be maintained. All step sizes are reported, the best are drawn. Fewer --features bring samples closer to each
+other, and the Gram matrix closer to a singular one.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -96,7 +98,7 @@ def by_autograd(
 
 
 def runs(options: argparse.Namespace) -> list[Run]:
-    x, y = TASKS[options.task](options.samples)
+    x, y = TASKS[options.task](options.samples, options.features)
 
     def network() -> WideNet:
         return WideNet(x.shape[1], options.width)
@@ -132,7 +134,7 @@ def _row(run: Run, goal: float) -> dict[str, Any]:
         "iterations_to_goal": reached,
         "seconds_to_goal": None if reached is None else sum(run.seconds[:reached]),
         "setup_seconds": run.setup_seconds,
-        "least_fall": min((a / b for a, b in zip(path, path[1:], strict=False)), default=None),
+        "least_fall": min((a / b for a, b in itertools.pairwise(path)), default=None),
         "losses": run.losses,
         "seconds": run.seconds,
         "used": run.used,
@@ -184,6 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--features", type=int, default=16)
     parser.add_argument("--task", choices=TASKS, default="teacher")
     parser.add_argument("--goal", type=float, default=1e-6)
     parser.add_argument("--iterations", type=int, default=200, help="the most")

@@ -12,7 +12,7 @@ _RESAMPLES = 2000
 
 
 def fitted_slope(points: Mapping[float, float]) -> tuple[float, float | None]:
-    """Least-squares slope of log y against log x, and half of its 95% interval from the residuals of 3 points or more."""
+    """Least-squares slope of log y against log x, and half of its 95% interval from the residuals, of 3 points up."""
     xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     spread = sum((x - x_mean) ** 2 for x in xs)
