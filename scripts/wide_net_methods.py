@@ -6,8 +6,8 @@ All methods train the same m x m matrix of the same net on the same realisable t
 the loss is --goal of its start. Gauss-Newton: the library's with each solver, and dense. Gradient descent, with step
 sizes in units of 1 / (largest eigenvalue of the Gram matrix at the start): `maintained` with the library's
 pre-activations (a step of it has rank n too), `dense` by autograd. Adam: by autograd; its steps have full rank, so
-nothing can be maintained. All step sizes are reported, the best are drawn. Fewer --features bring samples closer to each
-other, and the Gram matrix closer to a singular one.
+nothing can be maintained. All step sizes are reported, the best are drawn. Fewer --features bring samples closer to
+each other, and the Gram matrix closer to a singular one.
 """
 
 import argparse
