@@ -5,8 +5,9 @@ grows as the square of its output error, so one forward pass gives the factor, i
 several sparse MLPs the effects add up but for a common factor, which one pass with all of them gives.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -102,78 +103,103 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise ConfigError(f"tolerance must be positive, got {tolerance!r}")
     if not batches:
         raise CalibrationError("calibrate needs at least one batch")
-    measured = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
-    times = MLPTimes()
-
-    def judge(mlp: SparseMLP, tokens: Tensor) -> None:
-        measured[mlp.name].judge(tokens)
-        times.add(mlp, tokens)
-
     with undisturbed(model), _restored(mlps):
-        with seeing_tokens(model, mlps, lambda mlp, tokens: measured[mlp.name].fit(tokens)):
-            for batch in batches[:-1] or batches:
-                model(**batch)
-        with seeing_tokens(model, mlps, judge):
-            dense = Predictions(model, batches[-1])
-        for mlp in mlps:
-            mlp.compensation = measured[mlp.name].compensation(1)  # of any budget: it is to be timed too
-            times.of(mlp)
+        measured, dense = measure_mlps(model, batches)
         step_ms = 1000 * min(_step_seconds(model, batches[-1]) for _ in range(2))
         with sparse_forward(model):
-            sensitivities = {mlp.name: _sensitivity(mlps, measured[mlp.name], dense) for mlp in mlps}
-            options = [_options(measured[m.name], sensitivities[m.name], times.of(m)) for m in mlps]
-            chosen, loss_increase = _choose(options, mlps, measured, dense, tolerance)
-    x = times.tokens_of(mlps[0])
+            chosen, loss_increase = _choose(measured, dense, tolerance)
     return Plan(
         tolerance=tolerance,
         loss_increase=loss_increase,
         step_ms=step_ms,
-        tokens=len(x),
-        dtype=str(x.dtype).removeprefix("torch."),
-        device=x.device.type,
+        tokens=len(measured[0].tokens),
+        dtype=str(measured[0].tokens.dtype).removeprefix("torch."),
+        device=measured[0].tokens.device.type,
         tile_size=config.tile_size,
         tile_order=config.tile_order,
-        layers=tuple(
-            _layer_plan(measured[mlp.name], option, of_mlp, sensitivities[mlp.name], times.of(mlp))
-            for mlp, option, of_mlp in zip(mlps, chosen, options, strict=True)
-        ),
+        layers=tuple(_layer_plan(one, option) for one, option in zip(measured, chosen, strict=True)),
     )
 
 
-def _sensitivity(mlps: Sequence[SparseMLP], measured: MLPMeasurements, dense: Predictions) -> float:
+@dataclass(frozen=True)
+class MeasuredMLP:
+    """What is known of one MLP, from which its budget is chosen.
+
+    Attributes:
+        tokens: [N, d], such as it was timed on.
+        outputs: by k, the error of its output and what compensates it.
+        sensitivity: nats that the model's predictions move per squared output error of this MLP alone.
+    """
+
+    mlp: SparseMLP
+    tokens: Tensor
+    outputs: MLPMeasurements
+    timing: MLPTiming
+    sensitivity: float
+
+    def option(self, k: int) -> Option:
+        if k >= self.mlp.index.neurons:
+            return Option(self.mlp.index.neurons, self.timing.dense, 0.0)
+        return Option(k, self.timing.at(k), self.sensitivity * self.outputs.error(k) ** 2)
+
+    def options(self) -> list[Option]:
+        """What it can be run with: all budgets, and dense."""
+        neurons = self.mlp.index.neurons
+        return [self.option(k) for k in (*budgets(neurons), neurons)]
+
+
+def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], Predictions]:
+    """Measure every sparse MLP of a patched model. Budgets and compensations are left at what was tried last.
+
+    Returns:
+        The MLPs, and the dense model's predictions on the last batch, which judges what is fitted to the others.
+    """
+    mlps = sparse_mlps(model)
+    outputs = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
+    times = MLPTimes()
+
+    def judge(mlp: SparseMLP, tokens: Tensor) -> None:
+        outputs[mlp.name].judge(tokens)
+        times.add(mlp, tokens)
+
+    with seeing_tokens(model, mlps, lambda mlp, tokens: outputs[mlp.name].fit(tokens)):
+        for batch in batches[:-1] or batches:
+            model(**batch)
+    with seeing_tokens(model, mlps, judge):
+        dense = Predictions(model, batches[-1])
+    for mlp in mlps:
+        mlp.compensation = outputs[mlp.name].compensation(1)  # of any budget: it is to be timed too
+        times.of(mlp)
+    with sparse_forward(model):
+        measured = [
+            MeasuredMLP(mlp, times.tokens_of(mlp), seen, times.of(mlp), _sensitivity(mlps, seen, dense))
+            for mlp, seen in zip(mlps, outputs.values(), strict=True)
+        ]
+    return measured, dense
+
+
+def _sensitivity(mlps: Sequence[SparseMLP], outputs: MLPMeasurements, dense: Predictions) -> float:
     """Nats per squared output error, of one MLP sparse among dense ones."""
     for mlp in mlps:
         mlp.dense = True
     for share in _REFERENCES:
-        k = share_of(measured.mlp, share)
-        if error := measured.error(k):
-            _run_with(measured, k)
+        k = share_of(outputs.mlp, share)
+        if error := outputs.error(k):
+            _run_with(outputs, k)
             return dense.divergence() / error**2
     return 0.0
 
 
-def _options(measured: MLPMeasurements, sensitivity: float, timing: MLPTiming) -> list[Option]:
-    """What an MLP can be run with: all budgets, and dense."""
-    neurons = measured.mlp.index.neurons
-    sparse = [Option(k, timing.at(k), sensitivity * measured.error(k) ** 2) for k in budgets(neurons)]
-    return [*sparse, Option(neurons, timing.dense, 0.0)]
-
-
-def _choose(
-    options: Sequence[Sequence[Option]],
-    mlps: Sequence[SparseMLP],
-    measured: Mapping[str, MLPMeasurements],
-    dense: Predictions,
-    tolerance: float,
-) -> tuple[list[Option], float]:
+def _choose(measured: Sequence[MeasuredMLP], dense: Predictions, tolerance: float) -> tuple[list[Option], float]:
     """An option for each MLP, with a joint divergence, which is measured and returned, of at most the tolerance."""
+    options = [one.options() for one in measured]
     factor = _JOINT_FACTOR
     best, best_increase = [of_mlp[-1] for of_mlp in options], 0.0
     for _ in range(_ROUNDS):
         allocated = allocate(options, tolerance / factor)
         single = sum(option.loss for option in allocated)
-        for mlp, option in zip(mlps, allocated, strict=True):
-            _run_with(measured[mlp.name], option.active)
+        for one, option in zip(measured, allocated, strict=True):
+            _run_with(one.outputs, option.active)
         joint = dense.divergence()
         if joint <= tolerance and _milliseconds(allocated) <= _milliseconds(best):
             best, best_increase = allocated, joint
@@ -187,26 +213,24 @@ def _choose(
     return best, best_increase
 
 
-def _layer_plan(
-    measured: MLPMeasurements, chosen: Option, options: Sequence[Option], sensitivity: float, timing: MLPTiming
-) -> LayerPlan:
-    neurons = measured.mlp.index.neurons
+def _layer_plan(measured: MeasuredMLP, chosen: Option) -> LayerPlan:
+    neurons, timing = measured.mlp.index.neurons, measured.timing
     return LayerPlan(
         name=measured.mlp.bare_name,
         neurons=neurons,
         active=chosen.active,
-        break_even=next(option.active for option in options if option.ms >= timing.dense),
-        error=measured.error(chosen.active) if chosen.active < neurons else 0.0,
-        sensitivity=sensitivity,
+        break_even=next(option.active for option in measured.options() if option.ms >= timing.dense),
+        error=measured.outputs.error(chosen.active) if chosen.active < neurons else 0.0,
+        sensitivity=measured.sensitivity,
         full_ms=timing.full,
         dense_ms=timing.dense,
         sparse_ms=chosen.ms,
     )
 
 
-def _run_with(measured: MLPMeasurements, k: int) -> None:
-    measured.mlp.set_active(k)
-    measured.mlp.compensation = None if measured.mlp.dense else measured.compensation(k)
+def _run_with(outputs: MLPMeasurements, k: int) -> None:
+    outputs.mlp.set_active(k)
+    outputs.mlp.compensation = None if outputs.mlp.dense else outputs.compensation(k)
 
 
 def _milliseconds(options: Sequence[Option]) -> float:

@@ -41,12 +41,9 @@ from study.report import Panel, at_equal_x, draw, lines_of, text_table
 from study.selections import Budgets, Method, install, token_importance
 from study.spending import (
     WAYS,
-    Measured,
     allocated,
     forward_backward,
-    measure,
     predicted_ms,
-    time_both,
     time_mlps,
     uniform,
 )
@@ -55,6 +52,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_subquad import SubquadConfig, compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
+from hf_subquad.allocation import budgets
+from hf_subquad.calibration import MeasuredMLP, measure_mlps
 from hf_subquad.measurements import share_of
 from hf_subquad.mlp_timing import timed
 from hf_subquad.undisturbed import undisturbed
@@ -86,46 +85,46 @@ DEFINITIONS = {
 
 
 def allocation_study(options: argparse.Namespace, inputs: Inputs) -> dict[str, Any]:
-    """Rows by way to spend, target time, and with and without compensation."""
+    """Rows by target time and way to spend it."""
     model = patch_model(copy.deepcopy(inputs.model), subquad_config(options, tile_size=options.tile_size))
     held_out = HeldOut(model, inputs.held_out)
-    tokens = mlp_tokens(model, inputs.calibration[-1])
-    timings_of = time_both(model, tokens)
-    dense_ms = sum(timing.dense for timing in timings_of[False])
-    rows, of_mlps = [], []
-    with tqdm(total=2 * len(options.times) * len(WAYS), unit="row", desc="allocation") as bar:
-        for compensated, timings in timings_of.items():
-            measured, judged = measure(model, inputs.calibration, timings, compensated)
-            of_mlps += [{"compensation": compensated, **one.row()} for one in measured]
-            for target, (way, spend) in itertools.product(options.times, WAYS.items()):
-                active = spend(measured, target * dense_ms)
-                _fitted_budgets(measured, active, compensated).apply(model)
-                with undisturbed(model), sparse_forward(model):
-                    predicted_kl = judged.divergence()
-                spent = [one.option(k) for one, k in zip(measured, active, strict=True)]
-                ms = sum(option.ms for option in spent)
-                rows.append(
-                    {
-                        "way": way,
-                        "compensation": compensated,
-                        "target": target,
-                        "predicted_ms": ms,
-                        "predicted_time": ms / dense_ms,
-                        "reached": ms <= target * dense_ms,
-                        "predicted_sum": sum(option.loss for option in spent),
-                        "predicted_kl": predicted_kl,
-                        **held_out.damage(),
-                        "active": active,
-                    }
-                )
-                bar.update()
-    return {"dense_loss": held_out.dense_loss, "mlps": of_mlps, "rows": rows}
+    with undisturbed(model):
+        measured, judged = measure_mlps(model, inputs.calibration)
+    dense_ms = sum(one.timing.dense for one in measured)
+    rows = []
+    for target, (way, spend) in tqdm([*itertools.product(options.times, WAYS.items())], unit="row", desc="allocation"):
+        active = spend(measured, target * dense_ms)
+        Budgets(active, [one.outputs.compensation(k) for one, k in zip(measured, active, strict=True)]).apply(model)
+        with undisturbed(model), sparse_forward(model):
+            predicted_kl = judged.divergence()
+        spent = [one.option(k) for one, k in zip(measured, active, strict=True)]
+        ms = sum(option.ms for option in spent)
+        rows.append(
+            {
+                "way": way,
+                "target": target,
+                "predicted_ms": ms,
+                "predicted_time": ms / dense_ms,
+                "reached": ms <= target * dense_ms,
+                "predicted_sum": sum(option.loss for option in spent),
+                "predicted_kl": predicted_kl,
+                **held_out.damage(),
+                "active": active,
+            }
+        )
+    return {"dense_loss": held_out.dense_loss, "mlps": [_measurements(one) for one in measured], "rows": rows}
 
 
-def _fitted_budgets(measured: Sequence[Measured], active: Sequence[int], compensated: bool) -> Budgets:
-    """Budgets with the compensations that were fitted when the MLPs were measured."""
-    pairs = zip(measured, active, strict=True)
-    return Budgets(active, [one.outputs.compensation(k) if compensated else None for one, k in pairs])
+def _measurements(measured: MeasuredMLP) -> dict[str, Any]:
+    return {
+        "name": measured.mlp.bare_name,
+        "neurons": measured.mlp.index.neurons,
+        "sensitivity": measured.sensitivity,
+        "full_ms": measured.timing.full,
+        "dense_ms": measured.timing.dense,
+        "sparse_ms": measured.timing.sparse,
+        "errors": [{"active": k, "error": measured.outputs.error(k)} for k in budgets(measured.mlp.index.neurons)],
+    }
 
 
 def allocation_table(report: Mapping[str, Any]) -> str:
@@ -134,7 +133,7 @@ def allocation_table(report: Mapping[str, Any]) -> str:
         head,
         (
             [
-                _line(row),
+                row["way"],
                 f"{row['target']:.0%}",
                 f"{row['predicted_time']:.1%}" + ("" if row["reached"] else " (too slow)"),
                 f"{row['predicted_ms']:.1f}",
@@ -143,22 +142,18 @@ def allocation_table(report: Mapping[str, Any]) -> str:
                 f"{row['loss_increase']:+.4f}",
                 " ".join(map(str, row["active"])),
             ]
-            for row in sorted(report["rows"], key=lambda row: (row["compensation"], -row["target"]))
+            for row in sorted(report["rows"], key=lambda row: -row["target"])
         ),
     )
 
 
 def allocation_panels(report: Mapping[str, Any]) -> list[Panel]:
-    rows = [row | {"line": _line(row)} for row in report["rows"]]
+    rows = [row | {"line": row["way"]} for row in report["rows"]]
     x_label = "predicted time of the patched MLPs (share of dense)"
     return [
         Panel(x_label, "increase of held-out loss (nats per token)", _lines(rows, "predicted_time", "loss_increase")),
         Panel(x_label, "held-out KL divergence (nats per token)", _lines(rows, "predicted_time", "kl")),
     ]
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return row["way"] + ("+compensation" if row["compensation"] else "")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, list[tuple[float, float]]]:
@@ -217,8 +212,13 @@ def _setups(
         yield Setup(method, 1.0, None, True, dense, importance, options.batch_size)
         return
     install(model, method, importance, options.batch_size)
-    timings = time_mlps(model, tokens, method.compensated) if method.planned or options.times else []
-    measured = measure(model, inputs.calibration, timings, method.compensated)[0] if method.planned else []
+    measured, timings = [], []
+    if method.planned:
+        with undisturbed(model):
+            measured, _ = measure_mlps(model, inputs.calibration)
+        timings = [one.timing for one in measured]
+    elif options.times:
+        timings = time_mlps(model, tokens, method.compensated)
     for asked in options.times or options.shares:
         if options.times:
             ms = asked * sum(timing.dense for timing in timings)

@@ -25,9 +25,10 @@ sys.path.insert(0, str(SCRIPTS))
 import study_selection  # noqa: E402
 from study.report import at_equal_x  # noqa: E402
 from study.selections import FixedSet, Method, WholeSequences, equal_runs, install, token_importance  # noqa: E402
-from study.spending import Measured, allocated, predicted_ms, threshold, uniform  # noqa: E402
+from study.spending import allocated, predicted_ms, threshold, uniform  # noqa: E402
 
 from hf_subquad import SubquadConfig, patch_model, sparse_forward, sparse_mlps  # noqa: E402
+from hf_subquad.calibration import MeasuredMLP  # noqa: E402
 from hf_subquad.mlp_timing import MLPTiming  # noqa: E402
 
 BATCH, LENGTH, NEURONS = 3, 16, 64  # no power of two: tiles of the library would not be sequences
@@ -127,17 +128,17 @@ def test_granularity_at_target_times(arguments: list[str], tmp_path: Path) -> No
     assert all(row["predicted_ms"] > 0 for row in rows) and "step_seconds" not in rows[0]
 
 
-def test_allocation_has_a_row_for_every_way_time_and_compensation(arguments: list[str], tmp_path: Path) -> None:
+def test_allocation_has_a_row_for_every_way_and_time(arguments: list[str], tmp_path: Path) -> None:
     more = ["--times", "1.5", "0.5", "--tile-size", "8"]
     report = run(arguments, "allocation", tmp_path / "rows.json", *more)
-    found = {(row["way"], row["compensation"], row["target"]) for row in report["rows"]}
+    found = {(row["way"], row["target"]) for row in report["rows"]}
     ways = ("uniform", "threshold", "allocated")
-    assert found == {(way, fitted, target) for way in ways for fitted in (False, True) for target in (1.5, 0.5)}
+    assert found == {(way, target) for way in ways for target in (1.5, 0.5)}
     for row in report["rows"]:
         assert all(math.isfinite(row[key]) for key in ("predicted_sum", "predicted_kl", "loss_increase", "kl"))
         assert row["reached"] == (row["predicted_time"] <= row["target"])
         assert len(row["active"]) == 2
-    assert len(report["mlps"]) == 4 and all(mlp["errors"] for mlp in report["mlps"])
+    assert len(report["mlps"]) == 2 and all(mlp["errors"] for mlp in report["mlps"])
 
 
 # Selections
@@ -205,7 +206,10 @@ def test_an_installed_selection_is_used_and_taken_out_again() -> None:
     assert torch.equal(logits("similar-4"), before)
 
 
-@pytest.mark.parametrize("name", ["similar", "fixed-64", "dense+plan", "similar-0", "consecutive-8+plan+compensation"])
+@pytest.mark.parametrize(
+    "name",
+    ["similar", "fixed-64", "dense+compensation", "similar-8+plan", "similar-0", "consecutive-8+plan+compensation"],
+)
 def test_unknown_methods_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="unknown method"):
         Method.parse(name)
@@ -225,15 +229,18 @@ class Errors:
 
 
 @pytest.fixture
-def measured() -> list[Measured]:
+def measured() -> list[MeasuredMLP]:
     """Two MLPs of equal cost, of which the second one needs its neurons more."""
     mlps = sparse_mlps(patch_model(tiny_opt(), SubquadConfig(rank=2)))
     timing = MLPTiming(full=90.0, dense=66.0, sparse={8: 10.0, 32: 34.0})
-    return [Measured(mlp, Errors(scale), timing, 1.0) for mlp, scale in zip(mlps, (1.0, 4.0), strict=True)]
+    return [
+        MeasuredMLP(mlp, torch.zeros(1, 1), Errors(scale), timing, 1.0)
+        for mlp, scale in zip(mlps, (1.0, 4.0), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("ms", [110.0, 80.0, 50.0])
-def test_every_way_spends_what_it_may(measured: list[Measured], ms: float) -> None:
+def test_every_way_spends_what_it_may(measured: list[MeasuredMLP], ms: float) -> None:
     mlps, timings = [one.mlp for one in measured], [one.timing for one in measured]
     spent = {
         "uniform": uniform(mlps, timings, ms),
@@ -251,7 +258,7 @@ def test_every_way_spends_what_it_may(measured: list[Measured], ms: float) -> No
     assert loss(spent["allocated"]) <= min(loss(spent["uniform"]), loss(spent["threshold"]))
 
 
-def test_a_time_that_nothing_takes_gets_the_fastest(measured: list[Measured]) -> None:
+def test_a_time_that_nothing_takes_gets_the_fastest(measured: list[MeasuredMLP]) -> None:
     mlps, timings = [one.mlp for one in measured], [one.timing for one in measured]
     assert uniform(mlps, timings, 1.0) == [4, 4]
     assert threshold(measured, 1.0) == allocated(measured, 1.0) == [8, 8]

@@ -23,7 +23,7 @@ from hf_subquad.undisturbed import undisturbed
 
 _SCORED_ONE_IN = 4  # tokens of a sequence: with fewer it chooses worse, and tiles of 64 have as many scored
 
-_NAME = re.compile(r"(?:(dense)|(fixed|sequence)|(consecutive|similar)-([1-9]\d*))(\+compensation)?(\+plan)?")
+_NAME = re.compile(r"(?:(dense)|(fixed|sequence)|(consecutive|similar)-([1-9]\d*))(\+compensation(\+plan)?)?")
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Method:
             ValueError: no such method.
         """
         found = _NAME.fullmatch(text)
-        if not found or (found[1] and (found[5] or found[6])):
+        if not found or (found[1] and found[5]):
             raise ValueError(
                 f"unknown method {text!r}: expected dense, or fixed, sequence, consecutive-T or similar-T (tiles of T "
-                "tokens), with +compensation, +plan or +compensation+plan if wanted"
+                "tokens), with +compensation or +compensation+plan if wanted"
             )
         sharing = found[1] or found[2] or found[3]
         return cls(text, sharing, int(found[4]) if found[4] else None, bool(found[5]), bool(found[6]))

@@ -1,0 +1,140 @@
+"""The documentation tells the truth: its code runs, its commands are accepted, its settings, files and links exist."""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.models import opt, tokens
+from helpers.planning import hand_plan
+from transformers import Trainer, TrainingArguments
+
+import hf_subquad
+from hf_subquad import SubquadConfig, cli, patch_model
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "recipes")]
+
+
+def blocks(*languages: str) -> Iterator[Any]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            if block[1] in languages:
+                line = text[: block.start()].count("\n") + 1
+                yield pytest.param(block[2], id=f"{page.relative_to(ROOT)}:{line}")
+
+
+def commands() -> Iterator[Any]:
+    for block in blocks("", "bash", "sh", "console"):
+        for line in block.values[0].replace("\\\n", " ").splitlines():
+            yield pytest.param(line, id=f"{block.id} {line[:40]}")
+
+
+class _Accepted(Exception):
+    """Raised in place of the work that follows parsing."""
+
+
+@pytest.fixture
+def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        parse_args(self, *args, **kwargs)
+        raise _Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+
+
+def tiny_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What blocks take for granted: the library, a model, some data."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: opt())
+    model, ids = opt(), tokens(shape=(4, 16))
+    hand_plan(patch_model(opt(), SubquadConfig(rank=16)), [52, 20]).save(Path("plan.json"))
+    return {
+        **{name: getattr(hf_subquad, name) for name in hf_subquad.__all__},
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "Trainer": Trainer,
+        "model": model,
+        "batches": [{"input_ids": ids, "labels": ids}] * 2,
+        "dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "args": TrainingArguments("run", max_steps=2, save_steps=1, use_cpu=True, report_to="none"),
+        "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
+    }
+
+
+@pytest.mark.parametrize("code", [*blocks("python")])
+def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exec(code, tiny_names(tmp_path, monkeypatch))
+
+
+@pytest.mark.parametrize("code", [*blocks("diff")])
+def test_script_with_the_added_lines_trains_and_saves(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after = [line[2:] for line in code.splitlines() if not line.startswith("-")]
+    exec("\n".join(after), tiny_names(tmp_path, monkeypatch))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", [*commands()])
+def test_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch, only_parsed: None) -> None:
+    """By the parser of what it runs: options exist and values are possible."""
+    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+        return
+    if words[:2] == ["pip", "install"]:
+        extras = re.search(r"\[(.*)\]", command)
+        assert not extras or all(f"\n{extra} = [" in pyproject() for extra in extras[1].split(","))
+        return
+    if words[0] == "hf-subquad":
+        with pytest.raises(_Accepted):
+            cli.main(words[1:])
+        return
+    assert words[0] == "python" or words[:2] == ["accelerate", "launch"], f"nobody checks {command!r}"
+    at = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    assert all((ROOT / word).is_file() for word in words[: at + 1] if word.endswith((".py", ".yaml")))
+    monkeypatch.setattr(sys, "argv", words[at:])
+    with pytest.raises(_Accepted):
+        importlib.import_module(Path(words[at]).stem).main()
+
+
+def pyproject() -> str:
+    return (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def test_every_block_is_checked() -> None:
+    written = sum(page.read_text(encoding="utf-8").count("\n```") for page in PAGES) // 2
+    assert len(list(blocks("python", "diff", "", "bash", "sh", "console"))) == written
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_what_it_links_and_names_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = {page.parent / link for link in re.findall(r"\]\(((?!http|#)[^)#]+)", text)}
+    files = {ROOT / name for name in re.findall(r"\b(?:recipes|scripts|tests)/[\w./-]+\.(?:py|json|yaml|png)\b", text)}
+    assert not sorted(os.path.relpath(path, ROOT) for path in links | files if not path.exists())
+
+
+def test_settings_table_is_the_dataclass() -> None:
+    rows = [row for row in README.splitlines() if re.match(r"\| `\w+` \| `", row)]
+    expected = [
+        f"| `{f.name}` | `{json.dumps(f.default)}` | {f.metadata['help']} |" for f in dataclasses.fields(SubquadConfig)
+    ]
+    assert rows == expected
