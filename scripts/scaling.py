@@ -16,7 +16,7 @@ Memory, about: 12 bytes for each of m x m entries, 4 less for each twin that is 
 import argparse
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from comparison.plots import plots_available
 from comparison.report import write_json, write_whole
 from environment import provenance
-from study.report import Panel, draw, lines_of, text_table
+from study.report import Panel, Points, draw, lines_of, text_table
 from tqdm import tqdm
 from wide_nets.dense import DenseGaussNewton, SparseGaussNewton
 from wide_nets.slopes import measured_slope
@@ -236,32 +236,38 @@ def _interval(ends: Sequence[float] | None) -> str:
 
 
 def panels(report: Mapping[str, Any]) -> list[Panel]:
-    def points(rows: Sequence[Mapping[str, Any]], slope: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-        named = [
-            {
-                "line": f"{row['method']}" + (f", slope {slope[row['method']]['total']['slope']:.2f}" if slope else ""),
-                "m": row["width"],
-                "ms": 1000 * median(row["seconds"]["total"]),
-            }
-            for row in rows
-        ]
-        return lines_of(named, "line", "m", "ms")
-
     drawn = [
-        Panel("width m", "one Gauss-Newton iteration (ms)", points(report["rows"], report["slopes"]), "log", "log"),
-        Panel("width m", "multiply-adds of an iteration", _counted(report["rows"]), "log", "log"),
+        Panel(
+            "width m" + _slope_note(report["slopes"]),
+            "one Gauss-Newton iteration (ms)",
+            _lines(report["rows"], lambda row: 1000 * median(row["seconds"]["total"])),
+            *("log", "log"),
+        ),
+        Panel(
+            "width m",
+            "multiply-adds of an iteration",
+            _lines(report["rows"], lambda row: row["multiply_adds"]["total"]),
+            *("log", "log"),
+        ),
     ]
     if report["layer"]:
-        layer = points(report["layer"]["rows"], report["layer"]["slopes"])
         drawn.append(
-            Panel("width m, with d = m / 4", "fine-tuning layer, forward and backward (ms)", layer, "log", "log")
+            Panel(
+                "width m, d = m / 4" + _slope_note(report["layer"]["slopes"]),
+                "fine-tuning layer, forward and backward (ms)",
+                _lines(report["layer"]["rows"], lambda row: 1000 * median(row["seconds"]["total"])),
+                *("log", "log"),
+            )
         )
     return drawn
 
 
-def _counted(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    counted = [{"line": row["method"], "m": row["width"], "count": row["multiply_adds"]["total"]} for row in rows]
-    return lines_of(counted, "line", "m", "count")
+def _slope_note(found: Mapping[str, Any]) -> str:
+    return "; slopes: " + ", ".join(f"{name} {parts['total']['slope']:.2f}" for name, parts in found.items())
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], y: Callable[[Mapping[str, Any]], float]) -> Points:
+    return lines_of([{"line": row["method"], "m": row["width"], "y": y(row)} for row in rows], "line", "m", "y")
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

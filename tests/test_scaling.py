@@ -135,7 +135,7 @@ def test_methods_report_paths_to_the_goal(tmp_path: Path) -> None:
             assert row["iterations_to_goal"] < 8 and row["least_fall"] >= 2
         assert bool(row["used"]) == ("tensor" in name)
     for rate in ("1", "1.9"):
-        both = [methods[f"gradient descent {rate}, {how}"]["losses"] for how in ("maintained", "dense")]
+        both = [methods[f"gradient descent, {how}, {rate}"]["losses"] for how in ("maintained", "dense")]
         assert both[0][:5] == pytest.approx(both[1][:5], rel=1e-3)
 
 
