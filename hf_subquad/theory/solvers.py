@@ -33,8 +33,8 @@ class ExactGram:
 class SketchedCG:
     """Conjugate gradients, preconditioned by the Gram matrix of a sketch of the Jacobian; G is not formed.
 
-    The sketch is drawn once, so its half for the features is computed once. An iteration of conjugate gradients
-    costs n^2 m multiply-adds, as many as forming G: the method is the paper's, and pays where n is not small beside m.
+    The sketch is drawn once, so its half for the features is computed once. An iteration of conjugate gradients costs
+    n^2 m multiply-adds, forming G p^2 times as many: with one output, `ExactGram` is always the faster one.
 
     Args:
         kind: TensorSketch or TensorSRHT.
