@@ -66,4 +66,8 @@ class NotFittedError(SubquadError, ValueError, AttributeError):
 
 
 class DivergedError(SubquadError, ArithmeticError):
-    """Training left the finite numbers."""
+    """Training left the finite numbers, or its linear system cannot be solved in them."""
+
+
+class StaleStateError(SubquadError, RuntimeError):
+    """A matrix was changed behind the back of what is maintained about it."""

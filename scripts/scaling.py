@@ -276,7 +276,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="subquad and dense always")
     parser.add_argument("--rounds", type=int, default=9, help="that are timed")
-    parser.add_argument("--repeats", type=int, default=5, help="iterations of subquad in a round")
+    parser.add_argument("--repeats", type=int, default=9, help="iterations of subquad in a round")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
     parser.add_argument("--tokens", type=int, default=1024, help="of the fine-tuning layer; 0 leaves it out")
     parser.add_argument("--layer-rounds", type=int, default=7)

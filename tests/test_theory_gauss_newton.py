@@ -14,6 +14,7 @@ from hf_subquad.theory import (
     ExactGram,
     GaussNewton,
     SketchedCG,
+    StaleStateError,
     TensorSketch,
     TensorSRHT,
     WideNet,
@@ -220,5 +221,30 @@ def test_a_step_from_infinite_predictions_changes_nothing() -> None:
     optimizer.state.pre[:] = torch.inf
     optimizer.state.set_pre(optimizer.state.pre)
     with pytest.raises(DivergedError, match="larger damping"):
+        optimizer.step()
+    assert network.trained.pending_rank == 0
+
+
+def test_a_matrix_that_others_changed_is_noticed() -> None:
+    (x, y), (other_x, other_y) = problem(), problem(seed=1)
+    network = net()
+    one, two = GaussNewton(network, x, y), GaussNewton(network, other_x, other_y)
+    one.step()
+    network.state_dict()  # merges, and changes nothing
+    one.step()
+    with pytest.raises(StaleStateError, match="make a new GaussNewton"):
+        two.step()
+    GaussNewton(network, other_x, other_y).step()
+    network.load_state_dict(net().state_dict())
+    with pytest.raises(StaleStateError):
+        one.step()
+
+
+@pytest.mark.parametrize("kind", ["cholesky", "tensor_sketch"])
+def test_a_system_that_cannot_be_solved_is_refused(kind: str) -> None:
+    network = net()
+    nothing = torch.zeros(1, IN, dtype=F64)  # fires no neuron
+    optimizer = GaussNewton(network, nothing, torch.ones(1, 1, dtype=F64), kind)
+    with pytest.raises(DivergedError, match="not positive definite"):
         optimizer.step()
     assert network.trained.pending_rank == 0

@@ -153,3 +153,14 @@ def test_predicting_too_early_or_with_other_columns_is_refused() -> None:
 def test_parameters_out_of_range_are_refused_when_fitting(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         fitted(**settings)
+
+
+def test_a_fit_that_fails_leaves_the_one_before() -> None:
+    x, y = data()
+    model = fitted()
+    before = model.predict(x)
+    with pytest.raises(ConfigError, match="solver"):
+        model.set_params(solver="sgd").fit(x, -y)
+    with pytest.raises(DataError):
+        model.fit(x, y[:-1])
+    np.testing.assert_array_equal(model.predict(x), before)

@@ -29,7 +29,7 @@ def kronecker(h: Tensor, b: Tensor) -> Tensor:
 
 
 def sketched(kind: type, size: int, seed: int, h: Tensor, b: Tensor) -> Tensor:
-    sketch = kind.draw(h.shape[1], b.shape[1], size, generator(seed), F64)
+    sketch = kind.draw(h.shape[1], b.shape[1], size, generator(seed), h)
     return sketch.join(sketch.left(h), sketch.right(b))
 
 
@@ -49,7 +49,7 @@ def test_walsh_hadamard_is_the_matrix_product(width: int, size: int) -> None:
 def test_tensor_sketch_adds_each_product_of_coordinates_to_one_bucket() -> None:
     h, b = torch.randn(2, D1, dtype=F64), torch.randn(2, D2, dtype=F64)
     size = 7
-    sketch = TensorSketch.draw(D1, D2, size, generator(0), F64)
+    sketch = TensorSketch.draw(D1, D2, size, generator(0), h)
     bucket = (sketch.first.bucket[:, None] + sketch.second.bucket[None, :]).flatten() % size
     sign = (sketch.first.sign[:, None] * sketch.second.sign[None, :]).flatten()
     expected = torch.zeros(2, size, dtype=F64).index_add_(1, bucket, kronecker(h, b) * sign)
@@ -59,7 +59,7 @@ def test_tensor_sketch_adds_each_product_of_coordinates_to_one_bucket() -> None:
 def test_tensor_srht_samples_the_hadamard_transform_of_the_kronecker_product() -> None:
     h, b = torch.randn(2, D1, dtype=F64), torch.randn(2, D2, dtype=F64)
     size = 9
-    sketch = TensorSRHT.draw(D1, D2, size, generator(0), F64)
+    sketch = TensorSRHT.draw(D1, D2, size, generator(0), h)
     left, right = (h * sketch.signs[0]) @ hadamard(32)[:D1], (b * sketch.signs[1]) @ hadamard(64)[:D2]
     entries = sketch.entries[0] * 64 + sketch.entries[1]
     torch.testing.assert_close(

@@ -4,7 +4,7 @@
 which pieces are the paper's and which were replaced.
 """
 
-from ..errors import DataError, DivergedError, NotFittedError
+from ..errors import DataError, DivergedError, NotFittedError, StaleStateError
 from .gauss_newton import GaussNewton, Step
 from .lazy_matrix import LazyMatrix
 from .maintained import MaintainedState
@@ -23,6 +23,7 @@ __all__ = [
     "MaintainedState",
     "NotFittedError",
     "SketchedCG",
+    "StaleStateError",
     "Step",
     "TensorSRHT",
     "TensorSketch",

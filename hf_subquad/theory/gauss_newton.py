@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DataError, DivergedError
+from ..errors import DataError, DivergedError, StaleStateError
 from .maintained import MaintainedState
 from .network import WideNet
 from .solvers import Solver, make_solver
@@ -59,6 +59,7 @@ class GaussNewton:
         self.network, self.y = network, y
         self.state = MaintainedState(network, x)
         self._left = -self.state.features.t()
+        self._seen = network.trained.changes
         self.seconds = time.perf_counter() - started
 
     @torch.no_grad()
@@ -66,9 +67,10 @@ class GaussNewton:
         """One iteration.
 
         Raises:
-            DivergedError: predictions are not finite; the network is as before the call.
+            DivergedError: predictions are not finite, or the solve failed; the network is as before the call.
+            StaleStateError: the matrix was changed by others since, as by an optimizer for other samples.
         """
-        clock = _Clock()
+        clock = _Clock(self.y.device)
         residual = self._forward() - self.y
         loss, share = residual.double().square().sum().item() / 2, self.state.fired_share
         if not loss < float("inf"):
@@ -84,6 +86,8 @@ class GaussNewton:
 
     def _forward(self) -> Tensor:
         """Predictions [n, p]."""
+        if self._seen != self.network.trained.changes:
+            raise StaleStateError("the trained matrix was changed by others: make a new GaussNewton for these samples")
         return self.state.predictions()
 
     def _update(self, direction: Tensor) -> None:
@@ -93,6 +97,7 @@ class GaussNewton:
     def _maintain(self, direction: Tensor) -> None:
         """The step itself, for whoever reads W later."""
         self.network.trained.append(self._left, direction)
+        self._seen = self.network.trained.changes
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -101,11 +106,14 @@ class GaussNewton:
 
 
 class _Clock:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
+        self._device = device
         self._last = time.perf_counter()
 
     def stop(self, part: str) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         self.seconds[part], self._last = now - self._last, now
 

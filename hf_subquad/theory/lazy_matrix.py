@@ -25,6 +25,7 @@ class LazyMatrix(nn.Module):
 
     Attributes:
         merges: times that factors were merged into `weight`, r c multiply-adds for each rank.
+        changes: updates and loads so far; merges do not change M.
     """
 
     def __init__(self, weight: Tensor, rank_budget: int) -> None:
@@ -33,7 +34,7 @@ class LazyMatrix(nn.Module):
             raise ConfigError(f"rank_budget must be at least 1, got {rank_budget}")
         self.weight = nn.Parameter(weight)
         self.rank_budget = rank_budget
-        self.merges = 0
+        self.merges = self.changes = 0
         self._blocks: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -56,6 +57,7 @@ class LazyMatrix(nn.Module):
                 f"factors of a {rows} x {columns} matrix must be [{rows}, q] and [q, {columns}], "
                 f"got {list(left.shape)} and {list(right.shape)}"
             )
+        self.changes += 1
         for known, waiting in self._blocks:
             if known is left:
                 waiting += right
@@ -96,6 +98,7 @@ class LazyMatrix(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """What waits belongs to the matrix before."""
         self._blocks.clear()
+        self.changes += 1
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LazyMatrix":

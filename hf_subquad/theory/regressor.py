@@ -41,7 +41,7 @@ class WideNetRegressor:
             targets, halved), fired_share, and seconds by part.
         loss_: after the last iteration.
         n_iter_: iterations done.
-        setup_seconds_: of drawing the network; `initialisation_seconds_`: of the one pass over its matrix.
+        initialisation_seconds_: of the one pass over the network's matrix.
         n_features_in_: columns of X.
     """
 
@@ -85,7 +85,7 @@ class WideNetRegressor:
         return self
 
     def fit(self, X: Any, y: Any) -> "WideNetRegressor":
-        """Train on samples X [n, d] and targets y [n] or [n, p], array-like.
+        """Train on samples X [n, d] and targets y [n] or [n, p], array-like. An error leaves what was fitted before.
 
         Raises:
             DataError: wrong shapes, no samples, or values that are not finite numbers.
@@ -100,28 +100,25 @@ class WideNetRegressor:
         if len(samples) != len(targets):
             raise DataError(f"X has {len(samples)} samples, y has {len(targets)}")
         columns = targets.reshape(len(targets), -1)
-        self._scalar = targets.ndim == 1
-        self._x_mean, self._x_scale = _moments(samples)
-        self._y_mean, self._y_scale = _moments(columns)
-        self.n_features_in_ = samples.shape[1]
-        self.network_ = WideNet(
-            self.n_features_in_ + 1, self.width, self.depth, columns.shape[1], self.random_state,
+        x_moments, y_moments = _moments(samples), _moments(columns)
+        network = WideNet(
+            samples.shape[1] + 1, self.width, self.depth, columns.shape[1], self.random_state,
             zero_start=True, dtype=_DTYPES[self.dtype],
         )  # fmt: skip
-        optimizer = GaussNewton(
-            self.network_, self._lifted(samples), self._tensor((columns - self._y_mean) / self._y_scale),
-            self.solver, self.damping,
-        )  # fmt: skip
-        self.initialisation_seconds_ = optimizer.seconds
-        self.history_: list[dict[str, Any]] = []
+        standard = self._tensor((columns - y_moments[0]) / y_moments[1])
+        optimizer = GaussNewton(network, self._lifted(samples, *x_moments), standard, self.solver, self.damping)
+        history: list[dict[str, Any]] = []
         goal = self.tol * optimizer.loss()
         with tqdm(total=self.max_iter, unit="iteration", disable=not self.verbose) as bar:
-            while len(self.history_) < self.max_iter and optimizer.loss() > goal:
+            while len(history) < self.max_iter and optimizer.loss() > goal:
                 step = optimizer.step()
-                self.history_.append({"loss": step.loss, "fired_share": step.fired_share, "seconds": step.seconds})
+                history.append({"loss": step.loss, "fired_share": step.fired_share, "seconds": step.seconds})
                 bar.update()
                 bar.set_postfix(loss=f"{step.loss:.2e}", fired=f"{step.fired_share:.1%}")
-        self.n_iter_, self.loss_ = len(self.history_), optimizer.loss()
+        self.network_, self.history_, self.loss_ = network, history, optimizer.loss()
+        self.n_iter_, self.n_features_in_ = len(history), samples.shape[1]
+        self.initialisation_seconds_ = optimizer.seconds
+        self._x_moments, self._y_moments, self._one_target = x_moments, y_moments, targets.ndim == 1
         return self
 
     @torch.no_grad()
@@ -132,14 +129,15 @@ class WideNetRegressor:
             NotFittedError: `fit` was not called.
             DataError: X has another number of columns than in `fit`, or values that are not finite numbers.
         """
-        if not hasattr(self, "loss_"):
+        if not hasattr(self, "network_"):
             raise NotFittedError("this WideNetRegressor is not fitted yet: call fit(X, y) first")
         samples = _finite("X", X, (2,))
         if samples.shape[1] != self.n_features_in_:
             raise DataError(f"X has {samples.shape[1]} columns, fit saw {self.n_features_in_}")
-        chunks = [self.network_(chunk) for chunk in self._lifted(samples).split(_CHUNK)]
-        found = torch.cat(chunks).double().numpy() * self._y_scale + self._y_mean
-        return found[:, 0] if self._scalar else found
+        chunks = [self.network_(chunk) for chunk in self._lifted(samples, *self._x_moments).split(_CHUNK)]
+        mean, scale = self._y_moments
+        found = torch.cat(chunks).double().numpy() * scale + mean
+        return found[:, 0] if self._one_target else found
 
     def score(self, X: Any, y: Any) -> float:
         """R^2: 1 minus squared error over variance, averaged over the targets."""
@@ -160,9 +158,9 @@ class WideNetRegressor:
             regressor_tags=RegressorTags(),
         )
 
-    def _lifted(self, samples: np.ndarray) -> Tensor:
+    def _lifted(self, samples: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> Tensor:
         """Standardised samples [n, d] on the unit sphere of one dimension more, where none of them meet."""
-        standard = (samples - self._x_mean) / self._x_scale
+        standard = (samples - mean) / scale
         constant = np.full((len(samples), 1), samples.shape[1] ** 0.5)
         lifted = np.concatenate([standard, constant], 1)
         return self._tensor(lifted / np.linalg.norm(lifted, axis=1, keepdims=True))

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DivergedError
 from .maintained import MaintainedState
 from .tensor_sketches import TensorSketch, TensorSRHT
 
@@ -66,7 +66,7 @@ class SketchedCG:
         p = residual.shape[1]
         if self._features is not state.features:
             generator = torch.Generator().manual_seed(self.seed)
-            self._sketch = self.kind.draw(m, m, self.size or 4 * n * p, generator, state.features.dtype)
+            self._sketch = self.kind.draw(m, m, self.size or 4 * n * p, generator, state.features)
             self._left = self._sketch.left(state.features).repeat_interleave(p, 0)
             self._features = state.features
         sketched = self._sketch.join(self._left, self._sketch.right(state.derivatives.flatten(0, 1)))
@@ -121,7 +121,13 @@ def cholesky_solution(matrix: Tensor, damping: float, right: Tensor) -> Tensor:
 def cholesky_factor(matrix: Tensor, shift: Tensor) -> Tensor:
     damped = matrix.double()
     damped.diagonal().add_(shift)
-    return torch.linalg.cholesky(damped)
+    try:
+        return torch.linalg.cholesky(damped)
+    except torch.linalg.LinAlgError as error:
+        raise DivergedError(
+            "the damped Gram matrix is not positive definite: use a larger damping, float64, or a wider net "
+            "if no neuron fires"
+        ) from error
 
 
 def conjugate_gradients(

@@ -24,9 +24,10 @@ class CountSketch:
     size: int
 
     @classmethod
-    def draw(cls, width: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> "CountSketch":
-        bucket = torch.randint(size, (width,), generator=generator)
-        return cls(bucket, random_signs(width, generator, dtype), size)
+    def draw(cls, width: int, size: int, generator: torch.Generator, like: Tensor) -> "CountSketch":
+        """With signs in the dtype and on the device of `like`; numbers are drawn on the CPU."""
+        bucket = torch.randint(size, (width,), generator=generator).to(like.device)
+        return cls(bucket, random_signs(width, generator, like), size)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, d] to [N, s], in the dtype of the signs."""
@@ -45,8 +46,8 @@ class TensorSketch:
     second: CountSketch
 
     @classmethod
-    def draw(cls, d1: int, d2: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> "TensorSketch":
-        return cls(*(CountSketch.draw(width, size, generator, dtype) for width in (d1, d2)))
+    def draw(cls, d1: int, d2: int, size: int, generator: torch.Generator, like: Tensor) -> "TensorSketch":
+        return cls(*(CountSketch.draw(width, size, generator, like) for width in (d1, d2)))
 
     def left(self, h: Tensor) -> Tensor:
         return torch.fft.rfft(self.first(h))
@@ -74,9 +75,11 @@ class TensorSRHT:
     entries: tuple[Tensor, Tensor]
 
     @classmethod
-    def draw(cls, d1: int, d2: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> "TensorSRHT":
-        signs = tuple(random_signs(width, generator, dtype) for width in (d1, d2))
-        entries = tuple(torch.randint(padded(width), (size,), generator=generator) for width in (d1, d2))
+    def draw(cls, d1: int, d2: int, size: int, generator: torch.Generator, like: Tensor) -> "TensorSRHT":
+        signs = tuple(random_signs(width, generator, like) for width in (d1, d2))
+        entries = tuple(
+            torch.randint(padded(width), (size,), generator=generator).to(like.device) for width in (d1, d2)
+        )
         return cls(signs, entries)  # type: ignore[arg-type]
 
     def left(self, h: Tensor) -> Tensor:
@@ -107,5 +110,5 @@ def padded(width: int) -> int:
     return 1 << (width - 1).bit_length()
 
 
-def random_signs(width: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    return torch.randint(2, (width,), generator=generator).to(dtype) * 2 - 1
+def random_signs(width: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(2, (width,), generator=generator).to(like) * 2 - 1
