@@ -37,7 +37,7 @@ from hf_subquad.theory import GaussNewton, Step, WideNet
 METHODS = {"subquad": GaussNewton, "dense": DenseGaussNewton, "sparse": SparseGaussNewton}
 PARTS = ("forward", "solve", "update", "maintenance")
 LAYERS = {"subquad": "subquad", "dense": "dense_full", "lora": "dense_lora"}
-FIRST_WIDTH, FITTED_FROM = 1024, 4096
+FITTED_FROM = 4096
 _SHOWN_LOSSES = 10
 
 DEFINITIONS = {
@@ -60,11 +60,11 @@ DEFINITIONS = {
 # Wide nets
 
 
-def widths_up_to(most: int) -> list[int]:
-    """Powers of two and their rounded geometric means, from 1,024, and `most` itself; multiples of 4."""
-    found = [FIRST_WIDTH * 2**step for step in range(1 + max(0, int(math.log2(most / FIRST_WIDTH))))]
+def widths_between(least: int, most: int) -> list[int]:
+    """`least` doubled again and again, and `most`; geometric means between those to fit. Multiples of 4."""
+    found = [least * 2**step for step in range(1 + int(math.log2(most / least)))]
     found += [4 * round(width * 2**0.5 / 4) for width in found if width >= FITTED_FROM]
-    return sorted({width for width in found if width <= most} | {most})
+    return sorted({width for width in found if width < most} | {most})
 
 
 def multiply_adds(method: str, optimizer: GaussNewton) -> dict[str, int]:
@@ -136,7 +136,7 @@ def slopes(rows: Sequence[Mapping[str, Any]], names: Iterable[str], parts: Seque
 def scaling(options: argparse.Namespace) -> dict[str, Any]:
     """The first part of the report."""
     rows: list[dict[str, Any]] = []
-    with tqdm(widths_up_to(options.max_width), unit="width", desc="wide nets") as bar:
+    with tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="wide nets") as bar:
         for width in bar:
             bar.set_postfix(width=width)
             rows += measure_width(width, options)
@@ -157,7 +157,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
 def layer_scaling(options: argparse.Namespace) -> dict[str, Any]:
     """The second part of the report."""
     rows = []
-    with tqdm(widths_up_to(options.max_width), unit="width", desc="fine-tuning layer") as bar:
+    with tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="fine-tuning layer") as bar:
         for width in bar:
             bar.set_postfix(width=width)
             point = argparse.Namespace(
@@ -272,7 +272,8 @@ def _lines(rows: Sequence[Mapping[str, Any]], y: Callable[[Mapping[str, Any]], f
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-width", type=int, default=16384, help="a multiple of 4, at least 8")
+    parser.add_argument("--max-width", type=int, default=16384, help="a multiple of 4")
+    parser.add_argument("--min-width", type=int, default=1024, help="a multiple of 4")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="subquad and dense always")
     parser.add_argument("--rounds", type=int, default=9, help="that are timed")
@@ -285,8 +286,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--png", type=Path, metavar="FILE", help="picture")
     options = parser.parse_args(argv)
     options.methods = [name for name in METHODS if name in {"subquad", "dense", *options.methods}]
-    if options.max_width < 8 or options.max_width % 4:
-        parser.error("--max-width must be a multiple of 4, at least 8")
+    if not 0 < options.min_width <= options.max_width or options.min_width % 4 or options.max_width % 4:
+        parser.error("--min-width and --max-width must be multiples of 4, the first not above the second")
     if options.png and not plots_available():
         parser.error("--png needs matplotlib (pip install 'hf-subquad[plots]')")
     return options

@@ -29,7 +29,20 @@ from hf_subquad.theory import GaussNewton, WideNet  # noqa: E402
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("scaling")
-    arguments = ["--max-width", "1448", "--samples", "6", "--rounds", "2", "--repeats", "2", "--threads", "1"]
+    arguments = [
+        "--min-width",
+        "128",
+        "--max-width",
+        "256",
+        "--samples",
+        "6",
+        "--rounds",
+        "2",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+    ]
     arguments += ["--tokens", "64", "--layer-rounds", "1", "--json", str(folder / "s.json")]
     assert scaling.main([*arguments, "--png", str(folder / "s.png")]) == 0
     assert (folder / "s.png").read_bytes().startswith(b"\x89PNG")
@@ -42,7 +55,7 @@ def test_report_has_slopes_speedup_and_where_it_was_made(report: dict[str, Any])
             assert math.isfinite(part[key])
     assert {"definitions", "settings", "versions", "commit", "machine", "command", "finished"} <= report.keys()
     total = report["slopes"]["subquad"]["total"]
-    assert total["slope"] == report["slope_subquad"] and total["widths"] == [1024, 1448]
+    assert total["slope"] == report["slope_subquad"] and total["widths"] == [128, 256]
     assert total["bootstrap_95"][0] <= total["bootstrap_95"][1] and total["line_95"] is None
 
 
@@ -53,7 +66,7 @@ def test_rows_add_up_and_sets_are_sparse(report: dict[str, Any]) -> None:
         assert row["seconds"]["total"] == pytest.approx([sum(values) for values in zip(*parts, strict=True)])
         assert len(parts[0]) == 2
         assert 0 < row["fired_share"] <= row["fired_share_limit"] == row["width"] ** -0.2
-    for width in (1024, 1448):
+    for width in (128, 256):
         ours, *twins = (row["losses"][:2] for row in report["rows"] if row["width"] == width)
         assert all(twin == pytest.approx(ours, rel=1e-3) for twin in twins)
 
@@ -118,8 +131,8 @@ def test_slopes_are_exponents_and_intervals_hold_them() -> None:
 
 
 def test_widths_are_those_asked_for() -> None:
-    assert scaling.widths_up_to(16384) == [1024, 2048, 4096, 5792, 8192, 11584, 16384]
-    assert scaling.widths_up_to(3000) == [1024, 2048, 3000] and scaling.widths_up_to(64) == [64]
+    assert scaling.widths_between(1024, 16384) == [1024, 2048, 4096, 5792, 8192, 11584, 16384]
+    assert scaling.widths_between(1024, 3000) == [1024, 2048, 3000] and scaling.widths_between(64, 64) == [64]
 
 
 def test_methods_report_paths_to_the_goal(tmp_path: Path) -> None:

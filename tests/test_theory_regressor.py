@@ -107,7 +107,7 @@ def test_works_in_scikit_learn() -> None:
     from sklearn.preprocessing import StandardScaler
 
     x, y = data(60)
-    model = WideNetRegressor(WIDTH, max_iter=3)
+    model = WideNetRegressor(128, max_iter=2)
     assert is_regressor(model) and clone(model).get_params() == model.get_params()
     assert np.isfinite(cross_val_score(model, x, y, cv=3)).all()
     search = GridSearchCV(make_pipeline(StandardScaler(), model), {"widenetregressor__damping": [1e-4, 1e-2]}, cv=2)
