@@ -108,6 +108,15 @@ def test_saves_one_plain_matrix_and_loading_drops_what_waited() -> None:
     torch.testing.assert_close(other.rows(torch.arange(ROWS)), now, rtol=0, atol=0)
 
 
+def test_a_load_that_fails_keeps_what_waits() -> None:
+    lazy, dense = pair()
+    left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)
+    lazy.append(left, right)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        lazy.load_state_dict({"weight": torch.zeros(2, 2)})
+    torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), dense + left @ right, **CLOSE)
+
+
 def test_a_cast_takes_what_waits_along() -> None:
     lazy, dense = pair()
     left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)

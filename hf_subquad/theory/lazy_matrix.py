@@ -96,8 +96,8 @@ class LazyMatrix(nn.Module):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """What waits belongs to the matrix before."""
-        self._blocks.clear()
+        """Replaces what waits, too; a load that fails leaves the matrix as it was."""
+        self.merge()
         self.changes += 1
         super()._load_from_state_dict(*args, **kwargs)
 
