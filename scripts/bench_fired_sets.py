@@ -30,20 +30,21 @@ def bench(width: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     x, y = smooth_task(options.samples)
     optimizer = GaussNewton(WideNet(x.shape[1], width), x, y)
     state = optimizer.state
-    start, directions, losses, fired = state.pre.clone(), [], [], [state.fired]
+    start, directions, losses, fired = state.margins.clone(), [], [], [state.fired]
     for _ in range(options.iterations):
         with torch.no_grad():
             before = state.predictions() - y
             directions.append(state.direction(optimizer.solver.solve(state, before)))
         losses.append(optimizer.step().loss)
         fired.append(state.fired)
+    thresholds = torch.zeros(options.samples, 1)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in directions] for name in STRUCTURES}
     setup: dict[str, list[float]] = {name: [] for name in STRUCTURES}
     for _ in range(options.rounds):
         structures = {}
         for name, kind in STRUCTURES.items():
             setup[name].append(
-                timed(lambda: structures.update({name: kind(start, state.shift, state.kernel)}), x.device)  # noqa: B023
+                timed(lambda: structures.update({name: kind(start, thresholds, state.kernel)}), x.device)  # noqa: B023
             )
         counts = {name: [0] for name in STRUCTURES}
         for iteration, direction in enumerate(directions):

@@ -70,7 +70,7 @@ def widths_between(least: int, most: int) -> list[int]:
 def multiply_adds(method: str, optimizer: GaussNewton) -> dict[str, int]:
     """Of the next iteration, by part."""
     state = optimizer.state
-    n, m = state.pre.shape
+    n, m = state.margins.shape
     p = state.derivatives.shape[1]
     counted = {"forward": n * m * p, "solve": (n * p) ** 2 * m + (n * p) ** 3 // 3 + n * m * p}
     if method == "subquad":
