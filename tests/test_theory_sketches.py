@@ -80,7 +80,7 @@ def test_inner_products_are_kept_in_expectation(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", SKETCHES)
 def test_subspace_embedding_error_over_many_draws(kind: type) -> None:
-    """For J = U S V^T with n rows, the sketch of orthonormal rows V^T has a Gram matrix I + E.
+    """The sketch of orthonormal rows, those of a Jacobian whitened, has a Gram matrix I + E.
 
     The mean of ||E||_F^2 is at most 11 n^2 / s, the bound of Avron, Nguyen and Woodruff (2014) for TensorSketch, which
     TensorSRHT meets here too. At s = 64 n, in 95% of the draws the sketch changes no vector of the span by more than

@@ -38,8 +38,8 @@ class CountSketch:
 class TensorSketch:
     """Circular convolution of two count sketches, by FFT (Pagh 2013; Pham and Pagh 2013).
 
-    For orthonormal rows U [n, d1 d2], E ||S U^T||-Gram minus identity||_F^2 <= 11 n^2 / s (Avron, Nguyen, Woodruff
-    2014). A row costs nnz(h) + nnz(b) + s log s.
+    If S U^T [s, n] is the sketch of n orthonormal rows U, E ||(S U^T)^T S U^T - I||_F^2 <= 11 n^2 / s (Avron, Nguyen,
+    Woodruff 2014). A row costs nnz(h) + nnz(b) + s log s.
     """
 
     first: CountSketch
