@@ -55,3 +55,19 @@ class SidecarError(SubquadError, RuntimeError):
 
 class OutputError(SubquadError, OSError):
     """An output file could not be written. Nothing was left half-written."""
+
+
+class DataError(SubquadError, ValueError):
+    """Samples or targets of a wide net have wrong shapes, or hold NaN or infinite values."""
+
+
+class NotFittedError(SubquadError, ValueError, AttributeError):
+    """The regressor was not fitted yet."""
+
+
+class DivergedError(SubquadError, ArithmeticError):
+    """Training left the finite numbers, or its linear system cannot be solved in them."""
+
+
+class StaleStateError(SubquadError, RuntimeError):
+    """A matrix was changed behind the back of what is maintained about it."""

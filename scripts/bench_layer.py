@@ -184,6 +184,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "selection_share": median["selection"] / median["subquad"],
         "gather_share": median["gather"] / median["subquad"],
         "seconds_range": {kind: [min(values), max(values)] for kind, values in times.items()},
+        "round_seconds": times,
         "dense_full_saved_bytes": memory["dense_full"], "dense_lora_saved_bytes": memory["dense_lora"],
         "subquad_saved_bytes": memory["subquad"],
         "dense_full_peak_bytes": peaks["dense_full"], "dense_lora_peak_bytes": peaks["dense_lora"],

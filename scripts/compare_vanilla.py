@@ -10,9 +10,6 @@ turns of a few steps, so that exactly one computes at a time and all see the sam
 
 import argparse
 import csv
-import datetime
-import json
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,11 +18,11 @@ from typing import Any
 
 import yaml
 from comparison.plots import plot_loss_against_time, plots_available
-from comparison.report import CSV_COLUMNS, step_rows, summarise, table, write_whole
+from comparison.report import CSV_COLUMNS, step_rows, summarise, table, write_json, write_whole
 from comparison.run_method import run_method
 from comparison.run_settings import RunSettings, Shape
 from comparison.turns import WorkerError, run_in_turns
-from environment import commit, machine, versions
+from environment import provenance
 from tqdm import tqdm
 
 METHODS = ("vanilla", "lora", "subquad")
@@ -63,16 +60,8 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
         settings.pop(name)
     return summarise({name: results[name] for name in runs}, common.untimed_steps) | {
         "settings": settings | {"learning_rates": {name: run.learning_rate for name, run in runs.items()}},
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
     }
-
-
-def write_json(report: Mapping[str, Any], path: Path) -> None:
-    write_whole(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
 
 
 def write_csv(report: Mapping[str, Any], path: Path) -> None:

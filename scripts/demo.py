@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_vanilla import METHODS, compare, write_csv, write_json, write_plot
+from compare_vanilla import METHODS, compare, write_csv, write_plot
 from comparison.plots import plots_available
-from comparison.report import table, write_whole
+from comparison.report import table, write_json, write_whole
 from comparison.run_settings import RunSettings
 from comparison.turns import WorkerError
 from corpus import language_reference_text

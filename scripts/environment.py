@@ -1,9 +1,12 @@
 """Where a measurement was made: versions, commit and machine, for the raw row behind every number."""
 
+import datetime
 import os
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,17 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "faiss-cpu", "hf-subquad")
 # Settings of the process that change speed.
 VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "ATEN_CPU_CAPABILITY", "GLIBC_TUNABLES")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit, machine, the command line and the time (UTC), for the end of a report."""
+    return {
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def versions() -> dict[str, str | None]:

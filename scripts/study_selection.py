@@ -18,9 +18,7 @@ Without files, the text is what Python carries: `--corpus source` is of the kind
 
 import argparse
 import copy
-import datetime
 import itertools
-import shlex
 import sys
 import tempfile
 import warnings
@@ -34,11 +32,10 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from compare_vanilla import write_json
 from comparison.plots import plots_available
-from comparison.report import write_whole
+from comparison.report import write_json, write_whole
 from comparison.run_settings import RunSettings
-from environment import commit, machine, versions
+from environment import provenance
 from study.inputs import HeldOut, Inputs, load, mean_loss, mlp_tokens, write_corpus
 from study.report import Panel, at_equal_x, draw, lines_of, text_table
 from study.selections import Budgets, Method, install, token_importance
@@ -402,11 +399,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
         ],
         "definitions": DEFINITIONS,
         "settings": _settings(options),
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
     }
 
 

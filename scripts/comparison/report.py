@@ -1,5 +1,6 @@
 """From what the processes measured to the numbers that are reported: one dictionary, per-step rows, a table."""
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -195,3 +196,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_json(report: Mapping[str, Any], path: Path) -> None:
+    write_whole(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))

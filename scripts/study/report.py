@@ -14,6 +14,8 @@ class Panel(NamedTuple):
     x_label: str
     y_label: str
     lines: Points
+    x_scale: str = "linear"  # or "log"
+    y_scale: str = "linear"
 
 
 def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -70,6 +72,8 @@ def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
         for name, points in panel.lines.items():
             colour, marker, dashes = styles[name]
             axes.plot(*zip(*points, strict=True), dashes, label=name, color=colour, marker=marker, markersize=5)
+        axes.set_xscale(panel.x_scale)
+        axes.set_yscale(panel.y_scale)
         axes.set_xlabel(panel.x_label)
         axes.set_ylabel(panel.y_label)
         axes.grid(alpha=0.25)
