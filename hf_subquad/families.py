@@ -150,7 +150,7 @@ def _match(name: str, module: nn.Module) -> Match | None:
 def _may_be_wide(match: Match) -> bool:
     """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
     projections = [match.projection(path) for path in match.paths]
-    if any(type(projection) not in (nn.Linear, Conv1D) for projection in projections):
+    if any(type(p) not in (nn.Linear, Conv1D) or p.get_parameter("weight").dim() != 2 for p in projections):
         return True
     *inputs, (neurons, outputs) = map(linear_sizes, projections)
     rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)

@@ -228,8 +228,10 @@ def _check(match: Match, config: SubquadConfig) -> None:
                 f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
                 "drop: remove it, or load the model without device_map"
             )
-        if module.weight.is_meta:
-            raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
+        if module.weight.is_meta or module.weight.dim() != 2:
+            raise UnsupportedModuleError(
+                f"{name} has no weights yet (meta device, or DeepSpeed ZeRO-3): load them before patching"
+            )
         for kind in ("weight", "bias"):
             values = getattr(module, kind)
             if values is not None and not torch.isfinite(values).all():
@@ -250,7 +252,8 @@ def _computes_linear(module: nn.Module) -> bool:
     weight = module.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator).to(weight)
-    expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, module.bias)
+    bias: torch.Tensor | None = getattr(module, "bias", None)
+    expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
     try:
         difference = (module(x) - expected).abs()
     except Exception:

@@ -261,6 +261,13 @@ def test_meta_device(whole: bool) -> None:
     refused(model, UnsupportedModuleError, "meta", "fc1")
 
 
+def test_weight_that_was_taken_away() -> None:
+    """As DeepSpeed ZeRO-3 leaves a parameter whose values are on other ranks."""
+    model = stack(MLP(), MLP(), MLP())
+    model.layers[2].fc1.weight.data = torch.empty(0)
+    refused(model, UnsupportedModuleError, "layers.2.fc1", "ZeRO-3")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     ("family", "path"),

@@ -163,7 +163,7 @@ def tiny_batch(model: nn.Module) -> dict[str, Tensor]:
             raise
         except Exception as error:
             errors.append(_said(error))
-    raise NotBuiltError(f"needs more inputs than {', '.join(least)}: {errors[0]}")
+    raise NotBuiltError(f"does not run on {', '.join(least)}: {errors[0]}")
 
 
 def _shrunk(config: PreTrainedConfig, exceptions: dict[str, Any]) -> dict[str, Any]:
