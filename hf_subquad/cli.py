@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.pytorch_utils import Conv1D
 
 from .calibration import calibrate
 from .config import SubquadConfig
 from .errors import SubquadError
-from .families import Match, find_mlps
+from .families import find_mlps, linear_sizes
 from .text_batches import read_text, text_batches
 
 _PACKAGES = ("hf-subquad", "torch", "transformers", "accelerate", "faiss-cpu", "safetensors", "peft")
@@ -75,7 +74,7 @@ def print_mlps(name: str, config: SubquadConfig) -> None:
         model = build(settings)
     print(f"{'MLP':<40} {'neurons':>8} {'active':>8} {'share':>7} {'width':>7}")
     for match in find_mlps(model, config):
-        neurons, width = _size(match)
+        neurons, width = linear_sizes(match.projection(match.family.output))
         active = config.active_neurons(neurons)
         print(f"{match.name:<40} {neurons:>8} {active:>8} {active / neurons:>7.1%} {width:>7}")
     print("Budgets are those before planning: add --data FILE to plan them.")
@@ -107,13 +106,6 @@ def _model_class(settings: Any) -> Any:
 
 def _device() -> str:
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-
-
-def _size(match: Match) -> tuple[int, int]:
-    """Neurons m and hidden size d, from the output projection: Conv1D stores [m, d], Linear [d, m]."""
-    output = match.projection(match.family.output)
-    first, second = output.weight.shape
-    return (first, second) if isinstance(output, Conv1D) else (second, first)
 
 
 if __name__ == "__main__":

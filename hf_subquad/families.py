@@ -1,11 +1,15 @@
 """Where the MLPs are: one table of projection names, and the search for them in a model."""
 
 import difflib
+import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from .config import SubquadConfig
 from .errors import NoMatchError
@@ -20,29 +24,41 @@ class Family:
     Attributes:
         inputs: the projection(s) into neurons, the activated one first.
         output: the projection out of neurons.
-        gate: neurons are activation(input); or activation(gate) * up with two projections ('separate') or with
-            gate rows over up rows in one ('stacked').
         examples: model types, for people.
     """
 
     inputs: tuple[str, ...]
     output: str
-    gate: Gate
     examples: str
 
 
+# The first one whose names a module has counts.
 FAMILIES = (
-    Family(("gate_proj", "up_proj"), "down_proj", "separate", "Llama, Mistral, Qwen, Gemma"),
-    Family(("gate_up_proj",), "down_proj", "stacked", "Phi-3, GLM"),
-    Family(("wi_0", "wi_1"), "wo", "separate", "T5 v1.1, Flan-T5, mT5"),
-    Family(("wi",), "wo", "none", "T5"),
-    Family(("fc1",), "fc2", "none", "OPT, BART, Whisper, ViT"),
-    Family(("c_fc",), "c_proj", "none", "GPT-2"),
-    Family(("dense_h_to_4h",), "dense_4h_to_h", "none", "GPT-NeoX"),
-    Family(("intermediate.dense",), "output.dense", "none", "BERT, RoBERTa, ELECTRA"),
+    Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear", "Gemma 4 vision"),
+    Family(("gate_proj", "up_proj"), "down_proj", "Llama, Mistral, Qwen, Gemma"),
+    Family(("gate_up_proj",), "down_proj", "Phi-3, GLM"),
+    Family(("up_proj",), "down_proj", "Nemotron, Arcee, MPT, DINOv3"),
+    Family(("wi_0", "wi_1"), "wo", "T5 v1.1, Flan-T5, mT5"),
+    Family(("wi",), "wo", "T5, Switch Transformers"),
+    Family(("Wi",), "Wo", "ModernBERT"),
+    Family(("w1", "w3"), "w2", "LFM2"),
+    Family(("fc1",), "fc2", "OPT, BART, Whisper, ViT"),
+    Family(("c_fc",), "c_proj", "GPT-2"),
+    Family(("fc_in",), "fc_out", "GPT-J, CodeGen"),
+    Family(("dense_h_to_4h",), "dense_4h_to_h", "GPT-NeoX, Bloom, Falcon"),
+    Family(("intermediate.dense",), "output.dense", "BERT, RoBERTa, ELECTRA"),
+    Family(("intermediate_dense",), "output_dense", "Wav2Vec2, HuBERT"),
+    Family(("ffn",), "ffn_output", "ALBERT"),
+    Family(("lin1",), "lin2", "DistilBERT, XLM, SAM"),
+    Family(("linear1",), "linear2", "Parakeet"),
+    Family(("linear_1",), "linear_2", "Funnel"),
+    Family(("layer_1",), "layer_2", "XLNet"),
+    Family(("linear_fc1",), "linear_fc2", "Qwen-VL"),
+    Family(("proj_in",), "proj_out", "SAM 2"),
 )
 
-_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation")
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation", "activation_function")
+_COMMON_ACTIVATIONS = ("relu", "gelu", "gelu_pytorch_tanh", "silu", "relu2", "quick_gelu")
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,26 @@ class Match:
     def full_name(self, path: str) -> str:
         return f"{self.name}.{path}" if self.name else path
 
+    @property
+    def gate(self) -> Gate:
+        """Neurons are activation(input); or activation(gate) * up with two projections ('separate'), or with gate
+        rows over up rows in one ('stacked')."""
+        if len(self.family.inputs) == 2:
+            return "separate"
+        rows = linear_sizes(self.projection(self.family.inputs[0]))[1]
+        return "stacked" if rows == 2 * self.neurons else "none"
+
+    @property
+    def neurons(self) -> int:
+        """m."""
+        return linear_sizes(self.projection(self.family.output))[0]
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out]."""
+    first, second = module.get_parameter("weight").shape
+    return (first, second) if isinstance(module, Conv1D) else (second, first)
+
 
 def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     """The MLPs that `config` asks for, in the model's order.
@@ -71,12 +107,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     Raises:
         NoMatchError: none, or a name or layer number in `config` that the model does not have.
     """
-    found = [
-        Match(name, module, family)
-        for name, module in model.named_modules()
-        for family in FAMILIES
-        if all(_has(module, path) for path in (*family.inputs, family.output))
-    ]
+    found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
     if not found:
         raise NoMatchError(_nothing_found(model))
     named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
@@ -90,8 +121,8 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     return kept
 
 
-def find_activation(match: Match) -> nn.Module | None:
-    """The elementwise activation between the projections, by its usual names beside them."""
+def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
+    """What may be the elementwise activation: that of a usual name beside the projections, else the common ones."""
     holders = [match.parent] + [
         match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
     ]
@@ -99,8 +130,8 @@ def find_activation(match: Match) -> nn.Module | None:
         for name in _ACTIVATION_NAMES:
             candidate = getattr(holder, name, None)
             if callable(candidate):
-                return candidate
-    return None
+                return [candidate]
+    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS]
 
 
 def _has(module: nn.Module, path: str) -> bool:
@@ -109,6 +140,21 @@ def _has(module: nn.Module, path: str) -> bool:
         if module is None:
             return False
     return True
+
+
+def _match(name: str, module: nn.Module) -> Match | None:
+    matches = (Match(name, module, family) for family in FAMILIES)
+    return next((match for match in matches if all(_has(module, path) for path in match.paths)), None)
+
+
+def _may_be_wide(match: Match) -> bool:
+    """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
+    projections = [match.projection(path) for path in match.paths]
+    if any(type(p) not in (nn.Linear, Conv1D) or p.get_parameter("weight").dim() != 2 for p in projections):
+        return True
+    *inputs, (neurons, outputs) = map(linear_sizes, projections)
+    rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)
+    return all(into in rows and width == outputs < neurons for width, into in inputs)
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
@@ -160,12 +206,36 @@ def _layer_of(match: Match) -> tuple[str, int | None]:
     return (numbered[1], int(numbered[2])) if numbered else (match.name, None)
 
 
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of 3-D parameters that hold the MLPs of several experts."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+
+
+def _widening_pair(model: nn.Module) -> str | None:
+    """Names of the first two projections side by side of which one widens and the other narrows again."""
+    for name, module in model.named_modules():
+        sizes = {n: linear_sizes(child) for n, child in module._modules.items() if type(child) in (nn.Linear, Conv1D)}
+        for (first, (width, neurons)), (second, back) in itertools.permutations(sizes.items(), 2):
+            if back == (neurons, width) and neurons > width:
+                return f"{name}.{first} / {second}"
+    return None
+
+
 def _nothing_found(model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not module._modules} - {""})
     known = sorted({path.rpartition(".")[2] for family in FAMILIES for path in (*family.inputs, family.output)})
     near = sorted({hit for name in names for hit in difflib.get_close_matches(name, known, n=1, cutoff=0.7)})
+    narrow = [match for name, module in model.named_modules() if (match := _match(name, module))]
+    if experts := fused_experts(model):
+        why = f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
+    elif narrow:
+        why = f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
+    elif pair := _widening_pair(model):
+        why = f": {pair} are no known names of an MLP's projections"
+    else:
+        why = ", nor linear projections side by side that could be one"
     return (
-        f"no MLP found in {type(model).__name__}. Searched for modules holding one of "
+        f"no wide MLP found in {type(model).__name__}{why}. Searched for modules holding one of "
         f"{[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. Its leaf modules are named {names[:40]}"
         + (f"; nearest known names: {near}" if near else "")
     )

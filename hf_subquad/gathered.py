@@ -127,7 +127,7 @@ class DotRows(torch.autograd.Function):
             h, low = dot_rows(x, tiles, neurons, rows, bias, (u, scale * v))
         ctx.save_for_backward(x, u, v, rows, low)
         ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
-        return h
+        return h.data  # no view to autograd, so that an activation may work in place
 
     @staticmethod
     @once_differentiable
@@ -151,7 +151,7 @@ class SumRows(torch.autograd.Function):
             y, low = sum_rows(a, tiles, neurons, rows, bias, (u, scale * v))
         ctx.save_for_backward(a, u, v, rows, low)
         ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
-        return y
+        return y.data  # no view to autograd, so that a residual may be added in place
 
     @staticmethod
     @once_differentiable

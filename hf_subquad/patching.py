@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -20,7 +21,7 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
-from .families import Match, find_activation, find_mlps
+from .families import Match, find_activations, find_mlps, linear_sizes
 from .index import ActivationIndex
 from .layers import Forward, InputProjection, OutputProjection, Runtime, SparseMLP
 from .plan import Plan
@@ -30,6 +31,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRIED_TOKENS = 3
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -70,7 +72,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
             mlp = _patch_one(match, runtime)
             patched.append(mlp)
             with torch.autocast(mlp.output.weight.device.type, enabled=False):  # whose rounding would fail the test
-                self_test(mlp)
+                self_test(mlp, find_activations(match))
         if plan is not None:
             apply_plan(model, plan)
     except BaseException:
@@ -211,44 +213,67 @@ def _check(match: Match, config: SubquadConfig) -> None:
                 "target_modules, or out of the patch; their updates would meet"
             )
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
-        if type(module) not in (nn.Linear, Conv1D) or dtype not in _FLOATS:
+        if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear "
                 "and Conv1D projections in floating point can be patched; load the model unquantised"
+            )
+        if type(module.weight) is not nn.Parameter:
+            raise UnsupportedModuleError(
+                f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter "
+                "(quantised or sharded?): patch the model before that"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(
                 f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
                 "drop: remove it, or load the model without device_map"
             )
-        if module.weight.is_meta:
-            raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
+        if module.weight.is_meta or module.weight.dim() != 2:
+            raise UnsupportedModuleError(
+                f"{name} has no weights yet (meta device, or DeepSpeed ZeRO-3): load them before patching"
+            )
         for kind in ("weight", "bias"):
             values = getattr(module, kind)
             if values is not None and not torch.isfinite(values).all():
                 raise WeightsError(f"{name}.{kind} holds NaN or infinite values: the checkpoint is damaged")
+        if type(module) not in (nn.Linear, Conv1D) and not _computes_linear(module):
+            raise UnsupportedModuleError(
+                f"{name} is a {type(module).__name__}, which does not compute x W^T + b: only what nn.Linear computes "
+                "can be patched"
+            )
         if config.rank > min(module.weight.shape):
             raise ConfigError(f"rank={config.rank} exceeds {name}, which is {tuple(module.weight.shape)}")
-    first = match.projection(match.family.inputs[0])
-    rows = first.weight.shape[1 if isinstance(first, Conv1D) else 0]
-    config.active_neurons(rows // 2 if match.family.gate == "stacked" else rows)
+    config.active_neurons(match.neurons)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass of Linear or Conv1D computes the same, on random input."""
+    weight = module.get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator).to(weight)
+    bias: torch.Tensor | None = getattr(module, "bias", None)
+    expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
+    try:
+        difference = (module(x) - expected).abs()
+    except Exception:
+        return False
+    tolerance = 4 * torch.finfo(x.dtype).eps * x.shape[1] ** 0.5 * expected.abs().amax()
+    return difference.shape == expected.shape and bool((difference <= tolerance).all())
 
 
 def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     """Swap one MLP's projections. All that can fail comes before the first swap, and is undone."""
     config = runtime.config
-    activation = find_activation(match)
-    if activation is None:
-        raise UnsupportedModuleError(f"{match.name} ({type(match.parent).__name__}): no activation found beside it")
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
     inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
     output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
-    inputs[0].stacked = match.family.gate == "stacked"
+    inputs[0].stacked = match.gate == "stacked"
     for projection in (*inputs, output):
         projection.store_by_neuron()
     try:
-        index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
+        index = ActivationIndex(inputs, output, find_activations(match)[0], match.gate != "none", config)
         mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     except BaseException:
         for projection in (*inputs, output):

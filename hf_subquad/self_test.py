@@ -1,8 +1,9 @@
 """Proof, at patch time, that compacting an MLP leaves its mathematics alone."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,14 +15,19 @@ from .layers import Forward, SparseMLP
 from .tiling import make_tiles
 
 _BATCH, _TOKENS = 2, 9
+_RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
 
 
 @torch.no_grad()
-def self_test(mlp: SparseMLP) -> None:
+def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
     """Run an MLP compact and dense-but-masked on the same neurons, different ones per tile; they must agree.
 
     Half of the neurons are left out, so that anything between the projections that mixes neurons (a norm over them,
-    a top-k among them) shows. The activation that scores neurons is compared with what the model computed.
+    a top-k among them) shows. The activation that scores neurons is compared with what the model computed: the index
+    keeps the first of the given ones that is it.
+
+    A parent whose forward cannot be run by itself (its attention needs more than hidden states) is passed by where its
+    projections lie in two modules of their own, as in BERT: these are run one after the other.
 
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
@@ -42,47 +48,73 @@ def self_test(mlp: SparseMLP) -> None:
 
     with _evaluating(mlp.parent):
         with _forward(mlp, "dense", None), _pre_hook(mlp.output, keep_chosen):
-            expected = _run(mlp, x)
+            run, expected = _runnable(mlp, x)
         seen: dict[str, Tensor] = {}
         with (
             _forward(mlp, "sparse", selection),
             _pre_hook(mlp.inputs[0], lambda module, args: seen.update(x=args[0])),
             _pre_hook(mlp.output, lambda module, args: seen.update(a=args[0])),
         ):
-            got = _run(mlp, x)
-    _compare(mlp, got, expected, "it is not elementwise between its projections")
-    exact = mlp.index.exact_activations(seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
-    expected = exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))
-    _compare(
-        mlp,
-        seen["a"],
-        expected,
-        f"its activation is not the {mlp.index.activation} found beside the projections",
-    )
+            got = _attempt(mlp, run, x, "what lies between its projections does not run on some of its neurons")
+    if len(seen) < 2:
+        raise _refusal(mlp, "run by itself, it does not call its projections")
+    if not _close(mlp, got, expected):
+        raise _refusal(mlp, "it is not elementwise between its projections")
+    for activation in activations:
+        mlp.index.activation = activation
+        exact = mlp.index.exact_activations(seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
+        if _close(mlp, seen["a"], exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
+            return
+    if len(activations) == 1:
+        found = getattr(activations[0], "__name__", activations[0])
+        raise _refusal(mlp, f"its activation is not the {found} found beside the projections, or not of the first half")
+    raise _refusal(mlp, "it names no activation, and computes none of the common ones")
 
 
-def _run(mlp: SparseMLP, x: Tensor) -> Tensor:
-    parameters = list(inspect.signature(mlp.parent.forward).parameters.values())[1:]
-    required = {p.name: None for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+Run = Callable[[Tensor], Tensor]
+
+
+def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
+    """What to run in the test, and its output: the parent, or else the two modules that hold the projections."""
+    holders = [path.rpartition(".")[0] for path in (next(iter(mlp.sources)), next(reversed(mlp.sources)))]
+    run: Run = partial(_call, mlp.parent)
     try:
-        output = mlp.parent(x, **required)
-    except Exception as error:
-        raise UnsupportedModuleError(
-            f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: running it on random input failed with "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        return run, run(x)
+    except Exception:
+        if all(holders):
+            into, out_of = map(mlp.parent.get_submodule, holders)
+            run = lambda x: _call(out_of, _call(into, x), residual=x)  # noqa: E731
+    return run, _attempt(mlp, run, x, "it does not run by itself, on random hidden states")
+
+
+def _call(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A module's output for hidden states x, with a residual wherever it takes one and None for all else it needs."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    values = {name: (x if residual is None else residual) if name in _RESIDUALS else None for name in required}
+    output = module(x, **values)
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _compare(mlp: SparseMLP, got: Tensor, expected: Tensor, otherwise: str) -> None:
+def _attempt(mlp: SparseMLP, run: Run, x: Tensor, otherwise: str) -> Tensor:
+    try:
+        return run(x)
+    except Exception as error:
+        raise _refusal(mlp, f"{otherwise} ({type(error).__name__}: {error})") from error
+
+
+def _refusal(mlp: SparseMLP, why: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: {why}. "
+        "Leave it out with target_modules or layers_to_transform"
+    )
+
+
+def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
     got, expected = got.float(), expected.float()
     eps = max(torch.finfo(projection.weight.dtype).eps for projection in mlp.projections)
     tolerance = max(1e-4, 4 * eps) * expected.abs().amax().item()
-    if got.shape != expected.shape or not (got - expected).abs().amax().item() <= tolerance:
-        raise UnsupportedModuleError(
-            f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: {otherwise}. "
-            "Leave it out with target_modules or layers_to_transform"
-        )
+    return got.shape == expected.shape and (got - expected).abs().amax().item() <= tolerance
 
 
 @contextmanager

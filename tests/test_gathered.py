@@ -290,3 +290,19 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_is_around_may_work_in_place() -> None:
+    """As `nn.ReLU(inplace=True)` between the projections, and a residual added onto the output."""
+    module, mlp, _ = patched("plain", D, M)
+    force(mlp, 7, 4, 2)
+    results = []
+    for inplace in (False, True):
+        module.zero_grad()
+        module.act = torch.nn.ReLU(inplace)
+        x = tokens(7).requires_grad_()
+        y = module(x)
+        y = y.mul_(3) if inplace else y * 3
+        y.square().sum().backward()
+        results.append([y.detach(), x.grad, *(factor.grad for factor in factors(mlp))])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

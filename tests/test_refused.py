@@ -93,7 +93,7 @@ class NoActivation(MLP):
         del self.act
 
     def middle(self, hidden: Tensor) -> Tensor:
-        return hidden.relu()
+        return hidden.sin()
 
 
 class TokensMixed(MLP):
@@ -109,7 +109,12 @@ class FirstProjectionUnused(MLP):
 
 
 class QuantisedLinear(nn.Linear):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight * 20).round() / 20, self.bias)
+
+
+class WrappedTensor(Tensor):
+    """As torchao holds quantised weights and FSDP holds shards: under a plain nn.Linear."""
 
 
 class PackedLinear(nn.Module):
@@ -207,6 +212,13 @@ def test_quantised_subclass() -> None:
     refused(with_leaf(QuantisedLinear(D, M)), UnsupportedModuleError, "layers.2.fc1", "QuantisedLinear")
 
 
+def test_weight_that_is_no_plain_parameter() -> None:
+    model = stack(MLP(), MLP(), MLP())
+    leaf = model.layers[2].fc1
+    leaf.weight = nn.Parameter(leaf.weight.detach().as_subclass(WrappedTensor))
+    refused(model, UnsupportedModuleError, "layers.2.fc1", "WrappedTensor")
+
+
 def test_packed_leaf_without_weight() -> None:
     refused(with_leaf(PackedLinear()), UnsupportedModuleError, "layers.2.fc1", "PackedLinear")
 
@@ -247,6 +259,13 @@ def test_meta_device(whole: bool) -> None:
     else:
         model = with_leaf(nn.Linear(D, M, device="meta"))
     refused(model, UnsupportedModuleError, "meta", "fc1")
+
+
+def test_weight_that_was_taken_away() -> None:
+    """As DeepSpeed ZeRO-3 leaves a parameter whose values are on other ranks."""
+    model = stack(MLP(), MLP(), MLP())
+    model.layers[2].fc1.weight.data = torch.empty(0)
+    refused(model, UnsupportedModuleError, "layers.2.fc1", "ZeRO-3")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -296,7 +315,7 @@ def test_interrupted_patch_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     before = snapshot(model)
     from hf_subquad import patching
 
-    def stop(mlp: object) -> None:
+    def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(patching, "self_test", stop)

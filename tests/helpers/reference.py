@@ -3,8 +3,9 @@
 Nothing of the library computes here; only its selections (tiles and neurons) are read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -40,14 +41,44 @@ def recorded_selections() -> Iterator[list[Selection]]:
         yield made
 
 
+@contextmanager
+def selections_by_mlp(model: nn.Module) -> Iterator[list[list[Selection]]]:
+    """Collects every selection that is made for each MLP of a model inside the block, in the order of its calls."""
+    mlps = sparse_mlps(model)
+    made: list[list[Selection]] = [[] for _ in mlps]
+
+    def recording(select: Callable[..., Selection], own: list[Selection]) -> Callable[..., Selection]:
+        def recorded(*args: object) -> Selection:
+            own.append(select(*args))
+            return own[-1]
+
+        return recorded
+
+    for mlp, own in zip(mlps, made, strict=True):
+        mlp.index.select = recording(mlp.index.select, own)  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        for mlp in mlps:
+            del mlp.index.select
+
+
 def plain_logits(
     plain: nn.Module, patched: nn.Module, inputs: dict[str, Tensor], masks: list[Tensor] | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits of the unpatched twin with weights W + s U V, and the leaf tensors U, V by parameter name.
+    """`plain_output`'s logits, with one mask per MLP."""
+    output, leaves = plain_output(plain, patched, inputs, None if masks is None else [[mask] for mask in masks])
+    return output.logits, leaves
+
+
+def plain_output(
+    plain: nn.Module, patched: nn.Module, inputs: dict[str, Tensor], masks: list[list[Tensor]] | None
+) -> tuple[Any, dict[str, Tensor]]:
+    """Output of the unpatched twin with weights W + s U V, and the leaf tensors U, V by parameter name.
 
     Args:
         plain: an unpatched model with the same base weights.
-        masks: one [N, m] per patched MLP, multiplied onto what its output projection gets; None: dense.
+        masks: for each patched MLP one [N, m] per call, multiplied onto what its output projection gets; None: dense.
     """
     leaves: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
@@ -65,14 +96,14 @@ def plain_logits(
             update = by_neuron if rows_first else by_neuron.t()
             weights[f"{name}.weight"] = module.weight.detach() + update.to(module.weight.dtype)
         if masks is not None:
-            handles.append(module.register_forward_pre_hook(_masking(masks[number])))
+            handles.append(module.register_forward_pre_hook(_masking(iter(masks[number]))))
     try:
         output = torch.func.functional_call(plain, weights, (), inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return output.logits, leaves
+    return output, leaves
 
 
-def _masking(mask: Tensor):
-    return lambda module, args: (args[0] * mask.view(*args[0].shape[:-1], -1).to(args[0].dtype),)
+def _masking(masks: Iterator[Tensor]):
+    return lambda module, args: (args[0] * next(masks).view(*args[0].shape[:-1], -1).to(args[0].dtype),)
