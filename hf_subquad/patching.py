@@ -174,8 +174,8 @@ def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
     runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
     if len(runtimes) > 1:
         raise PatchError(
-            f"{type(model).__name__} was patched in {len(runtimes)} parts: unpatch it and patch the whole model once, "
-            "choosing layers with layers_to_transform"
+            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's modules_to_save): "
+            "unpatch it and patch the whole model once, choosing layers with layers_to_transform"
         )
     return next(iter(runtimes.values()))
 
@@ -214,12 +214,13 @@ def _check(match: Match, config: SubquadConfig) -> None:
         if type(module) not in (nn.Linear, Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear "
-                "and Conv1D projections in floating point can be patched; load the model unquantised"
+                "and Conv1D projections in floating point can be patched; load the model unquantised, make parametrizations "
+                "permanent, or leave the MLP out with target_modules or layers_to_transform"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(
-                f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
-                "drop: remove it, or load the model without device_map"
+                f"{name} has a forward hook or a forward of its own (device_map offloading? pruning?), which the patch "
+                "would drop: remove it (prune.remove), or load the model without device_map"
             )
         if module.weight.is_meta:
             raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
@@ -239,7 +240,11 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     config = runtime.config
     activation = find_activation(match)
     if activation is None:
-        raise UnsupportedModuleError(f"{match.name} ({type(match.parent).__name__}): no activation found beside it")
+        raise UnsupportedModuleError(
+            f"{match.name} ({type(match.parent).__name__}) has no activation beside its projections (fused by Liger?): "
+            "turn the kernels of its MLPs off (swiglu=False or geglu=False), or leave it out with target_modules or "
+            "layers_to_transform"
+        )
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
     inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
