@@ -72,7 +72,9 @@ def test_text_generation(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> 
 
 def test_filling_a_mask(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = build("bert", vocab_size=len(tokenizer), max_position_embeddings=64)
-    answers = [pipeline("fill-mask", model=m, tokenizer=tokenizer)("a <mask> b") for m in live_and_saved(model, tmp_path)]
+    answers = [
+        pipeline("fill-mask", model=m, tokenizer=tokenizer)("a <mask> b") for m in live_and_saved(model, tmp_path)
+    ]
     assert [answer["token"] for answer in answers[0]] == [answer["token"] for answer in answers[1]]
 
 

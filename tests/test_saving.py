@@ -215,7 +215,9 @@ def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.
         for operation in operations:
             shutil.copy(operation.path_or_fileobj, tmp_path / operation.path_in_repo)
 
-    server = SimpleNamespace(create_repo=lambda *args, **about: SimpleNamespace(repo_id="me/mine"), create_commit=receive)
+    server = SimpleNamespace(
+        create_repo=lambda *args, **about: SimpleNamespace(repo_id="me/mine"), create_commit=receive
+    )
     card = SimpleNamespace(save=lambda path: Path(path).write_text("---\n---\n"))
     monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **about: card)
     monkeypatch.setattr(hub, "hf_api", lambda: server, raising=False)  # by newer versions

@@ -48,7 +48,12 @@ def llama(tokenizer: PreTrainedTokenizerBase) -> nn.Module:
 
 
 def sft_trainer(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, kind: str = "text", peft: Any = None, **values: Any
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    kind: str = "text",
+    peft: Any = None,
+    **values: Any,
 ) -> Any:
     settings = dict(
         output_dir=str(folder), use_cpu=True, bf16=False, max_steps=3, per_device_train_batch_size=4, max_length=32,
