@@ -174,8 +174,8 @@ def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
     runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
     if len(runtimes) > 1:
         raise PatchError(
-            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's modules_to_save): "
-            "unpatch it and patch the whole model once, choosing layers with layers_to_transform"
+            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's "
+            "modules_to_save): unpatch it and patch the whole model once, choosing layers with layers_to_transform"
         )
     return next(iter(runtimes.values()))
 
@@ -213,9 +213,9 @@ def _check(match: Match, config: SubquadConfig) -> None:
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
         if type(module) not in (nn.Linear, Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
-                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear "
-                "and Conv1D projections in floating point can be patched; load the model unquantised, make parametrizations "
-                "permanent, or leave the MLP out with target_modules or layers_to_transform"
+                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
+                "floating point can be patched; load the model unquantised, make parametrizations permanent, or leave the "
+                "MLP out with target_modules or layers_to_transform"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(

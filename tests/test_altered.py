@@ -1,4 +1,4 @@
-"""A model altered after the patch, by what users and libraries do to models: it works, or a typed error says why not."""
+"""Does a model altered after the patch, as users and libraries do it, work, or does a typed error say why not?"""
 
 import copy
 from collections.abc import Callable
