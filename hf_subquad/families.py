@@ -78,7 +78,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
         if all(_has(module, path) for path in (*family.inputs, family.output))
     ]
     if not found:
-        raise NoMatchError(_nothing_found(model))
+        raise NoMatchError(f"no MLP found in {type(model).__name__}. {_what_is_there(model)}")
     named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
     kept = [match for match in named if match in in_layers]
     if not kept:
@@ -160,12 +160,12 @@ def _layer_of(match: Match) -> tuple[str, int | None]:
     return (numbered[1], int(numbered[2])) if numbered else (match.name, None)
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _what_is_there(model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not module._modules} - {""})
     known = sorted({path.rpartition(".")[2] for family in FAMILIES for path in (*family.inputs, family.output)})
     near = sorted({hit for name in names for hit in difflib.get_close_matches(name, known, n=1, cutoff=0.7)})
     return (
-        f"no MLP found in {type(model).__name__}. Searched for modules holding one of "
+        f"Searched for modules holding one of "
         f"{[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. Its leaf modules are named {names[:40]}"
         + (f"; nearest known names: {near}" if near else "")
     )

@@ -184,13 +184,13 @@ def _check_trainable(mlps: list[SparseMLP]) -> None:
 def _check_base(name: str, projection: NeuronProjection) -> None:
     if "weight" not in projection._parameters:
         raise InactivePatchError(
-            f"the weight of {name} is no parameter any more since patch_model (pruning, weight_norm, a parametrization?), "
-            "so folds would be lost: make it permanent before patch_model"
+            f"the weight of {name} is no parameter any more (pruning, weight_norm or a parametrization after "
+            "patch_model?), so folds would be lost: make it permanent before patch_model"
         )
     if projection.weight.requires_grad or (projection.bias is not None and projection.bias.requires_grad):
         raise InactivePatchError(
-            f"weight or bias of {name} was made trainable after patch_model (requires_grad_(True)? PEFT's bias='all'?): "
-            "sparse steps have no gradients for it, so freeze it again, or patch after that; its low-rank update learns"
+            f"weight or bias of {name} was made trainable after patch_model (requires_grad_(True)? PEFT's "
+            "bias='all'?), but sparse steps have no gradients for it: freeze it again, or call patch_model after that"
         )
 
 
