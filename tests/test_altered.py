@@ -1,13 +1,16 @@
 """Does a model altered after the patch, as users and libraries do it, work, or does a typed error say why not?"""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers.models import CONFIG, VOCABULARY, build, fill_updates, llama, objective, opt, tokens
+from helpers.models import CONFIG, VOCABULARY, WIDTH, build, fill_updates, llama, objective, opt, tokens
 from helpers.training import patched_opt, trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -80,7 +83,7 @@ def test_updates_without_values(device: str, training: bool) -> None:
     else:
         model.to("meta")
     with pytest.raises(InactivePatchError, match=r"layers\.1 is on the meta device.*unpatch_model"):
-        model(tokens().to(device))
+        model.get_submodule(FC1)(torch.randn(3, 5, WIDTH, device=device))
 
 
 def test_offload_after_unpatching() -> None:
@@ -209,3 +212,38 @@ def test_compiled_by_the_trainer(tmp_path: Path) -> None:
         run.train()
     for name, value in eager.model.state_dict().items():
         torch.testing.assert_close(compiled.model.state_dict()[name], value)
+
+
+# Replaces classes and functions of transformers and torch, so it runs in a process of its own.
+LIGER = """
+import torch
+from helpers.models import CONFIG, llama
+from liger_kernel.transformers import apply_liger_kernel_to_llama
+from hf_subquad import InactivePatchError, UnsupportedModuleError, check_active, patch_model
+
+def refused(error, step, *words):
+    try:
+        step()
+    except error as caught:
+        assert all(word in str(caught) for word in words), caught
+    else:
+        raise AssertionError("not refused")
+
+apply_liger_kernel_to_llama(swiglu=False)
+check_active(patch_model(llama(), CONFIG))
+patched = patch_model(llama(), CONFIG)
+apply_liger_kernel_to_llama(model=patched)
+refused(InactivePatchError, lambda: check_active(patched), "layers.1.mlp", "rebound")
+refused(UnsupportedModuleError, lambda: patch_model(llama(), CONFIG), "LigerSwiGLUMLP", "swiglu=False")
+"""
+
+
+def test_liger_itself() -> None:
+    pytest.importorskip("liger_kernel")
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
