@@ -116,8 +116,14 @@ class SubquadCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
-        if args.load_best_model_at_end and state.best_model_checkpoint and hasattr(model, "peft_config"):
+        if not hasattr(model, "peft_config"):
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
             load_sidecar(model, state.best_model_checkpoint)
+        logger.warning_once(
+            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
+            "save with model.merge_and_unload().save_pretrained(folder)"
+        )
 
     def _move_first(self, handler: Any) -> None:
         """Put this callback before the reporting ones, so that what it adds to `logs` reaches them.

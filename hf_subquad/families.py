@@ -109,7 +109,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     """
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
     if not found:
-        raise NoMatchError(_nothing_found(model))
+        raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
     named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
     kept = [match for match in named if match in in_layers]
     if not kept:
@@ -150,11 +150,16 @@ def _match(name: str, module: nn.Module) -> Match | None:
 def _may_be_wide(match: Match) -> bool:
     """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
     projections = [match.projection(path) for path in match.paths]
-    if any(type(p) not in (nn.Linear, Conv1D) or p.get_parameter("weight").dim() != 2 for p in projections):
+    if not all(map(_is_plain, projections)):
         return True
     *inputs, (neurons, outputs) = map(linear_sizes, projections)
     rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)
     return all(into in rows and width == outputs < neurons for width, into in inputs)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    weight = projection._parameters.get("weight")
+    return type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
@@ -221,21 +226,22 @@ def _widening_pair(model: nn.Module) -> str | None:
     return None
 
 
-def _nothing_found(model: nn.Module) -> str:
+def _why_none(model: nn.Module) -> str:
+    narrow = [match for name, module in model.named_modules() if (match := _match(name, module))]
+    if experts := fused_experts(model):
+        return f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
+    if narrow:
+        return f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
+    if pair := _widening_pair(model):
+        return f": {pair} are no known names of an MLP's projections"
+    return ", nor linear projections side by side that could be one"
+
+
+def _what_is_there(model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not module._modules} - {""})
     known = sorted({path.rpartition(".")[2] for family in FAMILIES for path in (*family.inputs, family.output)})
     near = sorted({hit for name in names for hit in difflib.get_close_matches(name, known, n=1, cutoff=0.7)})
-    narrow = [match for name, module in model.named_modules() if (match := _match(name, module))]
-    if experts := fused_experts(model):
-        why = f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
-    elif narrow:
-        why = f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
-    elif pair := _widening_pair(model):
-        why = f": {pair} are no known names of an MLP's projections"
-    else:
-        why = ", nor linear projections side by side that could be one"
     return (
-        f"no wide MLP found in {type(model).__name__}{why}. Searched for modules holding one of "
-        f"{[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. Its leaf modules are named {names[:40]}"
-        + (f"; nearest known names: {near}" if near else "")
+        f"Searched for modules holding one of {[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. "
+        f"Its leaf modules are named {names[:40]}" + (f"; nearest known names: {near}" if near else "")
     )

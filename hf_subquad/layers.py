@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .compensation import Compensation
 from .config import SubquadConfig
-from .errors import EmptyBatchError, SubquadError
+from .errors import EmptyBatchError, InactivePatchError, SubquadError
 from .gathered import DotRows, SumRows
 from .index import ActivationIndex, Selection
 from .plan import Plan
@@ -131,7 +131,15 @@ class SparseMLP:
 
         The first input projection called on a batch selects, a second one (up beside gate) follows it. Selection
         depends on x and the weights alone, so a recomputed forward (gradient checkpointing) selects the same.
+
+        Raises:
+            InactivePatchError: the update has no values, and PyTorch would compute garbage with it.
         """
+        if projection.update.U.is_meta:
+            raise InactivePatchError(
+                f"{self.name} is on the meta device (offloaded by accelerate?), where its low-rank updates hold no "
+                "values: offload the model that was saved, or call unpatch_model first"
+            )
         if self._selection is None or id(projection) in self._served:
             self._served.clear()
             self._selection = self._select(x, projection.training) if self._sparse(projection.training) else None

@@ -86,7 +86,7 @@ class LowRankUpdate(nn.Module):
 
         Equal to `rows` to the bit if the update is zero (adding 0.0 would turn -0.0 into 0.0).
         """
-        if self.is_zero():
+        if not rows.is_meta and self.is_zero():
             return rows
         u, v = self.factors()
         return torch.addmm(rows.to(u.dtype), u, v, alpha=sign).to(rows.dtype)

@@ -176,8 +176,8 @@ def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
     runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
     if len(runtimes) > 1:
         raise PatchError(
-            f"{type(model).__name__} was patched in {len(runtimes)} parts: unpatch it and patch the whole model once, "
-            "choosing layers with layers_to_transform"
+            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's "
+            "modules_to_save): unpatch it and patch the whole model once, choosing layers with layers_to_transform"
         )
     return next(iter(runtimes.values()))
 
@@ -215,18 +215,19 @@ def _check(match: Match, config: SubquadConfig) -> None:
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
         if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
-                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear "
-                "and Conv1D projections in floating point can be patched; load the model unquantised"
-            )
-        if type(module.weight) is not nn.Parameter:
-            raise UnsupportedModuleError(
-                f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter "
-                "(quantised or sharded?): patch the model before that"
+                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
+                "floating point can be patched; load the model unquantised, or leave the MLP out with target_modules or "
+                "layers_to_transform"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(
-                f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
-                "drop: remove it, or load the model without device_map"
+                f"{name} has a forward hook or a forward of its own (device_map offloading? pruning?), which the patch "
+                "would drop: remove it (prune.remove), or load the model without device_map"
+            )
+        if type(module.weight) is not nn.Parameter:
+            raise UnsupportedModuleError(
+                f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter (quantised, "
+                "sharded, computed?): patch the model before that, or make parametrizations permanent"
             )
         if module.weight.is_meta or module.weight.dim() != 2:
             raise UnsupportedModuleError(

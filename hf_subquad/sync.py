@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .errors import InactivePatchError
 from .layers import Runtime, SparseMLP, current_forward
 from .patching import patched_parts, require_patched
+from .projection import NeuronProjection
 from .watch import Audit, BudgetChange, audit_live, review
 
 
@@ -124,6 +125,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
                     f"{mlp.name}.{path} was replaced after patch_model (by PEFT?): leave the patched projections out "
                     "of what replaces modules, or out of target_modules"
                 )
+            _check_base(f"{mlp.name}.{path}", projection)
         if current_forward(mlp.parent) is not mlp.parent_forward:
             raise InactivePatchError(
                 f"the forward of {mlp.name} ({type(mlp.parent).__name__}) was rebound after patch_model (Liger?): "
@@ -177,6 +179,19 @@ def _check_trainable(mlps: list[SparseMLP]) -> None:
                 f"the low-rank updates of {mlp.name} are frozen (get_peft_model freezes all but its own): "
                 "call patch_model after get_peft_model, or pass SubquadCallback to the Trainer, which thaws them"
             )
+
+
+def _check_base(name: str, projection: NeuronProjection) -> None:
+    if "weight" not in projection._parameters:
+        raise InactivePatchError(
+            f"the weight of {name} is no parameter any more (pruning, weight_norm or a parametrization after "
+            "patch_model?), so folds would be lost: make it permanent before patch_model"
+        )
+    if projection.weight.requires_grad or (projection.bias is not None and projection.bias.requires_grad):
+        raise InactivePatchError(
+            f"weight or bias of {name} was made trainable after patch_model (requires_grad_(True)? PEFT's "
+            "bias='all'?), but sparse steps have no gradients for it: freeze it again, or call patch_model after that"
+        )
 
 
 def _factors(mlp: SparseMLP) -> list[nn.Parameter]:

@@ -1,6 +1,7 @@
 """Is what cannot be made sparse refused by name, with the model left exactly as it was?"""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from helpers.models import CONFIG, assert_same, build, llama, opt, snapshot
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from transformers import AutoModelForCausalLM
 
 from hf_subquad import (
     AlreadyPatchedError,
@@ -244,6 +247,45 @@ def test_leaf_with_hooks(register: str) -> None:
     model = stack(MLP(), MLP(), MLP())
     getattr(model.layers[2].fc2, register)(lambda *_: None)
     refused(model, UnsupportedModuleError, "layers.2.fc2")
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        lambda leaf: prune.l1_unstructured(leaf, "weight", 0.5),
+        lambda leaf: prune.random_unstructured(leaf, "bias", 0.5),
+        spectral_norm,
+        weight_norm,
+        parametrizations.orthogonal,
+    ],
+    ids=["pruned", "pruned bias", "spectral norm", "weight norm", "parametrized"],
+)
+def test_leaf_whose_weight_is_computed(alter: Callable[[nn.Module], object]) -> None:
+    model = stack(MLP(), MLP(), MLP())
+    alter(model.layers[2].fc1)
+    refused(
+        model,
+        UnsupportedModuleError,
+        "layers.2.fc1",
+        "prune.remove" if model.layers[2].fc1._forward_pre_hooks else "parametrizations",
+    )
+
+
+def test_device_map(tmp_path: Path) -> None:
+    """One device is fine; what is offloaded comes and goes by hooks, which the patch would drop."""
+    opt().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", device_map="cpu")
+    assert sparse_mlps(patch_model(model, CONFIG))
+    places = {name: "cpu" for name, _ in model.named_modules() if name.count(".") == 2}
+    places |= {f"model.decoder.layers.{i}": "cpu" for i in range(3)} | {
+        "lm_head": "cpu",
+        "model.decoder.layers.2": "disk",
+    }
+    del places["model.decoder.layers"]
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    refused(model, UnsupportedModuleError, "device_map")
 
 
 def test_leaf_wrapped_by_peft() -> None:

@@ -1,16 +1,21 @@
 """Does what is saved load anywhere, with the numbers the live model has?"""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.models import CONFIG, FAMILIES, batch, build, fill_updates, llama, logits, opt, tokens
 from helpers.training import TRAIN, arguments, patched_opt, trainer
 from safetensors import safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from transformers.utils import hub
 
 from hf_subquad import dense_forward, patch_model, sparse_mlps, unpatch_model
 
@@ -203,3 +208,39 @@ def test_trainer_checkpoints_are_plain(tmp_path: Path) -> None:
 def test_arguments_are_those_of_a_cpu_run(tmp_path: Path) -> None:
     assert arguments(tmp_path).device.type == "cpu"
     assert TRAIN.rank == 3
+
+
+def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def receive(operations: list[Any], **about: Any) -> None:
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, tmp_path / operation.path_in_repo)
+
+    server = SimpleNamespace(
+        create_repo=lambda *args, **about: SimpleNamespace(repo_id="me/mine"), create_commit=receive
+    )
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("---\n---\n"))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **about: card)
+    monkeypatch.setattr(hub, "hf_api", lambda: server, raising=False)  # by newer versions
+    for name, function in vars(server).items():
+        monkeypatch.setattr(hub, name, function, raising=False)  # by older ones
+
+    model = patch_model(opt(), CONFIG)
+    fill_updates(model)
+    model.push_to_hub("me/mine")
+    ids = tokens(54)
+    opt().save_pretrained(tmp_path / "original")
+    assert {f.name for f in tmp_path.glob("*.*")} == {"README.md"} | {f.name for f in (tmp_path / "original").iterdir()}
+    assert saved_tensors(tmp_path) == saved_tensors(tmp_path / "original")
+    pulled = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(pulled(ids).logits, live_dense(model.eval(), ids), rtol=1e-4, atol=1e-5)
+
+
+def test_safetensors_own_functions(tmp_path: Path) -> None:
+    model, plain = patch_model(opt(), CONFIG), opt()
+    fill_updates(model)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    load_model(plain, tmp_path / "model.safetensors")
+    expected = live_dense(model.eval(), tokens())
+    torch.testing.assert_close(live_dense(patch_model(plain.eval(), CONFIG), tokens()), expected, rtol=1e-4, atol=1e-5)
+    load_model(model, tmp_path / "model.safetensors")  # whole weights: the update must not count twice
+    torch.testing.assert_close(live_dense(model, tokens()), expected, rtol=1e-4, atol=1e-5)

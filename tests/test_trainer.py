@@ -265,7 +265,8 @@ def test_frozen_before_the_trainer_is_thawed(tmp_path: Path) -> None:
     )
 
 
-def test_liger_is_an_error(tmp_path: Path) -> None:
+def test_liger_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *args: None)  # as if it were installed
     args = arguments(tmp_path)
     args.use_liger_kernel = True
     with pytest.raises(InactivePatchError, match="use_liger_kernel"):
@@ -275,6 +276,25 @@ def test_liger_is_an_error(tmp_path: Path) -> None:
 def test_unpatched_model_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(NotPatchedError, match="patch_model"):
         trainer(opt(), tmp_path)
+
+
+def test_a_trainer_that_makes_its_model(tmp_path: Path) -> None:
+    """`model_init`: the model that `train` makes is another than the one that the callback saw at first."""
+    made: list[nn.Module] = []
+
+    def make() -> nn.Module:
+        made.append(patched_opt())
+        return made[-1]
+
+    run = Trainer(model_init=make, args=arguments(tmp_path), train_dataset=Texts(), callbacks=[SubquadCallback()])
+    before = factors(made[0])
+    run.train()
+    assert len(made) >= 2 and run.model is made[-1]
+    assert all(not torch.equal(before[name], value) for name, value in factors(run.model).items())
+    run = Trainer(model_init=lambda: opt(), args=arguments(tmp_path), train_dataset=Texts(), callbacks=[])
+    run.add_callback(SubquadCallback())
+    with pytest.raises(NotPatchedError):
+        run.train()
 
 
 def test_optimizer_made_before_the_patch_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""Do PEFT's methods on the rest of the model train, save, reload and merge beside the patch, in either order?"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import fill_updates, llama, opt, tokens
+from helpers.training import TRAIN, factors, trainer
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
+from torch import nn
+from transformers.utils import logging
+
+from hf_subquad import InactivePatchError, PatchError, load_sidecar, patch_model, save_sidecar
+
+ATTENTION: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
+
+METHODS: dict[str, Callable[[], PeftConfig]] = {
+    "LoRA": lambda: LoraConfig(r=2, **ATTENTION),
+    "DoRA": lambda: LoraConfig(r=2, use_dora=True, **ATTENTION),
+    "PiSSA": lambda: LoraConfig(r=2, init_lora_weights="pissa", **ATTENTION),
+    "LoRA and a module trained in full": lambda: LoraConfig(r=2, modules_to_save=["final_layer_norm"], **ATTENTION),
+    "IA3": lambda: IA3Config(feedforward_modules=[], **ATTENTION),
+    "LoHa": lambda: LoHaConfig(r=2, **ATTENTION),
+    "LoKr": lambda: LoKrConfig(r=2, **ATTENTION),
+    "OFT": lambda: OFTConfig(oft_block_size=5, **ATTENTION),
+    "new tokens": lambda: TrainableTokensConfig(
+        task_type="CAUSAL_LM", target_modules=["embed_tokens"], token_indices=[3, 4]
+    ),
+}
+ORDERS = ("peft first", "patch first")
+FAST = ("LoRA", "DoRA", "LoRA and a module trained in full")
+
+
+def both(order: str, config: PeftConfig) -> nn.Module:
+    if order == "peft first":
+        return patch_model(get_peft_model(opt(), config), TRAIN)
+    return get_peft_model(patch_model(opt(), TRAIN), config)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
+def test_trains_reloads_and_merges(tmp_path: Path, method: str, order: str) -> None:
+    model = both(order, METHODS[method]())
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad or ".update." in name}
+    trainer(model, tmp_path / "run", max_steps=3).train()
+    adapters = [name for name in before if ".update." not in name]
+    assert adapters and len(before) - len(adapters) == 8
+    assert all(not torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+    expected = model.eval()(input_ids=tokens()).logits.detach()
+
+    model.save_pretrained(tmp_path / "adapters")
+    save_sidecar(model, tmp_path / "adapters", 3)
+    again = PeftModel.from_pretrained(patch_model(opt(), TRAIN), tmp_path / "adapters")
+    assert not torch.allclose(again.eval()(input_ids=tokens()).logits, expected, atol=1e-4)  # adapters are not all
+    load_sidecar(again, tmp_path / "adapters")
+    assert torch.equal(again(input_ids=tokens()).logits, expected)
+
+    model.merge_and_unload().save_pretrained(tmp_path / "plain")
+    plain = type(opt()).from_pretrained(tmp_path / "plain").eval()
+    assert list(plain.state_dict()) == list(opt().state_dict())
+    torch.testing.assert_close(plain(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompt_tuning_puts_more_tokens_into_the_tiles(tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = both("patch first", config)
+    prompt = model.prompt_encoder["default"].embedding.weight
+    before, updates = prompt.clone(), factors(model)
+    trainer(model, tmp_path, max_steps=3).train()
+    assert not torch.equal(prompt, before)
+    assert all(not torch.equal(updates[name], value) for name, value in factors(model).items())
+
+
+def test_adapters_alone_are_not_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`save_model` beside PEFT writes adapters; the end of training says what to do instead."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.get_logger("hf_subquad.callback"), "warning_once", said.append)
+    trainer(both("patch first", METHODS["LoRA"]()), tmp_path, max_steps=1).train()
+    assert [message for message in said if "adapters only" in message and "merge_and_unload" in message]
+    said.clear()
+    trainer(patch_model(opt(), TRAIN), tmp_path, max_steps=1).train()
+    assert not said
+
+
+def test_switching_adapters_off_leaves_the_updates_on() -> None:
+    model = both("patch first", METHODS["LoRA"]())
+    fill_updates(model)
+    model.eval()
+    with model.disable_adapter():
+        without = model(input_ids=tokens()).logits
+    assert (without - opt().eval()(tokens()).logits).abs().max() > 1e-3
+    assert torch.equal(without, model(input_ids=tokens()).logits)  # LoRA starts at zero
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, modules_to_save=["fc1"], **ATTENTION),
+        LoraConfig(r=2, target_parameters=["fc1.weight"], **ATTENTION),
+        LoraConfig(r=2, bias="all", **ATTENTION),
+    ],
+    ids=["modules_to_save", "target_parameters", "bias"],
+)
+def test_peft_on_what_is_patched(tmp_path: Path, config: LoraConfig) -> None:
+    model = both("patch first", config)
+    with pytest.raises(InactivePatchError, match=r"layers\.1\.fc1"):
+        trainer(model, tmp_path).train()
+
+
+def test_whole_mlps_in_modules_to_save(tmp_path: Path) -> None:
+    """PEFT would train a copy of every MLP, patched as it is, and keep the original."""
+    model = get_peft_model(patch_model(llama(), TRAIN), LoraConfig(r=2, modules_to_save=["mlp"], **ATTENTION))
+    with pytest.raises(PatchError, match="modules_to_save"):
+        trainer(model, tmp_path)
