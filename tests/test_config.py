@@ -11,8 +11,9 @@ from hf_subquad import ConfigError, SubquadConfig, SubquadError
 
 WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in ("rank", "tile_size", "sketch_rank") for value in (0, -1, 2.0, True, "3", None)),
-    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False)),
-    *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, "1", None, True)),
+    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False, math.nan)),
+    ("seed", 2**63),
+    *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, 1e39, 10**400, "1", None, True)),
     *(("tolerance", value) for value in (0, -1.0, math.nan, "1", None, True)),
     *(("dense_share", value) for value in (-0.1, 1.1, math.nan, "1", None, True)),
     *(("active", value) for value in (0, -3, 0.0, 1.0001, -0.5, math.nan, True, "half")),
@@ -24,7 +25,7 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda part: str(part)[:20])
 def test_out_of_range_names_field_and_value(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         SubquadConfig(**{name: value})
@@ -69,7 +70,7 @@ def test_unknown_names_are_errors() -> None:
         SubquadConfig.from_dict({"ranks": 3})
 
 
-@pytest.mark.parametrize("text", ["[1]", "3", "null", '"rank"', "{", ""])
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"rank"', "{", "", "[" * 100_000], ids=lambda text: text[:9])
 def test_json_that_is_not_an_object_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError):
         SubquadConfig.from_json(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
             Plan.load(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}'])
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}', b"[" * 100_000], ids=lambda data: repr(data[:14]))
 def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(data)
@@ -159,9 +160,19 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
         {"layer_sparse_ms": 0.0},
         {"layer_break_even": None},
         {"loss_increase": None},
+        {"tolerance": math.nan},
+        {"step_ms": math.inf},
+        {"step_ms": 10**400},
+        {"tokens": -1},
+        {"tile_size": 1e9},
+        {"tile_size": True},
+        {"layer_neurons": True},
+        {"layer_sensitivity": -0.1},
+        {"layer_name": 3},
+        {"layers": {"name": "layers.1.mlp"}},
         {"tile_order": "alphabetical"},
     ],
-    ids=str,
+    ids=lambda values: str(values)[:40],
 )
 def test_what_is_no_plan_is_an_error_at_once(tmp_path: Path, values: dict[str, Any]) -> None:
     """Not later, in the middle of training."""
