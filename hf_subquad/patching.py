@@ -248,7 +248,7 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     for projection in (*inputs, output):
         projection.store_by_neuron()
     try:
-        index = ActivationIndex(inputs, output, activation, match.family.gate != "none", config)
+        index = ActivationIndex(match.name, inputs, output, activation, match.family.gate != "none", config)
         mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     except BaseException:
         for projection in (*inputs, output):
