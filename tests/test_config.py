@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_subquad import ConfigError, SubquadConfig, SubquadError
 
@@ -63,6 +65,29 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
     assert type(again.active) is type(config.active)
     assert SubquadConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert set(config.to_dict()) == {f.name for f in dataclasses.fields(SubquadConfig)}
+
+
+POSITIVE, COUNTS = st.floats(1e-30, 1e30), st.integers(1, 10**9)
+CONFIGS = st.builds(
+    SubquadConfig, rank=COUNTS, alpha=POSITIVE | COUNTS, active=st.none() | COUNTS | st.floats(1e-9, 1),
+    tolerance=POSITIVE, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
+    layers_to_transform=st.sampled_from(["all", "all_but_first"]) | st.lists(st.integers(0, 99), min_size=1),
+    target_modules=st.none() | st.lists(st.text(min_size=1), min_size=1), sketch_rank=COUNTS,
+    seed=st.integers(0, 2**63 - 1), fold_steps=st.integers(0, 10**9), refresh_steps=st.integers(0, 10**9),
+    dense_share=st.floats(0, 1), sparse_eval=st.booleans(), index_factory=st.text(min_size=1),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(CONFIGS, st.integers(1, 10**6))
+def test_any_config_survives_json_and_gives_possible_budgets(config: SubquadConfig, neurons: int) -> None:
+    assert SubquadConfig.from_json(config.to_json()) == config
+    if type(config.active) is int and config.active > neurons:
+        with pytest.raises(ConfigError):
+            config.active_neurons(neurons)
+    else:
+        assert 1 <= config.active_neurons(neurons) <= neurons
+    assert 0 < config.scale < math.inf
 
 
 def test_unknown_names_are_errors() -> None:
