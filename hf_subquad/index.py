@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import SubquadConfig, TileOrder
 from .errors import WeightsError
@@ -168,11 +168,11 @@ class ActivationIndex:
         if pre[0].dtype is torch.float16:
             pre = [values.float() for values in pre]  # squares leave its range
         if not self.gated:
-            now = self.activation(pre[0])
-            return (self.activation(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
+            now = self._activate(pre[0])
+            return (self._activate(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        now, up_squared = self.activation(gate), up.square()
-        moved = (self.activation(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
+        now, up_squared = self._activate(gate), up.square()
+        moved = (self._activate(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
         return moved.addcmul_(now.square(), up_squared.add_((_MOVE * _spread(up)) ** 2))
 
     @torch.no_grad()
@@ -242,9 +242,14 @@ class ActivationIndex:
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""
         if not self.gated:
-            return self.activation(pre[0])
+            return self._activate(pre[0])
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        return self.activation(gate) * up
+        return self._activate(gate) * up
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        """The MLP's activation; one that has parameters runs in their dtype, as some cannot mix."""
+        own = next(self.activation.parameters(), pre) if isinstance(self.activation, nn.Module) else pre
+        return self.activation(pre.to(own.dtype)).to(pre.dtype)
 
     def _base_version(self) -> tuple[Any, ...]:
         return tuple(part for p in (*self.inputs, self.output) for part in p.version())

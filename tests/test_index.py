@@ -271,6 +271,19 @@ def test_select_all() -> None:
     assert (selection.neurons.sort().values == torch.arange(M)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+def test_an_activation_with_parameters_in_any_dtype(dtype: torch.dtype, autocast: bool) -> None:
+    """PReLU refuses values of another dtype than its slope's."""
+    weights = torch.float32 if autocast else dtype
+    module, mlp, _ = patched("plain", D, M, dtype=weights, activation=torch.nn.PReLU(), active=9, tile_size=8)
+    x = inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module(x.to(weights)).sum().backward()
+    assert mlp.index.activation.weight.grad.isfinite().all()
+    assert mlp.index.recall(x.to(weights), 9, 8) > 0.5
+
+
 def test_select_in_float16_does_not_overflow() -> None:
     """Activations of 300 and 600 square beyond what float16 holds; they must still be told apart."""
     _, mlp, _ = patched("plain", D, M, dtype=torch.float16, sketch_rank=D)
