@@ -357,6 +357,14 @@ def test_a_spoiled_batch_changes_no_budget(value: float, tokens_spoiled: int) ->
     assert math.isfinite(audit_live(mlp).error)
 
 
+def test_what_is_too_large_to_measure_is_no_error_of_zero() -> None:
+    mlp = mlp_with(24)
+    x, _ = mlp.audited
+    everything = torch.arange(M).expand(TILES, M)
+    assert audit(mlp, x, everything).error == 0
+    assert math.isnan(audit(mlp, 1e25 * x, everything).error)
+
+
 def test_a_step_down_that_cannot_be_judged_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = mlp_with(STEPS[1])
     monkeypatch.setattr("hf_subquad.watch._error", lambda mlp, k: math.nan)
