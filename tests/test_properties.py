@@ -123,7 +123,7 @@ def run(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Te
 DEGENERATE = Case("gated", "silu", True, 1, 1, 1, 1, 1, "similar", 1, 1.0, 1)
 
 
-@examples(80)
+@examples(200)
 @given(cases())
 @example(DEGENERATE)
 @example(Case("stacked", "gelu", False, 7, 23, 33, 5, 16, "similar", 3, 5.0, 4))
@@ -142,13 +142,15 @@ def test_forward_and_all_gradients_equal_the_masked_dense_model(case: Case) -> N
 @examples(40)
 @given(cases(least=5, alpha=3.0))
 def test_rounding_is_that_of_the_stock_model(dtype: torch.dtype, case: Case) -> None:
-    """At most three times its error, or so: of few numbers, one side's roundings may happen to cancel."""
+    """Its root mean square over the output and all gradients is at most three times the stock one, or a few roundings:
+    in a single number of few terms, one side's may happen to cancel."""
     sparse, stock, exact, _ = run(case, dtype)
-    for name, value in exact.items():
-        if value.numel() == 1:  # PReLU's slope
-            continue
-        error, usual = ((found[name].double() - value).norm() for found in (sparse, stock))
-        assert error <= 3 * usual + 2 * torch.finfo(dtype).eps * value.norm(), (name, error, usual, value.norm())
+
+    def error(found: dict[str, Tensor]) -> float:
+        parts = [(found[n].double() - value).norm() / value.norm() for n, value in exact.items() if value.any()]
+        return torch.stack(parts).square().mean().sqrt().item()
+
+    assert error(sparse) <= 3 * error(stock) + 4 * torch.finfo(dtype).eps
 
 
 @examples(60)
