@@ -21,6 +21,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise OutputError(f"could not write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # as it is gone if all went well
+            unfinished.unlink()

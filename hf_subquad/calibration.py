@@ -75,7 +75,8 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     forward is less accurate, and a plan promises too much.
 
     Raises:
-        CalibrationError: no batches, or tokens that are not finite.
+        CalibrationError: no batches, or tokens that are not finite or too large to be fitted. What was fitted before
+            stays.
     """
     batches = list(batches)
     if not batches:
@@ -92,8 +93,9 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     with undisturbed(model), seeing_tokens(model, mlps, see):
         for batch in batches:
             model(**batch)
-    for mlp in mlps:
-        mlp.compensation = fits[mlp.name].solve()
+    solved = [fits[mlp.name].solve() for mlp in mlps]
+    for mlp, compensation in zip(mlps, solved, strict=True):
+        mlp.compensation = compensation
 
 
 def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | None) -> Plan:

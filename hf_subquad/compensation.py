@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import CalibrationError
+
 _RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not drown the others
 
 
@@ -61,7 +63,13 @@ class CompensationFit:
 
     @torch.no_grad()
     def solve(self) -> Compensation:
-        """The compensation that fits what was added; none to speak of, all zero, from too few tokens."""
+        """The compensation that fits what was added; none to speak of, all zero, from too few tokens.
+
+        Raises:
+            CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.
+        """
+        if not (torch.isfinite(self._gram).all() and torch.isfinite(torch.as_tensor(self._moment)).all()):
+            raise CalibrationError("an MLP's input or output is too large to be fitted: the model has diverged")
         gram = self._gram.clone()
         gram.diagonal().mul_(1 + _RIDGE).add_(torch.finfo(gram.dtype).tiny)
         if self._tokens < len(gram):

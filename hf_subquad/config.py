@@ -11,6 +11,9 @@ from .errors import ConfigError
 TileOrder = Literal["similar", "consecutive"]
 LayerGroup = Literal["all", "all_but_first"]
 
+_LARGEST_SEED = 2**63 - 1  # that random generators take
+_LARGEST_NUMBER = 3e38  # of float32
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -67,10 +70,12 @@ class SubquadConfig:
             value = getattr(self, name)
             if type(value) is not int or value < low:
                 raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
+        if self.seed > _LARGEST_SEED:
+            raise ConfigError(f"seed must be an integer of at most {_LARGEST_SEED}, got {self.seed!r}")
         for name in ("alpha", "tolerance"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ConfigError(f"{name} must be a positive number, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
+                raise ConfigError(f"{name} must be a positive number that float32 holds, got {value!r}")
         share = self.dense_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")
@@ -150,7 +155,7 @@ class SubquadConfig:
         """Inverse of `to_json`. What is no JSON object of known names is a `ConfigError`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"settings are not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"settings must be a JSON object, got {text!r}")

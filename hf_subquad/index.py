@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import SubquadConfig, TileOrder
+from .errors import WeightsError
 from .projection import NeuronProjection
-from .reporting import Report, ReportingIndex
+from .reporting import Report, ReportingIndex, empty_index
 from .sketch import Sketch, add_low_rank, build_sketch
 from .tiling import TokenTiles, make_tiles
 
@@ -56,6 +57,7 @@ class ActivationIndex:
     """Index over the m neurons of one MLP.
 
     Args:
+        name: of the MLP, for errors.
         inputs: one input projection, or gate and up.
         output: the output projection.
         activation: the MLP's own elementwise activation.
@@ -67,12 +69,14 @@ class ActivationIndex:
 
     def __init__(
         self,
+        name: str,
         inputs: Sequence[NeuronProjection],
         output: NeuronProjection,
         activation: Callable[[Tensor], Tensor],
         gated: bool,
         config: SubquadConfig,
     ) -> None:
+        self.name = name
         self.inputs = list(inputs)
         self.output = output
         self.activation = activation
@@ -82,6 +86,7 @@ class ActivationIndex:
         self.factory = config.index_factory
         self._copied_with: list[Tensor] | None = None  # in a copy: samples of the weights it was built from
         self.build()
+        empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
 
     @property
     def neurons(self) -> int:
@@ -90,9 +95,16 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows of all input projections, stacked, and measure the output rows."""
+        """Sketch the base input rows of all input projections, stacked, and measure the output rows.
+
+        Raises:
+            WeightsError: an input weight holds NaN or infinite values, as one that was loaded after the patch may.
+        """
         stacked = torch.cat([projection.rows() for projection in self.inputs])
-        self.sketch: Sketch = build_sketch(stacked, self.rank, self.seed)
+        try:
+            self.sketch: Sketch = build_sketch(stacked, self.rank, self.seed)
+        except torch.linalg.LinAlgError as error:
+            raise WeightsError(f"a weight of {self.name} holds NaN or infinite values: load them anew") from error
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self._seen = self._base_version()
         self.recompressed = False
@@ -156,11 +168,11 @@ class ActivationIndex:
         if pre[0].dtype is torch.float16:
             pre = [values.float() for values in pre]  # squares leave its range
         if not self.gated:
-            now = self.activation(pre[0])
-            return (self.activation(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
+            now = self._activate(pre[0])
+            return (self._activate(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        now, up_squared = self.activation(gate), up.square()
-        moved = (self.activation(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
+        now, up_squared = self._activate(gate), up.square()
+        moved = (self._activate(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
         return moved.addcmul_(now.square(), up_squared.add_((_MOVE * _spread(up)) ** 2))
 
     @torch.no_grad()
@@ -230,9 +242,14 @@ class ActivationIndex:
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""
         if not self.gated:
-            return self.activation(pre[0])
+            return self._activate(pre[0])
         gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        return self.activation(gate) * up
+        return self._activate(gate) * up
+
+    def _activate(self, pre: Tensor) -> Tensor:
+        """The MLP's activation; one that has parameters runs in their dtype, as some cannot mix."""
+        own = next(self.activation.parameters(), pre) if isinstance(self.activation, nn.Module) else pre
+        return self.activation(pre.to(own.dtype)).to(pre.dtype)
 
     def _base_version(self) -> tuple[Any, ...]:
         return tuple(part for p in (*self.inputs, self.output) for part in p.version())

@@ -40,13 +40,19 @@ class MLPMeasurements:
                 fit.add(x, missed[k])
 
     def judge(self, tokens: Tensor) -> None:
-        """Measure the errors that remain on the tokens of another batch, after all fitting."""
+        """Measure the errors that remain on the tokens of another batch, after all fitting.
+
+        Raises:
+            CalibrationError: the MLP's output is too large to be squared in float32.
+        """
         self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
         whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
         for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
             whole += added.square().sum().item()
             for k, compensation in self._compensations.items():
                 missing[k] += (missed[k] - compensation(x.float())).square().sum().item()
+        if not math.isfinite(whole):
+            raise CalibrationError(f"the output of {self.mlp.name} is too large to be measured: the model has diverged")
         self._errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
 
     def error(self, k: int) -> float:

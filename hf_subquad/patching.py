@@ -216,8 +216,8 @@ def _check(match: Match, config: SubquadConfig) -> None:
         if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
-                "floating point can be patched; load the model unquantised, or leave the MLP out with target_modules or "
-                "layers_to_transform"
+                "floating point can be patched; load the model unquantised, or leave the MLP out with target_modules "
+                "or layers_to_transform"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(
@@ -274,7 +274,7 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
     for projection in (*inputs, output):
         projection.store_by_neuron()
     try:
-        index = ActivationIndex(inputs, output, find_activations(match)[0], match.gate != "none", config)
+        index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gate != "none", config)
         mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     except BaseException:
         for projection in (*inputs, output):

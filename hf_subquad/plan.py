@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ class Plan:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"{path} is not JSON: {error}") from error
         try:
             return cls.from_dict(values)
@@ -162,7 +162,7 @@ def _check(part: Plan | LayerPlan) -> None:
         if field.type is int:
             good = type(value) is int and value >= 1
         elif field.type is float:
-            good = type(value) in (int, float) and math.isfinite(value) and value >= 0
+            good = type(value) in (int, float) and 0 <= value <= sys.float_info.max
             good = good and (value > 0 or not field.name.endswith("_ms"))
         elif field.name == "tile_order":
             good = value in get_args(TileOrder)

@@ -1,6 +1,7 @@
 """Half-space reporting with faiss: all rows whose inner product with a query reaches a threshold."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import faiss
 import numpy as np
@@ -29,6 +30,18 @@ class Report:
         return self.neurons[self.starts[token] : self.starts[token + 1]]
 
 
+def empty_index(columns: int, factory: str) -> Any:
+    """A faiss inner-product index that holds nothing yet.
+
+    Raises:
+        ConfigError: faiss does not know such an index, or has none for so many columns.
+    """
+    try:
+        return faiss.index_factory(columns, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(f"index_factory={factory!r} is none that faiss can make: {_reason(error)}") from error
+
+
 class ReportingIndex:
     """A faiss inner-product index over rows [m, c], on the CPU.
 
@@ -41,8 +54,8 @@ class ReportingIndex:
 
     def __init__(self, rows: Tensor, factory: str) -> None:
         self.rows = rows.detach().float().cpu().contiguous()
+        self.index = empty_index(self.rows.shape[1], factory)
         try:
-            self.index = faiss.index_factory(self.rows.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
             if not self.index.is_trained:
                 self.index.train(self.rows.numpy())
             self.index.add(self.rows.numpy())
@@ -58,7 +71,9 @@ class ReportingIndex:
         and compared here. A flat index therefore agrees with brute force.
         """
         queries = queries.detach().float().cpu().contiguous()
-        reach = queries.norm(dim=1).max().item() * self.rows.norm(dim=1).max().item() if len(queries) else 0.0
+        sizes = queries.norm(dim=1)
+        sizes = sizes[sizes.isfinite()]  # the others report what reaches the threshold anyway, NaN nothing
+        reach = sizes.max().item() * self.rows.norm(dim=1).max().item() if len(sizes) else 0.0
         margin = 1e-5 * max(reach, abs(threshold)) + np.finfo(np.float32).tiny
         try:
             limits, _, found = self.index.range_search(queries.numpy(), float(threshold - margin))

@@ -20,6 +20,7 @@ from .projection import NeuronProjection
 
 SIDECAR_NAME = "subquad_state.safetensors"
 _FORMAT = 1
+_COMPENSATION = ("basis", "weight", "bias")
 
 
 def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
@@ -83,6 +84,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
             f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
         )
+    _check_whole(path, model, tensors)
     for name, projection in projections.items():
         _check_fits(path, name, projection, about, tensors)
     plan = _plan(path, model, about)
@@ -100,7 +102,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         mlp.index.build()
         device = mlp.index.output_norms.device
         mlp.index.output_norms = tensors[f"{mlp.bare_name}.norms"].to(device)
-        saved = {name: tensors.get(f"{mlp.bare_name}.compensation.{name}") for name in ("basis", "weight", "bias")}
+        saved = {part: tensors.get(f"{mlp.bare_name}.compensation.{part}") for part in _COMPENSATION}
         mlp.compensation = None if saved["basis"] is None else Compensation(**saved).to(device)
     if plan is not None:
         apply_plan(model, plan)
@@ -128,6 +130,20 @@ def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     return plan
 
 
+def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    projections, found = _projections(model), set(tensors)
+    wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
+    for mlp in require_patched(model):
+        fit = {f"{mlp.bare_name}.compensation.{part}" for part in _COMPENSATION}
+        wanted |= {f"{mlp.bare_name}.norms"} | (fit if fit & found else set())
+    odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
+    if odd:
+        raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")
+    spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if spoiled:
+        raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
+
+
 def _check_fits(
     path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -137,6 +153,9 @@ def _check_fits(
                 f"{path}: {factor} of {name} is {tuple(tensors[f'{name}.{factor}'].shape)}, the model's is "
                 f"{tuple(there.shape)}: use the rank of the run that wrote it ({about['config']['rank']})"
             )
+    written = about["config"]["alpha"] / about["config"]["rank"]
+    if written != projection.update.scale:
+        raise SidecarError(f"{path} was written with alpha={about['config']['alpha']}: use the alpha of that run")
     if f"{name}.rows" in tensors:
         return
     expected = tensors[f"{name}.sample"]
@@ -148,7 +167,7 @@ def _check_fits(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Contents of a sidecar, checked against its digest."""
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(path)
     try:
         with safe_open(path, framework="pt") as file:

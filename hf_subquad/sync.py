@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .errors import InactivePatchError
+from .errors import InactivePatchError, WeightsError
 from .layers import Runtime, SparseMLP, current_forward
 from .patching import patched_parts, require_patched
 from .projection import NeuronProjection
@@ -70,6 +70,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     Raises:
         NotPatchedError: the model is not patched.
         InactivePatchError: the updates were frozen after the patch.
+        WeightsError: updates that are due to be folded hold NaN or infinite values; no base weight is changed.
     """
     started = time.perf_counter()
     runtime, mlps = patched_parts(model)
@@ -77,8 +78,10 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     _check_trainable(mlps)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
-    runtime.synced_step = step
     folded = _due(step, config.fold_steps) and not already
+    if folded:
+        _check_finite(mlps, step)
+    runtime.synced_step = step
     if folded:
         for mlp in mlps:
             mlp.index.fold()
@@ -192,6 +195,17 @@ def _check_base(name: str, projection: NeuronProjection) -> None:
             f"weight or bias of {name} was made trainable after patch_model (requires_grad_(True)? PEFT's "
             "bias='all'?), but sparse steps have no gradients for it: freeze it again, or call patch_model after that"
         )
+
+
+def _check_finite(mlps: list[SparseMLP], step: int) -> None:
+    for mlp in mlps:
+        for path, projection in zip(mlp.sources, mlp.projections, strict=True):
+            if not torch.isfinite(projection.update.norm_squared()):
+                raise WeightsError(
+                    f"the low-rank update of {mlp.name}.{path} holds NaN or infinite values at step {step}, so it is "
+                    "not folded into the base weights: training has diverged. Go on from an earlier checkpoint, with a "
+                    "lower learning rate or with gradient clipping"
+                )
 
 
 def _factors(mlp: SparseMLP) -> list[nn.Parameter]:

@@ -1,5 +1,6 @@
 """Whether budgets still serve the live tokens, and which of them change: the sketch first, then k, then dense."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +23,8 @@ class Audit:
 
     Attributes:
         recall: share of the truly most important neurons that were chosen.
-        error: norm of what is missing from the MLP's output, over the norm of what all neurons add.
+        error: norm of what is missing from the MLP's output, over the norm of what all neurons add; NaN if that is
+            not finite.
     """
 
     recall: float
@@ -47,15 +49,19 @@ def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
     truth = mlp.index.examine(tile_tokens, neurons)
     missed = truth.missed if mlp.compensation is None else truth.missed - mlp.compensation(tile_tokens.float())
     size = torch.linalg.vector_norm(truth.whole).item()
+    if not math.isfinite(size):
+        return Audit(truth.recall, math.nan)
     return Audit(truth.recall, torch.linalg.vector_norm(missed).item() / size if size else 0.0)
 
 
 def audit_live(mlp: SparseMLP) -> Audit | None:
-    """Audit the tiles that an MLP kept of its last batch; None if it kept none. All ranks get the same."""
+    """Audit the tiles that an MLP kept of its last batch; None if it kept none, or their outputs are not finite: they
+    say nothing about budgets then. All ranks get the same."""
     if mlp.audited is None:
         return None
     local = audit(mlp, *mlp.audited)
-    return Audit(_agreed(local.recall, mlp), _agreed(local.error, mlp))
+    agreed = Audit(_agreed(local.recall, mlp), _agreed(local.error, mlp))
+    return agreed if math.isfinite(agreed.error) else None
 
 
 def review(mlp: SparseMLP, planned: LayerPlan, seen: Audit) -> BudgetChange | None:
@@ -90,7 +96,7 @@ def _give_more(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange
 def _give_back(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange | None:
     """One step down at a time."""
     less = max((k for k in budgets(mlp.index.neurons) if k < mlp.k), default=None)
-    if less is None or (error := _error(mlp, less)) > planned.error:
+    if less is None or not (error := _error(mlp, less)) <= planned.error:
         return None
     before = mlp.k
     mlp.set_active(less)

@@ -455,6 +455,17 @@ def test_inputs_that_are_not_finite(place: int) -> None:
     assert runtime_of(model).forward == "auto"
 
 
+def test_outputs_that_are_too_large_are_no_errors_of_zero() -> None:
+    """Layer norms bring them back, so predictions are finite; their squares leave float32."""
+    model = opt()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight.mul_(1e25)
+    patch_model(model, PLANNED)
+    assert model.eval()(tokens()).logits.isfinite().all()
+    with pytest.raises(CalibrationError, match="too large"):
+        calibrate(model, [{"input_ids": tokens(seed), "labels": tokens(seed)} for seed in range(3)])
+
+
 @pytest.mark.parametrize("where", ["model.decoder.layers.0.fc1.weight", "model.decoder.final_layer_norm.weight"])
 def test_weights_that_are_not_finite(where: str) -> None:
     """Before the patched MLPs, or after them."""

@@ -105,6 +105,20 @@ def test_solving_does_not_end_the_fit() -> None:
     torch.testing.assert_close(fit.solve().weight, fitted(basis, (x, missed)).weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e15])
+@pytest.mark.parametrize("equal", [False, True], ids=["tokens differ", "all tokens equal"])
+def test_tokens_of_any_size_give_finite_fits(size: float, equal: bool) -> None:
+    x = size * (noise(1, D).expand(N, D) if equal else noise(N, D))
+    found = fitted(orthogonal(), (x, noise(N, OUT, seed=6)))
+    assert found.weight.isfinite().all() and found.bias.isfinite().all()
+
+
+@pytest.mark.parametrize(("size", "missed"), [(1e20, 1.0), (1.0, 3e38)])
+def test_what_leaves_float32_is_an_error(size: float, missed: float) -> None:
+    with pytest.raises(CalibrationError, match="too large"):
+        fitted(orthogonal(), (size * noise(N, D), missed * noise(N, OUT, seed=6)))
+
+
 def test_fewer_tokens_than_directions() -> None:
     found = fitted(orthogonal(), (noise(2, D), noise(2, OUT, seed=6)))
     assert found.weight.isfinite().all() and found.bias.isfinite().all()
@@ -354,6 +368,10 @@ def test_errors_leave_what_was_fitted() -> None:
         compensate(model, [text_batches(0)[0], spoiled])
     with pytest.raises(CalibrationError, match="at least one batch"):
         compensate(model, [])
+    with torch.no_grad():  # the last MLP's output leaves float32, the first one was solved by then
+        sparse_mlps(model)[1].output.update.U.fill_(3e38)
+    with pytest.raises(CalibrationError, match="too large"):
+        compensate(model, text_batches(0, 1))
     assert all(mlp.compensation is former for mlp, former in zip(sparse_mlps(model), before, strict=True))
     assert model.training
     with pytest.raises(NotPatchedError):

@@ -6,13 +6,16 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_subquad import ConfigError, SubquadConfig, SubquadError
 
 WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in ("rank", "tile_size", "sketch_rank") for value in (0, -1, 2.0, True, "3", None)),
-    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False)),
-    *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, "1", None, True)),
+    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False, math.nan)),
+    ("seed", 2**63),
+    *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, 1e39, 10**400, "1", None, True)),
     *(("tolerance", value) for value in (0, -1.0, math.nan, "1", None, True)),
     *(("dense_share", value) for value in (-0.1, 1.1, math.nan, "1", None, True)),
     *(("active", value) for value in (0, -3, 0.0, 1.0001, -0.5, math.nan, True, "half")),
@@ -24,7 +27,7 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
+@pytest.mark.parametrize(("name", "value"), WRONG, ids=lambda part: str(part)[:20])
 def test_out_of_range_names_field_and_value(name: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         SubquadConfig(**{name: value})
@@ -64,12 +67,35 @@ def test_json_round_trip(values: dict[str, Any]) -> None:
     assert set(config.to_dict()) == {f.name for f in dataclasses.fields(SubquadConfig)}
 
 
+POSITIVE, COUNTS = st.floats(1e-30, 1e30), st.integers(1, 10**9)
+CONFIGS = st.builds(
+    SubquadConfig, rank=COUNTS, alpha=POSITIVE | COUNTS, active=st.none() | COUNTS | st.floats(1e-9, 1),
+    tolerance=POSITIVE, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
+    layers_to_transform=st.sampled_from(["all", "all_but_first"]) | st.lists(st.integers(0, 99), min_size=1),
+    target_modules=st.none() | st.lists(st.text(min_size=1), min_size=1), sketch_rank=COUNTS,
+    seed=st.integers(0, 2**63 - 1), fold_steps=st.integers(0, 10**9), refresh_steps=st.integers(0, 10**9),
+    dense_share=st.floats(0, 1), sparse_eval=st.booleans(), index_factory=st.text(min_size=1),
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(CONFIGS, st.integers(1, 10**6))
+def test_any_config_survives_json_and_gives_possible_budgets(config: SubquadConfig, neurons: int) -> None:
+    assert SubquadConfig.from_json(config.to_json()) == config
+    if type(config.active) is int and config.active > neurons:
+        with pytest.raises(ConfigError):
+            config.active_neurons(neurons)
+    else:
+        assert 1 <= config.active_neurons(neurons) <= neurons
+    assert 0 < config.scale < math.inf
+
+
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ConfigError, match=r"ranks.*rank"):
         SubquadConfig.from_dict({"ranks": 3})
 
 
-@pytest.mark.parametrize("text", ["[1]", "3", "null", '"rank"', "{", ""])
+@pytest.mark.parametrize("text", ["[1]", "3", "null", '"rank"', "{", "", "[" * 100_000], ids=lambda text: text[:9])
 def test_json_that_is_not_an_object_is_a_config_error(text: str) -> None:
     with pytest.raises(ConfigError):
         SubquadConfig.from_json(text)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers.mlps import KINDS, Kind, patched
-from helpers.models import CONFIG, fill_updates, llama, opt, tokens
+from helpers.models import CONFIG, assert_same, fill_updates, llama, opt, snapshot, tokens
 from torch import Tensor
 
-from hf_subquad import ConfigError, SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps
 from hf_subquad import index as index_module
 from hf_subquad.index import ActivationIndex
 from hf_subquad.reporting import Report, ReportingIndex
@@ -137,11 +137,31 @@ def test_approximate_factories_report_a_part_and_nothing_wrong(factory: str) -> 
         assert set(found.of(token).tolist()) <= set(everything.of(token).tolist())
 
 
-@pytest.mark.parametrize("factory", ["Flut", "IVF4096,Flat", "IVF,Flat", "PQ5"])
-def test_bad_factory_is_a_config_error(factory: str) -> None:
-    index = made(index_factory=factory)
+@pytest.mark.parametrize("factory", ["Flut", "IVF,Flat", "PQ7", "Flat,,", "IVF99999999999,Flat"])
+def test_a_factory_that_faiss_does_not_know_is_refused_at_once(factory: str) -> None:
+    model = opt()
+    before = snapshot(model)
     with pytest.raises(ConfigError, match=f"index_factory.*{factory}"):
+        patch_model(model, SubquadConfig(**{**CONFIG.to_dict(), "index_factory": factory}))
+    assert_same(before, snapshot(model))
+
+
+def test_a_factory_for_more_neurons_is_a_config_error() -> None:
+    index = made(index_factory="IVF4096,Flat")
+    with pytest.raises(ConfigError, match=r"index_factory.*IVF4096,Flat.*40 neurons"):
         index.report(inputs(), 0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_spoiled_token_does_not_change_what_others_report(value: float) -> None:
+    index, x = made(), inputs()
+    expected = index.report(x, 0.5)
+    x[3] = value
+    found = index.report(x, 0.5)
+    assert len(expected.neurons) > N
+    for token in range(N):
+        assert token == 3 or torch.equal(found.of(token), expected.of(token))
+    assert found.values.ge(0.5).all()
 
 
 # Selection
@@ -251,6 +271,19 @@ def test_select_all() -> None:
     assert (selection.neurons.sort().values == torch.arange(M)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
+def test_an_activation_with_parameters_in_any_dtype(dtype: torch.dtype, autocast: bool) -> None:
+    """PReLU refuses values of another dtype than its slope's."""
+    weights = torch.float32 if autocast else dtype
+    module, mlp, _ = patched("plain", D, M, dtype=weights, activation=torch.nn.PReLU(), active=9, tile_size=8)
+    x = inputs()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        module(x.to(weights)).sum().backward()
+    assert mlp.index.activation.weight.grad.isfinite().all()
+    assert mlp.index.recall(x.to(weights), 9, 8) > 0.5
+
+
 def test_select_in_float16_does_not_overflow() -> None:
     """Activations of 300 and 600 square beyond what float16 holds; they must still be told apart."""
     _, mlp, _ = patched("plain", D, M, dtype=torch.float16, sketch_rank=D)
@@ -320,6 +353,21 @@ def test_changed_weights_rebuild_the_index() -> None:
         index.inputs[0].weight.neg_()
     assert index.recall(inputs(16), 5, 16) == 1.0
     assert index.sketch is not before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_changed_weights_that_are_not_finite_are_named(value: float) -> None:
+    model = patch_model(opt(), CONFIG)
+    state = model.state_dict()
+    good = state["model.decoder.layers.2.fc1.weight"].clone()
+    spoiled = good.clone()
+    spoiled[3, 4] = value
+    model.load_state_dict({**state, "model.decoder.layers.2.fc1.weight": spoiled})
+    for _ in range(2):
+        with pytest.raises(WeightsError, match=r"layers\.2"):
+            model(tokens())
+    model.load_state_dict({**state, "model.decoder.layers.2.fc1.weight": good})
+    assert model(tokens()).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("make", [opt, llama])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from helpers.models import CONFIG, NEURONS, assert_same, batch, fill_updates, llama, logits, opt, snapshot, tokens
 from helpers.planning import budgets_of, hand_plan
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from hf_subquad import (
@@ -87,6 +90,51 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 
+NAMES, COUNTS = st.text(min_size=1, max_size=20), st.integers(1, 10**15)
+NUMBERS, TIMES = st.floats(0, 1e300), st.floats(1e-300, 1e300)
+PLANS = st.builds(
+    Plan, tolerance=NUMBERS, loss_increase=NUMBERS, step_ms=TIMES, tokens=COUNTS, dtype=NAMES, device=NAMES,
+    tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
+    layers=st.lists(
+        st.integers(1, 10**6).flatmap(
+            lambda m: st.builds(
+                LayerPlan, name=NAMES, neurons=st.just(m), active=st.integers(1, m), break_even=COUNTS, error=NUMBERS,
+                sensitivity=NUMBERS, full_ms=TIMES, dense_ms=TIMES, sparse_ms=TIMES,
+            )
+        ),
+        min_size=1, max_size=3,
+    ).map(tuple),
+)  # fmt: skip
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(PLANS)
+def test_any_plan_survives_its_file(tmp_path_factory: pytest.TempPathFactory, plan: Plan) -> None:
+    path = tmp_path_factory.getbasetemp() / "any_plan.json"
+    plan.save(path)
+    assert Plan.load(path) == plan
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_value_in_any_field_is_a_plan_or_a_plan_error(data: st.DataObject) -> None:
+    values = PLAN.to_dict()
+    part = data.draw(st.sampled_from([values, values["layers"][0]]))
+    name = data.draw(st.sampled_from(sorted(part)))
+    part[name] = data.draw(ANYTHING)
+    try:
+        plan = Plan.from_dict(values)
+    except PlanError:
+        return
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert all(1 <= layer.active <= layer.neurons for layer in plan.layers)
+
+
 def test_to_dict_shares_nothing() -> None:
     PLAN.to_dict()["layers"][0]["active"] = 1
     assert PLAN.layers[0].active == 125
@@ -133,7 +181,11 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
             Plan.load(path)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}'])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}', b"[" * 100_000],
+    ids=lambda data: repr(data[:14]),
+)
 def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(data)
@@ -159,9 +211,19 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
         {"layer_sparse_ms": 0.0},
         {"layer_break_even": None},
         {"loss_increase": None},
+        {"tolerance": math.nan},
+        {"step_ms": math.inf},
+        {"step_ms": 10**400},
+        {"tokens": -1},
+        {"tile_size": 1e9},
+        {"tile_size": True},
+        {"layer_neurons": True},
+        {"layer_sensitivity": -0.1},
+        {"layer_name": 3},
+        {"layers": {"name": "layers.1.mlp"}},
         {"tile_order": "alphabetical"},
     ],
-    ids=str,
+    ids=lambda values: str(values)[:40],
 )
 def test_what_is_no_plan_is_an_error_at_once(tmp_path: Path, values: dict[str, Any]) -> None:
     """Not later, in the middle of training."""

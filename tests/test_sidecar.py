@@ -1,22 +1,37 @@
 """Is the resume file written whole or not at all, and refused when damaged or of another model?"""
 
+import ast
+import errno
+import io
+import json
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.models import CONFIG, build, fill_updates, llama, opt
+from helpers.planning import text_batches
 from helpers.training import TRAIN, factors
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
+import hf_subquad
 from hf_subquad import (
     NotPatchedError,
     OutputError,
     SidecarError,
     SubquadConfig,
+    atomic,
+    compensate,
     load_sidecar,
     patch_model,
     save_sidecar,
+    sidecar,
     sparse_mlps,
 )
 
@@ -36,13 +51,41 @@ def holding(saved: nn.Module, **values: object) -> nn.Module:
     return model
 
 
-def everything(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+def everything(model: nn.Module) -> dict[str, Any]:
+    """All of a patched model that loading may change, and the random state."""
+    return {
+        **{name: value.detach().clone() for name, value in model.named_parameters()},
+        "random": torch.get_rng_state(),
+        "flags": [(name, value.requires_grad, value.stride()) for name, value in model.named_parameters()],
+        "modes": [module.training for module in model.modules()],
+        "indices": [(id(m.index.sketch), id(m.index.output_norms), id(m.compensation)) for m in sparse_mlps(model)],
+        "budgets": [(m.k, m.dense) for m in sparse_mlps(model)],
+        "plan": sparse_mlps(model)[0].runtime.plan,
+        "step": sparse_mlps(model)[0].runtime.synced_step,
+    }
 
 
-def unchanged(model: nn.Module, before: dict[str, torch.Tensor], restarts: list[int]) -> None:
-    assert all(torch.equal(before[name], value) for name, value in model.named_parameters())
+def unchanged(model: nn.Module, before: dict[str, Any], restarts: list[int]) -> None:
+    for name, value in everything(model).items():
+        assert torch.equal(before[name], value) if isinstance(value, torch.Tensor) else before[name] == value, name
     assert [p.update.restarts for m in sparse_mlps(model) for p in m.projections] == restarts
+
+
+def refused(model: nn.Module, folder: Path, words: str) -> None:
+    before, counts = everything(model), restarts(model)
+    with pytest.raises(SidecarError, match=words):
+        load_sidecar(model, folder)
+    unchanged(model, before, counts)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tensor]], None]) -> None:
+    """Change the contents of a sidecar, with a checksum that is right for them, as another version might write it."""
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["subquad"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(about, tensors)
+    text = json.dumps(about)
+    save_file(tensors, path, {"subquad": text, "digest": sidecar._digest(text, tensors)})
 
 
 def restarts(model: nn.Module) -> list[int]:
@@ -152,6 +195,7 @@ def test_bits_flipped_anywhere(tmp_path: Path) -> None:
                 factors(model)["model.decoder.layers.1.fc1.U"], factors(saved)["model.decoder.layers.1.fc1.U"]
             )
             model = holding(saved)
+            before, counts = everything(model), restarts(model)
     assert all(8 < place < header and data[place : place + 1] == b" " for place in undetected), undetected
     unchanged(model, before, counts)
 
@@ -164,8 +208,6 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
 
 
 def test_plain_safetensors_under_its_name(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(3)}, tmp_path / NAME)
     with pytest.raises(SidecarError):
         load_sidecar(trained(), tmp_path)
@@ -193,11 +235,76 @@ def other_weights() -> nn.Module:
 )
 def test_sidecar_of_another_model(tmp_path: Path, model, words: str) -> None:
     save_sidecar(trained(), tmp_path, 1)
-    other = model()
-    before, counts = everything(other), restarts(other)
-    with pytest.raises(SidecarError, match=words):
-        load_sidecar(other, tmp_path)
-    unchanged(other, before, counts)
+    refused(model(), tmp_path, words)
+
+
+FIRST = "model.decoder.layers.1"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda about, tensors: tensors.pop(f"{FIRST}.fc1.V"), r"differs in.*fc1\.V"),
+        (lambda about, tensors: tensors.pop(f"{FIRST}.norms"), r"differs in.*norms"),
+        (lambda about, tensors: tensors.pop(f"{FIRST}.compensation.bias"), r"differs in.*compensation\.bias"),
+        (lambda about, tensors: tensors.update(more=torch.zeros(2)), r"differs in.*more"),
+        (lambda about, tensors: about.update(format=2), "format 2, this version reads 1"),
+        (lambda about, tensors: tensors[f"{FIRST}.fc2.U"].fill_(math.nan), r"NaN.*fc2\.U.*diverged"),
+    ],
+    ids=["factor missing", "norms missing", "part missing", "one more", "newer format", "NaN"],
+)
+def test_whole_files_with_other_contents(tmp_path: Path, change: Any, words: str) -> None:
+    saved = trained()
+    compensate(saved, text_batches(0, 1))
+    path = save_sidecar(saved, tmp_path, 1)
+    rewritten(path, lambda about, tensors: None)
+    assert load_sidecar(holding(saved), tmp_path) == 1
+    rewritten(path, change)
+    refused(holding(saved), tmp_path, words)
+
+
+def test_a_diverged_run_is_not_resumed(tmp_path: Path) -> None:
+    saved = trained()
+    with torch.no_grad():
+        sparse_mlps(saved)[1].inputs[0].update.U[2, 1] = math.nan
+    save_sidecar(saved, tmp_path, 1)
+    refused(patch_model(opt(), CONFIG), tmp_path, "diverged")
+
+
+@pytest.mark.parametrize("beside_peft", [False, True])
+def test_another_alpha(tmp_path: Path, beside_peft: bool) -> None:
+    """The same factors would be another update."""
+
+    def made(**values: Any) -> nn.Module:
+        model = patch_model(opt(), SubquadConfig(**{**CONFIG.to_dict(), **values}))
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if beside_peft else model
+
+    saved = made()
+    fill_updates(saved)
+    save_sidecar(saved, tmp_path, 1)
+    for rank, alpha, words in ((3, 6.0, r"alpha=5\.0"), (6, 10.0, "use the rank")):
+        other = made(rank=rank, alpha=alpha)
+        if not beside_peft:
+            other.load_state_dict(saved.state_dict())
+        refused(other, tmp_path, words)
+
+
+def test_another_seed_is_no_other_model(tmp_path: Path) -> None:
+    """It is that of draws to come."""
+    saved = trained()
+    save_sidecar(saved, tmp_path, 1)
+    model = holding(saved, seed=5)
+    load_sidecar(model, tmp_path)
+    assert all(torch.equal(factors(model)[name], value) for name, value in factors(saved).items())
+
+
+def test_a_folder_under_its_name(tmp_path: Path) -> None:
+    """Not a missing file, after which training would go on with fresh updates."""
+    (tmp_path / NAME).mkdir()
+    refused(trained(), tmp_path, NAME)
+    with pytest.raises(OutputError, match=NAME):
+        save_sidecar(trained(), tmp_path, 1)
+    assert [f.name for f in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_changed_middle_of_a_weight_is_noticed(tmp_path: Path) -> None:
@@ -219,27 +326,60 @@ def test_folder_is_a_file(tmp_path: Path) -> None:
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync"])
+class FullFile(io.BytesIO):
+    """A file on a disk that has room for some bytes of it."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        super().__init__()
+        self.path, self.room = path, room
+
+    def write(self, data: bytes) -> int:
+        self.path.write_bytes(data[: self.room])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["open", "write", "fsync", "replace", "interrupt"])
 def test_failed_write_leaves_nothing_and_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     saved = trained()
     old = save_sidecar(saved, tmp_path, 1).read_bytes()
+    error = KeyboardInterrupt() if fails == "interrupt" else OSError(errno.ENOSPC, "No space left on device")
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(os, call, full)
-    with pytest.raises(OutputError, match="No space left"):
+    if fails in ("open", "write"):
+        with_room = lambda path, mode: full() if fails == "open" else FullFile(path, 100)  # noqa: E731
+        monkeypatch.setattr(atomic, "open", with_room, raising=False)
+    else:
+        monkeypatch.setattr(os, "fsync" if fails == "interrupt" else fails, full)
+    expected = KeyboardInterrupt if fails == "interrupt" else OutputError
+    with pytest.raises(expected) as caught:
         save_sidecar(saved, tmp_path, 2)
+    assert fails == "interrupt" or (str(tmp_path / NAME) in str(caught.value) and "No space" in str(caught.value))
     assert [f.name for f in tmp_path.iterdir()] == [NAME]
     assert (tmp_path / NAME).read_bytes() == old
+    monkeypatch.undo()
+    assert load_sidecar(holding(saved), tmp_path) == 1
+
+
+def test_what_is_read_is_data() -> None:
+    """Nothing in the library unpickles or evaluates: not in a sidecar, not in a plan."""
+    sources = sorted(Path(hf_subquad.__file__).parent.rglob("*.py"))
+    assert len(sources) > 25
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                assert not names & {"pickle", "marshal", "shelve", "dill", "joblib"}, (path.name, node.lineno)
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "compile", "__import__", "torch.load"}, (path.name, node.lineno)
 
 
 def test_names_do_not_depend_on_a_peft_wrapper(tmp_path: Path) -> None:
     """Saved beside adapters and loaded beside adapters that were added in the other order."""
-    from peft import LoraConfig, get_peft_model
-
     lora = LoraConfig(r=2, target_modules=["q_proj"])
     first = get_peft_model(patch_model(opt(), TRAIN), lora)
     fill_updates(first)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_subquad.tiling import TokenTiles, make_tiles, tile_shape
 
@@ -35,6 +37,16 @@ def test_every_token_exactly_once(order: str, tile_size: int) -> None:
         check_partition(tiles, tokens)
         checked += 1
     assert checked >= 43
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(1, 400), st.integers(1, 500), st.sampled_from(ORDERS), st.integers(1, 4), st.integers(1, 1000))
+def test_every_token_exactly_once_whatever_the_ties(
+    tokens: int, tile_size: int, order: str, width: int, distinct: int
+) -> None:
+    """With few distinct features most tokens cannot be told apart."""
+    values = (features(tokens, width=width) * distinct).round() / distinct
+    check_partition(make_tiles(values, tile_size, order), tokens)
 
 
 def test_sizes() -> None:

@@ -1,5 +1,6 @@
 """Do budgets follow the live tokens: the sketch first, then more neurons, then dense, and back in small steps?"""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.planning import budgets_of, hand_plan
 from helpers.training import TRAIN
 from torch import Tensor, nn
 
-from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, patch_model, sparse_mlps, sync_model
+from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, apply_plan, patch_model, sparse_mlps, sync_model
 from hf_subquad.allocation import budgets
 from hf_subquad.compensation import Compensation
 from hf_subquad.layers import SparseMLP
@@ -233,8 +234,6 @@ def trained_one_step(active: list[int], refresh_steps: int = 1, **of_layers: Any
     """A planned model after the first step of a loop; what it computed then is kept where that is due."""
     config = SubquadConfig(**{**TRAIN.to_dict(), "active": None, "refresh_steps": refresh_steps})
     model = patch_model(opt(), config)
-    from hf_subquad import apply_plan
-
     apply_plan(model, hand_plan(model, active, **of_layers))
     sync_model(model, 0)
     model(tokens(0), labels=tokens(0)).loss.backward()
@@ -328,3 +327,46 @@ def test_half_precision_and_autocast() -> None:
     expected = error_of(patch_model(opt(), TRAIN))
     assert error_of(patch_model(opt(torch.bfloat16), TRAIN)) == pytest.approx(expected, rel=0.15)
     assert error_of(patch_model(opt(), TRAIN), autocast=True) == pytest.approx(expected, rel=0.15)
+
+
+# Batches that are spoiled
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e19, 1e30, 3e38], ids=str)
+@pytest.mark.parametrize("tokens_spoiled", [1, 15])
+def test_a_spoiled_batch_changes_no_budget(value: float, tokens_spoiled: int) -> None:
+    """Nor what is logged: its MLP counts as if it had not been audited. The next batch counts again."""
+    model = patch_model(opt(), SubquadConfig(**{**TRAIN.to_dict(), "active": None}))
+    apply_plan(model, hand_plan(model, [24, 24]))
+    mlp = sparse_mlps(model)[1]
+    sync_model(model, 0)
+
+    def spoil(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        x = args[0].clone()
+        x.view(-1, x.shape[-1])[:tokens_spoiled] = value
+        return x
+
+    handle = mlp.inputs[0].register_forward_pre_hook(spoil)
+    model(tokens(0), labels=tokens(0)).loss.backward()
+    handle.remove()
+    report = sync_model(model, 1)
+    assert mlp.name not in [change.name for change in report.changes]
+    assert mlp.k == 24 and mlp.audited is None
+    assert report.error is not None and math.isfinite(report.error) and 0 < report.recall <= 1
+    model(tokens(1), labels=tokens(1))
+    assert math.isfinite(audit_live(mlp).error)
+
+
+def test_what_is_too_large_to_measure_is_no_error_of_zero() -> None:
+    mlp = mlp_with(24)
+    x, _ = mlp.audited
+    everything = torch.arange(M).expand(TILES, M)
+    assert audit(mlp, x, everything).error == 0
+    assert math.isnan(audit(mlp, 1e25 * x, everything).error)
+
+
+def test_a_step_down_that_cannot_be_judged_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp = mlp_with(STEPS[1])
+    monkeypatch.setattr("hf_subquad.watch._error", lambda mlp, k: math.nan)
+    assert review(mlp, planned(9.0), audit_live(mlp)) is None
+    assert mlp.k == STEPS[1]

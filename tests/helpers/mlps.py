@@ -51,8 +51,19 @@ class Stacked(nn.Module):
         return self.down_proj(up * self.activation_fn(gate))
 
 
-def single(kind: Kind, d: int, m: int, bias: bool = True, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """An unpatched MLP with weights of size about 1 / sqrt(fan in) and biases of size 0.3."""
+_ACTIVATIONS = {Plain: "act", Gated: "act_fn", Stacked: "activation_fn"}
+
+
+def single(
+    kind: Kind,
+    d: int,
+    m: int,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    activation: nn.Module | None = None,
+) -> nn.Module:
+    """An unpatched MLP with weights of size about 1 / sqrt(fan in) and biases of size 0.3; by default with GELU, or
+    SiLU if gated."""
     with torch.random.fork_rng():
         torch.manual_seed(11)
         mlp = {"gated": Gated, "stacked": Stacked}.get(kind, Plain)(
@@ -62,12 +73,22 @@ def single(kind: Kind, d: int, m: int, bias: bool = True, dtype: torch.dtype = t
             nn.init.normal_(
                 parameter, std=0.3 if parameter.dim() == 1 else (d if parameter.shape[-1] == d else m) ** -0.5
             )
+    if activation is not None:
+        setattr(mlp, _ACTIVATIONS[type(mlp)], activation)
     return mlp.to(dtype)
 
 
-def patched(kind: Kind, d: int, m: int, bias: bool = True, dtype: torch.dtype = torch.float64, **settings: object):
+def patched(
+    kind: Kind,
+    d: int,
+    m: int,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    activation: nn.Module | None = None,
+    **settings: object,
+):
     """(patched module, its SparseMLP, an unpatched copy); the updates hold random values."""
-    module = single(kind, d, m, bias, dtype)
+    module = single(kind, d, m, bias, dtype, activation)
     twin = copy.deepcopy(module)
     settings = {"rank": 2, "alpha": 3.0, "sketch_rank": d, "layers_to_transform": "all", **settings}
     patch_model(module, SubquadConfig(**settings))
@@ -105,14 +126,15 @@ def reference(
         low = values @ v.t() @ u.t() if into else values @ u @ v
         return F.linear(values, weight, bias) + low
 
+    activation = getattr(twin, _ACTIVATIONS[type(twin)])
     pre = [linear(path, x, *leaves[i], into=True) for i, path in enumerate(sources[:-1])]
     if len(pre) == 2:
-        hidden = F.silu(pre[0]) * pre[1]
+        hidden = activation(pre[0]) * pre[1]
     elif isinstance(twin, Stacked):
         gate, up = pre[0].chunk(2, dim=-1)
-        hidden = F.silu(gate) * up
+        hidden = activation(gate) * up
     else:
-        hidden = F.gelu(pre[0])
+        hidden = activation(pre[0])
     if mask is not None:
         hidden = hidden * mask.to(hidden.dtype)
     return linear(sources[-1], hidden, *leaves[-1], into=False)
