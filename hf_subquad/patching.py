@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -220,6 +221,11 @@ def _check(match: Match, config: SubquadConfig) -> None:
             raise UnsupportedModuleError(
                 f"{name} has a forward hook or a forward of its own (device_map offloading?), which the patch would "
                 "drop: remove it, or load the model without device_map"
+            )
+        if isinstance(module.weight, DTensor) or hasattr(module.weight, "ds_id"):
+            raise UnsupportedModuleError(
+                f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and choosing neurons "
+                "needs whole rows: load the model whole on every process, and train with plain data parallelism (DDP)"
             )
         if module.weight.is_meta:
             raise UnsupportedModuleError(f"{name} has no weights yet (meta device): load them before patching")
