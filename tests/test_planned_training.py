@@ -366,8 +366,8 @@ def test_resumed_equals_uninterrupted(
 
 
 def test_a_checkpoint_without_a_plan_is_planned(tmp_path: Path) -> None:
-    trainer(to_plan(active=0.5), tmp_path, [StopAt(2)], **SAVING).train()
-    (tmp_path / "checkpoint-2" / "subquad_state.safetensors").unlink()
+    Trainer(model=to_plan(active=0.5), args=arguments(tmp_path, **SAVING), train_dataset=Texts(),
+            callbacks=[StopAt(2)]).train()  # fmt: skip
     model = to_plan()
     trainer(model, tmp_path, **SAVING).train(resume_from_checkpoint=True)
     assert runtime_of(model).plan is not None
