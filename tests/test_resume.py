@@ -134,13 +134,14 @@ def test_a_checkpoint_without_the_callback_starts_the_updates_afresh(tmp_path: P
     Trainer(model=plain(), args=arguments(tmp_path, **SAVING), train_dataset=Texts(), callbacks=[StopAt(3)]).train()
     saved = type(opt()).from_pretrained(tmp_path / "checkpoint-3")
     model = plain()
-    moments: list[float] = []
+    moments: list[bool] = []
 
     class Start(Watch):
         def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
             if not moments:
                 live = [f for m in sparse_mlps(model) for p in m.projections for f in p.update.parameters()]
-                moments.extend(v.abs().max().item() for f in live for v in optimizer.state[f].values())
+                moments.extend(f in optimizer.state for f in live)
+                assert len(optimizer.state) > 0
                 assert all(p.update.is_zero() for m in sparse_mlps(model) for p in m.projections)
                 weight = "model.decoder.layers.1.fc1.weight"
                 torch.testing.assert_close(model.get_parameter(weight), saved.get_parameter(weight))
@@ -148,7 +149,7 @@ def test_a_checkpoint_without_the_callback_starts_the_updates_afresh(tmp_path: P
     run = trainer(model, tmp_path, [Start(lambda *_, **__: None)], **SAVING)
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
-    assert len(moments) == 24 and not any(moments)
+    assert len(moments) == 8 and not any(moments)
 
 
 @pytest.mark.parametrize("make", [plain, beside_peft])
