@@ -124,14 +124,18 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path, reentrant: bool) ->
 
 
 def test_a_compiled_mlp_equals_the_plain_one() -> None:
-    """The projections stay as they are; what is around them is compiled, with gradients to the bit."""
+    """The projections stay as they are, and what is around them is compiled, with gradients to the bit."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     torch._dynamo.reset()
     grads = []
     for compiled in (False, True):
-        model = patched_opt()
-        layer = model.model.decoder.layers[1]
-        run = torch.compile(layer, backend="aot_eager") if compiled else layer
-        torch._dynamo.utils.counters.clear()
+        layer = patched_opt().model.decoder.layers[1]
+        run = torch.compile(layer, backend=backend) if compiled else layer
         x = torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for scale in (1.0, 2.0):  # another selection, the same graph
             output = run(scale * x, attention_mask=None)
@@ -139,14 +143,7 @@ def test_a_compiled_mlp_equals_the_plain_one() -> None:
         grads.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
     assert len(grads[0]) > 6
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
-    counters = torch._dynamo.utils.counters
-    assert counters["stats"]["unique_graphs"] > 0 and all(
-        "InputProj" in b or "OutputProj" in b for b in breaks(counters)
-    )
-
-
-def breaks(counters: Any) -> list[str]:
-    return [text for text in counters["graph_break"] if "compiler.disable" in text]
+    assert graphs and not any(name in graph.code for graph in graphs for name in ("topk", "argsort", "update"))
 
 
 @pytest.mark.slow
