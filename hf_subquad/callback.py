@@ -197,14 +197,14 @@ def _refuse(args: TrainingArguments) -> None:
             "use_liger_kernel=True rebinds the MLPs' forward and would bypass the patch: set it to False"
         )
     engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
-    asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else engine
-    for kind in (engine, asked):
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-            raise ParallelismError(
-                f"{kind.value} splits weights, or what the optimizer knows of them, over processes, and choosing "
-                "neurons and folding need them whole: train with plain data parallelism (DDP), as accelerate launch "
-                "--multi_gpu does without it"
-            )
+    asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else None
+    splitting = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM} & {engine, asked}
+    if splitting:
+        raise ParallelismError(
+            f"{splitting.pop().value} splits weights, or what the optimizer knows of them, over processes, and "
+            "choosing neurons and folding need them whole: train with plain data parallelism (DDP), as accelerate "
+            "launch --multi_gpu does without it"
+        )
     if args.n_gpu > 1:
         raise ParallelismError(
             f"the Trainer would copy the model to {args.n_gpu} GPUs in every step (torch.nn.DataParallel), and the "
