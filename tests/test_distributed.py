@@ -1,6 +1,7 @@
 """Do two processes train as one would, agree on all they must, and refuse what cannot work?"""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -37,9 +38,15 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     ]  # fmt: skip
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-5000:]
-    (folder / "stdout").write_text(done.stdout)
+    launch = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=True)  # fmt: skip
+    try:
+        printed, errors = launch.communicate(timeout=240)
+    finally:
+        if launch.poll() is None:  # ranks that wait for each other
+            os.killpg(launch.pid, signal.SIGKILL)
+    assert launch.returncode == 0, errors[-5000:]
+    (folder / "stdout").write_text(printed)
     return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
