@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -37,9 +37,10 @@ class SubquadCallback(TrainerCallback, ExportableState):
     """Keeps a patched model in sync during `Trainer.train()`.
 
     There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
-    if the patch would not take effect; plans budgets from batches of the training data, if there is neither a plan nor
-    a fixed `active`, and fits what compensates for skipped neurons; folds, audits and adjusts budgets on schedule; adds
-    `subquad/...` to the Trainer's logs; writes and reads the sidecar of each checkpoint.
+    if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
+    batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
+    neurons; folds, audits and adjusts budgets on schedule; adds `subquad/...` to the Trainer's logs; writes and reads
+    the sidecar of each checkpoint.
     """
 
     def on_init_end(
@@ -63,7 +64,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if state.global_step:
             resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(args, state)
             self._resume(Path(resumed_from), state, model, optimizer)
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # resumed from one made without it
+        _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         self._move_first(sys._getframe(1).f_locals.get("self"))
         self._fit(args, state, model, train_dataloader)
@@ -173,7 +174,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         try:
             load_sidecar(model, folder)
         except FileNotFoundError:
-            if type(self).__name__ in state.stateful_callbacks:
+            if type(self).__name__ in _states(state):
                 whole = last_whole_checkpoint(folder.parent)
                 other = f"resume from {whole}" if whole else "there is no whole checkpoint beside it"
                 raise SidecarError(
@@ -228,6 +229,11 @@ def _planned_and_fitted(
         return error
     fitted = (mlp.compensation for mlp in require_patched(model))
     return plan, [compensation and compensation.to(torch.device("cpu")) for compensation in fitted]
+
+
+def _states(state: TrainerState) -> dict[str, Any]:
+    """What checkpoints keep of callbacks, by their class (a dict, other than the annotation says)."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
 
 
 def _resumed_from(frame: FrameType | None) -> str | None:
