@@ -2,6 +2,7 @@
 
 from .calibration import calibrate, compensate
 from .callback import SubquadCallback
+from .checkpoints import last_whole_checkpoint
 from .config import SubquadConfig
 from .errors import (
     AlreadyPatchedError,
@@ -12,6 +13,7 @@ from .errors import (
     NoMatchError,
     NotPatchedError,
     OutputError,
+    ParallelismError,
     PatchError,
     PlanError,
     SidecarError,
@@ -38,6 +40,7 @@ __all__ = [
     "NoMatchError",
     "NotPatchedError",
     "OutputError",
+    "ParallelismError",
     "PatchError",
     "Plan",
     "PlanError",
@@ -53,6 +56,7 @@ __all__ = [
     "check_active",
     "compensate",
     "dense_forward",
+    "last_whole_checkpoint",
     "load_sidecar",
     "patch_model",
     "save_sidecar",

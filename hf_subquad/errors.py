@@ -41,6 +41,10 @@ class InactivePatchError(SubquadError, RuntimeError):
     """The patch is present but would not take effect (frozen factors, replaced forward, ...)."""
 
 
+class ParallelismError(SubquadError, RuntimeError):
+    """Training would split or copy the patched layers in a way that they cannot follow."""
+
+
 class CalibrationError(SubquadError, ValueError):
     """A model cannot be calibrated on these batches."""
 

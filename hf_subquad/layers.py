@@ -21,6 +21,10 @@ from .projection import NeuronProjection, compute_dtype
 
 Forward = Literal["auto", "dense", "sparse"]
 
+# Under torch.compile the projections stay as they are, and what is around them is compiled: which neurons a tile uses
+# is known at run time only, and tracing the search for them takes long and ends in graph breaks inside of it.
+_not_compiled = torch.compiler.disable
+
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
 
@@ -185,6 +189,7 @@ class InputProjection(NeuronProjection):
     mlp: SparseMLP
     stacked = False  # gate and up rows in one matrix [2 m, d]
 
+    @_not_compiled
     def forward(self, x: Tensor) -> Tensor:
         selection = self.mlp.begin(self, x)
         if selection is None:
@@ -203,6 +208,7 @@ class OutputProjection(NeuronProjection):
     into_neurons = False
     mlp: SparseMLP
 
+    @_not_compiled
     def forward(self, a: Tensor) -> Tensor:
         selection, x = self.mlp.end()
         if selection is None:

@@ -224,6 +224,11 @@ def _check(match: Match, config: SubquadConfig) -> None:
                 f"{name} has a forward hook or a forward of its own (device_map offloading? pruning?), which the patch "
                 "would drop: remove it (prune.remove), or load the model without device_map"
             )
+        if hasattr(module.weight, "device_mesh") or hasattr(module.weight, "ds_id"):  # DTensor's, DeepSpeed's
+            raise UnsupportedModuleError(
+                f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and choosing neurons "
+                "needs whole rows: load the model whole on every process, and train with plain data parallelism (DDP)"
+            )
         if type(module.weight) is not nn.Parameter:
             raise UnsupportedModuleError(
                 f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter (quantised, "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SubquadConfig
+from .errors import ParallelismError
 from .low_rank import LowRankUpdate
 
 _SAMPLED = 256
@@ -114,6 +115,12 @@ class NeuronProjection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and len(errors) == before:
             self.update.restart()  # the loaded weight is whole: an update on top would count twice
+
+    def _replicate_for_data_parallel(self) -> "NeuronProjection":
+        raise ParallelismError(
+            "torch.nn.DataParallel copies a model in every step, and the copies would share one selection of neurons: "
+            "start one process a GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cast_rows": None}

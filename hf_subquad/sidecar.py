@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .atomic import write_atomically
+from .atomic import fingerprint, write_atomically
 from .compensation import Compensation
 from .errors import PlanError, SidecarError
 from .patching import apply_plan, check_plan, require_patched, runtime_of
@@ -29,11 +29,14 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     Beside a checkpoint that holds merged weights (every plain one) the factors suffice. Beside PEFT's, which holds
     adapters only, base weights that folding changes are kept as well.
 
+    Write it last: a checkpoint is whole if it has this file, and the others are those that were there then.
+
     Raises:
         OutputError: the file could not be written; nothing is left of it.
     """
     merged = not hasattr(model, "peft_config")
     config = runtime_of(model).config
+    path = Path(folder) / SIDECAR_NAME
     tensors: dict[str, Tensor] = {}
     restarts: dict[str, int] = {}
     for name, projection in _projections(model).items():
@@ -56,9 +59,9 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         "restarts": restarts,
         "config": config.to_dict(),
         "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
+        "files": _other_files(path.parent),
     }
     text = json.dumps(about, sort_keys=True)
-    path = Path(folder) / SIDECAR_NAME
     write_atomically(path, save(tensors, {"subquad": text, "digest": _digest(text, tensors)}))
     return path
 
@@ -108,6 +111,26 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
     return about["step"]
+
+
+def is_whole(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a checkpoint as it was when its sidecar was written, behind all other files.
+
+    False after an interruption, also one that came while an older checkpoint of that name was written over or deleted.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    try:
+        about, _ = _read(path)
+    except (FileNotFoundError, SidecarError):
+        return False
+    found = _other_files(path.parent)
+    return all(found.get(name) == digest for name, digest in about.get("files", {}).items())
+
+
+def _other_files(folder: Path) -> dict[str, str]:
+    """Fingerprint of every other file in a checkpoint, by its path there."""
+    files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.name != SIDECAR_NAME)
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
 def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
@@ -184,7 +207,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
-_REMEDY = "resume from an earlier checkpoint, or delete the file to go on from the weights with fresh updates"
+_REMEDY = (
+    "resume from another checkpoint (last_whole_checkpoint finds the newest whole one), or load the weights of this "
+    "one with from_pretrained and train anew"
+)
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

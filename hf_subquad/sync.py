@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import InactivePatchError, WeightsError
 from .layers import Runtime, SparseMLP, current_forward
@@ -151,12 +151,10 @@ def train_updates(model: nn.Module) -> None:
 
 
 def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
-    """Zero the optimizer's state of the low-rank updates, step counts included."""
+    """Drop the optimizer's state of the low-rank updates, step counts of any kind included: it starts them anew."""
     for mlp in mlps:
         for factor in _factors(mlp):
-            for value in optimizer.state.get(factor, {}).values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+            optimizer.state.pop(factor, None)
 
 
 def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[BudgetChange]]:

@@ -55,18 +55,15 @@ def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
 
 
 def audit_live(mlp: SparseMLP) -> Audit | None:
-    """Audit the tiles that an MLP kept of its last batch; None if it kept none, or their outputs are not finite: they
-    say nothing about budgets then. All ranks get the same."""
-    if mlp.audited is None:
-        return None
-    local = audit(mlp, *mlp.audited)
-    agreed = Audit(_agreed(local.recall, mlp), _agreed(local.error, mlp))
-    return agreed if math.isfinite(agreed.error) else None
+    """Audit the tiles that an MLP kept of its last batch; None if no rank kept any, or their outputs are not finite:
+    they say nothing about budgets then. All ranks get the same."""
+    agreed = _agreed(audit(mlp, *mlp.audited) if mlp.audited else None, mlp)
+    return agreed if agreed and math.isfinite(agreed.error) else None
 
 
 def review(mlp: SparseMLP, planned: LayerPlan, seen: Audit) -> BudgetChange | None:
     """Change an MLP's budget if what was measured has left its plan. Every rank decides the same."""
-    if mlp.dense or mlp.audited is None:
+    if mlp.dense:
         return None
     if planned.error < _NEGLIGIBLE:
         planned = replace(planned, error=_NEGLIGIBLE)
@@ -106,15 +103,18 @@ def _give_back(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange
 
 def _error(mlp: SparseMLP, k: int) -> float:
     """Output error with k neurons on the tiles that were kept."""
-    assert mlp.audited is not None
-    tokens, _ = mlp.audited
-    return _agreed(audit(mlp, tokens, mlp.index.choose(tokens, k)).error, mlp)
+    tokens = mlp.audited[0] if mlp.audited else None
+    agreed = _agreed(None if tokens is None else audit(mlp, tokens, mlp.index.choose(tokens, k)), mlp)
+    assert agreed is not None, "no rank kept tiles"
+    return agreed.error
 
 
-def _agreed(value: float, mlp: SparseMLP) -> float:
-    """The mean over all ranks."""
+def _agreed(local: Audit | None, mlp: SparseMLP) -> Audit | None:
+    """The mean over the ranks that have an audit. One that has none, its layer dropped (LayerDrop), takes part."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
-    shared = torch.tensor(value, dtype=torch.float64, device=mlp.output.weight.device)
+        return local
+    values = (local.recall, local.error, 1.0) if local else (0.0, 0.0, 0.0)
+    shared = torch.tensor(values, dtype=torch.float64, device=mlp.output.weight.device)
     dist.all_reduce(shared)
-    return shared.item() / dist.get_world_size()
+    recall, error, ranks = shared.tolist()
+    return Audit(recall / ranks, error / ranks) if ranks else None

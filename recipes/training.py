@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_subquad import last_whole_checkpoint
 from hf_subquad.errors import SubquadError
 
 # What TrainingArguments gets unless the YAML says otherwise.
@@ -94,10 +95,16 @@ def checkpoint_to_resume(settings: Settings) -> str | None:
     if wanted is False:
         return None
     folder = Path(settings.output_dir)
-    found = wanted if isinstance(wanted, str) else (get_last_checkpoint(folder) if folder.is_dir() else None)
+    found = wanted if isinstance(wanted, str) else _newest_checkpoint(folder, settings.method)
     if found is None or not Path(found).is_dir():
-        raise SettingsError(f"resume_from_checkpoint: {wanted}: no checkpoint in {found or folder}")
+        raise SettingsError(f"resume_from_checkpoint: {wanted}: no whole checkpoint in {found or folder}")
     return found
+
+
+def _newest_checkpoint(folder: Path, method: str) -> str | None:
+    if not folder.is_dir():
+        return None
+    return last_whole_checkpoint(folder) if method == "subquad" else get_last_checkpoint(folder)
 
 
 def say(arguments: TrainingArguments, text: str) -> None:

@@ -2,12 +2,7 @@
 
 import copy
 import itertools
-import json
-import os
 import random
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +33,6 @@ from hf_subquad import (
 from hf_subquad.patching import runtime_of
 from hf_subquad.trainer_batches import sample_batches
 
-HERE = Path(__file__).resolve().parent
 PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-5}  # a part of what the fastest plan costs
 
 
@@ -366,8 +360,8 @@ def test_resumed_equals_uninterrupted(
 
 
 def test_a_checkpoint_without_a_plan_is_planned(tmp_path: Path) -> None:
-    trainer(to_plan(active=0.5), tmp_path, [StopAt(2)], **SAVING).train()
-    (tmp_path / "checkpoint-2" / "subquad_state.safetensors").unlink()
+    Trainer(model=to_plan(active=0.5), args=arguments(tmp_path, **SAVING), train_dataset=Texts(),
+            callbacks=[StopAt(2)]).train()  # fmt: skip
     model = to_plan()
     trainer(model, tmp_path, **SAVING).train(resume_from_checkpoint=True)
     assert runtime_of(model).plan is not None
@@ -417,46 +411,3 @@ def test_best_model_at_end_keeps_the_plan(tmp_path: Path) -> None:
     trainer(model, tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
             **{**SAVING, "max_steps": 2}).train()  # fmt: skip
     assert [layer.active for layer in runtime_of(model).plan.layers] == budgets_of(model)
-
-
-# In several processes
-
-
-@pytest.mark.slow
-def test_two_processes_follow_one_plan(tmp_path: Path) -> None:
-    """Alone, the second would plan otherwise, since it measures other times."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "planning_worker.py"), str(tmp_path)],
-            env=os.environ | {"PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-                              "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                              "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [worker.communicate(timeout=300) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
-    assert one["plan"] == two["plan"] and one["budgets"] == two["budgets"]
-    assert any(layer["sparse_ms"] < layer["dense_ms"] for layer in one["plan"]["layers"])
-    for name in ("compensations", "factors"):
-        pairs = [one[name], two[name]] if name == "factors" else [dict(enumerate(x[name])) for x in (one, two)]
-        assert pairs[0].keys() == pairs[1].keys()
-        for key, value in pairs[0].items():
-            parts = value if isinstance(value, dict) else {"": value}
-            others = pairs[1][key] if isinstance(value, dict) else {"": pairs[1][key]}
-            assert all(
-                other is part is None or torch.equal(part, other)
-                for part, other in ((parts[n], others[n]) for n in parts)
-            )
-    assert one["errors"] == two["errors"] is not None
-    assert outputs[0][0].count("Predicted for batches") == 1 and "Predicted" not in outputs[1][0]
-    assert json.loads((tmp_path / "subquad_plan.json").read_text())["tokens"] == 14

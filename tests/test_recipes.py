@@ -300,11 +300,15 @@ def test_training_arguments_pass_through(tmp_path: Path) -> None:
 def test_resume_needs_a_checkpoint(tmp_path: Path) -> None:
     for wanted in (True, str(tmp_path / "checkpoint-9")):
         settings = lm_settings(output_dir=str(tmp_path), resume_from_checkpoint=wanted)
-        with pytest.raises(SettingsError, match="no checkpoint in"):
+        with pytest.raises(SettingsError, match="no whole checkpoint in"):
             training.checkpoint_to_resume(settings)
     (tmp_path / "checkpoint-3").mkdir()
-    settings = lm_settings(output_dir=str(tmp_path), resume_from_checkpoint=True)
-    assert training.checkpoint_to_resume(settings) == str(tmp_path / "checkpoint-3")
+    for method in ("vanilla", "lora"):
+        settings = lm_settings(output_dir=str(tmp_path), resume_from_checkpoint=True, method=method)
+        assert training.checkpoint_to_resume(settings) == str(tmp_path / "checkpoint-3")
+    settings = lm_settings(output_dir=str(tmp_path), resume_from_checkpoint=True, method="subquad")
+    with pytest.raises(SettingsError, match="no whole checkpoint in"):  # an empty one, left by a crash
+        training.checkpoint_to_resume(settings)
 
 
 # Data of language models

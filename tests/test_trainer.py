@@ -150,23 +150,22 @@ def test_fold_restarts_moments_and_keeps_the_dense_model(tmp_path: Path) -> None
             torch.testing.assert_close(model(tokens()).logits, seen[step]["logits"], rtol=1e-4, atol=1e-5)
         model.train()
         moments = [
-            value.abs().max().item()
-            for mlp in sparse_mlps(model)
-            for p in mlp.projections
+            factor in optimizer.state
+            for m in sparse_mlps(model)
+            for p in m.projections
             for factor in p.update.parameters()
-            for value in optimizer.state[factor].values()
         ]
         others = [
             state["exp_avg"].abs().max().item()
             for parameter, state in optimizer.state.items()
             if not any(parameter is f for m in sparse_mlps(model) for p in m.projections for f in p.update.parameters())
         ]
-        assert len(moments) == 2 * 2 * 2 * 3 and min(others) > 0
-        seen[step]["moments"] = max(moments)
+        assert len(moments) == 2 * 2 * 2 and min(others) > 0
+        seen[step]["moments"] = any(moments)
 
     model = patched_opt(fold_steps=2)
     trainer(model, tmp_path, [Before(look)], max_steps=4).train()
-    assert [seen[step]["moments"] == 0 for step in (1, 2, 3, 4)] == [False, True, False, True]
+    assert [seen[step]["moments"] for step in (1, 2, 3, 4)] == [True, False, True, False]
 
 
 def test_dense_steps(tmp_path: Path) -> None:

@@ -70,7 +70,6 @@ def test_nothing_kept_is_no_audit() -> None:
     mlp = mlp_with(24)
     mlp.audited = None
     assert audit_live(mlp) is None
-    assert review(mlp, planned(0.1), Audit(1.0, 9.0)) is None
 
 
 def test_outputs_that_are_all_zero() -> None:

@@ -1,0 +1,58 @@
+"""Short training runs that two processes, or one that accumulates the same micro-batches, must end alike."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from hf_subquad import apply_plan, sparse_mlps
+from hf_subquad.patching import runtime_of
+
+from .models import NEURONS
+from .planning import budgets_of, hand_plan
+from .training import factors, losses, patched_opt, trainer
+
+# What the config says, and what the TrainingArguments say. All with plain SGD: Adam would turn the rounding of entries
+# with hardly a gradient into steps of full size.
+SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sparse": ({}, {}),
+    "folds and dense steps": ({"fold_steps": 2, "dense_share": 0.5}, {}),
+    "accumulation": ({"fold_steps": 2}, {"gradient_accumulation_steps": 2}),
+    "one MLP dense": ({"active": None}, {}),
+    "checkpointing": ({"active": None}, {"gradient_checkpointing": True}),
+    "reentrant": ({}, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+}
+
+
+def run_scenario(name: str, folder: Path, processes: int = 2) -> Trainer:
+    """Train by a scenario; one process takes the micro-batches of two in turn."""
+    config, settings = SCENARIOS[name]
+    model = patched_opt(refresh_steps=2, **config)
+    if config.get("active", 1) is None:
+        apply_plan(model, hand_plan(model, [24, NEURONS], error=0.15))
+    accumulation = settings.get("gradient_accumulation_steps", 1) * 2 // processes
+    settings = {**settings, "gradient_accumulation_steps": accumulation}
+    run = trainer(model, folder, max_steps=4, optim="sgd", learning_rate=0.3, **settings)
+    run.train()
+    return run
+
+
+def found(run: Trainer) -> dict[str, Any]:
+    """All that ranks must agree on, and what the run logged."""
+    mlps = sparse_mlps(run.model)
+    runtime = runtime_of(run.model)
+    return {
+        "plan": runtime.plan.to_dict() if runtime.plan else None,
+        "budgets": budgets_of(run.model),
+        "compensations": [vars(mlp.compensation) if mlp.compensation else None for mlp in mlps],
+        "indices": [
+            {"basis": m.index.sketch.basis, "codes": m.index.sketch.codes, "norms": m.index.output_norms} for m in mlps
+        ],
+        "weights": {name: value.detach() for name, value in run.model.named_parameters()},
+        "factors": factors(run.model),
+        "restarts": [p.update.restarts for mlp in mlps for p in mlp.projections],
+        "calls": [mlp.calls for mlp in mlps],
+        "audited": (runtime.last_report.recall, runtime.last_report.error),
+        "losses": losses(run),
+        "gradients": [row["grad_norm"] for row in run.state.log_history if "grad_norm" in row],
+    }

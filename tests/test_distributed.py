@@ -1,0 +1,164 @@
+"""Do two processes train as one would, agree on all they must, and refuse what cannot work?"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from helpers.distributed import SCENARIOS, found, run_scenario
+from helpers.models import assert_same as assert_unchanged
+from helpers.models import opt, snapshot
+from helpers.training import TRAIN, Texts, arguments, patched_opt
+from torch import Tensor
+from transformers import Trainer
+
+from hf_subquad import ParallelismError, SubquadCallback, UnsupportedModuleError, patch_model, sparse_mlps
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of one launch of two processes that ran every scenario, and what each rank found."""
+    folder = tmp_path_factory.mktemp("launched")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
+        str(HERE / "distributed_worker.py"), str(folder),
+    ]  # fmt: skip
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                              start_new_session=True)  # fmt: skip
+    try:
+        printed, errors = launch.communicate(timeout=240)
+    finally:
+        if launch.poll() is None:  # ranks that wait for each other
+            os.killpg(launch.pid, signal.SIGKILL)
+    assert launch.returncode == 0, errors[-5000:]
+    (folder / "stdout").write_text(printed)
+    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def assert_same(one: Any, other: Any, place: str = "") -> None:
+    """To the bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), place
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for name in one:
+            assert_same(one[name], other[name], f"{place}/{name}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), place
+        for number, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{place}/{number}")
+    else:
+        assert one == other, place
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_equal_one_that_accumulates(launched: Any, tmp_path: Path, name: str) -> None:
+    """With the same micro-batches, tiles are the same; what differs is the order of a few sums in float32."""
+    two, one = launched[1][0][name], found(run_scenario(name, tmp_path, processes=1))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["gradients"] == pytest.approx(one["gradients"], rel=1e-4)
+    assert two["budgets"] == one["budgets"] and two["restarts"] == one["restarts"]
+    assert [2 * calls for calls in two["calls"]] == one["calls"]
+    for kind in ("factors", "weights"):
+        for place, value in one[kind].items():
+            torch.testing.assert_close(
+                two[kind][place], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=place: f"{n}: {m}"
+            )
+    assert (
+        max((two["weights"][n] - p.detach()).abs().max() for n, p in patched_opt().named_parameters()) > 0.01
+    )  # trained
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS, "one plan", "resumed", "dropping layers"])
+def test_ranks_end_alike(launched: Any, name: str) -> None:
+    """Plans, budgets, compensations, sketches, weights, factors and folds; how often an MLP was called is its own."""
+    one, two = ({k: v for k, v in rank[name].items() if k != "calls"} for rank in launched[1])
+    assert_same(one, two)
+
+
+def test_folds_count_optimizer_steps(launched: Any) -> None:
+    """Four of them, also with two micro-batches each."""
+    for name in ("folds and dense steps", "accumulation"):
+        assert set(launched[1][0][name]["restarts"]) == {2}
+    assert launched[1][0]["accumulation"]["calls"] == [8, 8]
+    assert launched[1][0]["folds and dense steps"]["calls"] == [2, 2]
+
+
+def test_the_first_rank_plans_and_fits_for_all(launched: Any) -> None:
+    folder, (one, _) = launched
+    layers = one["one plan"]["plan"]["layers"]
+    assert any(layer["sparse_ms"] < layer["dense_ms"] for layer in layers)
+    assert any(compensation is not None for compensation in one["one plan"]["compensations"])
+    with_plan = sum(result["plan"] is not None for result in one.values() if "plan" in result)
+    assert (folder / "stdout").read_text().count("Predicted for batches") == with_plan == 4  # one rank prints it
+    assert (folder / "one plan" / "subquad_plan.json").is_file()
+
+
+def test_resumed_equals_uninterrupted(launched: Any) -> None:
+    found_again = launched[1][0]["resumed"]
+    assert len(found_again["losses"]) == 5
+    assert found_again["losses"] == pytest.approx(found_again["straight"], abs=1e-4)
+
+
+def test_one_rank_without_tiles_to_audit_does_not_hang_the_other(launched: Any) -> None:
+    one, two = (rank["dropping layers"] for rank in launched[1])
+    assert one["calls"] != two["calls"]  # they did drop other layers
+    assert one["audited"] == two["audited"]
+
+
+def test_fsdp_is_refused_before_training(launched: Any) -> None:
+    for rank in launched[1]:
+        assert rank["fsdp"].startswith("FSDP splits weights") and "DDP" in rank["fsdp"]
+        assert "layers.1.fc1 is split over processes" in rank["sharded"]
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_engines_that_split_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """As accelerate's config or launcher chooses them, at whichever time the callback comes."""
+    model = patched_opt()
+    late = Trainer(model=model, args=arguments(tmp_path), train_dataset=Texts())
+    late.add_callback(SubquadCallback())
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    with pytest.raises(ParallelismError, match=rf"{kind.value} splits weights.*\(DDP\)"):
+        SubquadCallback().on_init_end(late.args, late.state, late.control, model=model)
+    with pytest.raises(ParallelismError):
+        late.callback_handler.on_train_begin(late.args, late.state, late.control)
+    assert not any(mlp.calls for mlp in sparse_mlps(model))
+
+
+def test_weights_split_by_deepspeed_are_refused() -> None:
+    model = opt()
+    model.get_parameter("model.decoder.layers.1.fc1.weight").ds_id = 3
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModuleError, match="ZeRO-3"):
+        patch_model(model, TRAIN)
+    assert_unchanged(before, snapshot(model))
+
+
+def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the Trainer's settings before training, and by the layers themselves in any loop."""
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    model = patched_opt()
+    with pytest.raises(ParallelismError, match="CUDA_VISIBLE_DEVICES"):
+        Trainer(model=model, args=args, train_dataset=Texts(), callbacks=[SubquadCallback()])
+    with pytest.raises(ParallelismError, match="one process a GPU"):
+        replicate = sys.modules["torch.nn.parallel.replicate"]
+        monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda values, *_, **__: [list(values)])
+        replicate.replicate(model, [torch.device("cuda", 0)])
