@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
-from hf_subquad.families import find_activation, find_mlps
+from hf_subquad.families import find_activations, find_mlps
 from hf_subquad.index import Selection
 from hf_subquad.layers import SparseMLP
 
@@ -51,7 +51,8 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, least: int = 1, **fixed: object) -> Case:
-    d, m, tokens = draw(st.integers(least, 9)), draw(st.integers(least, 23)), draw(st.integers(least, 40))
+    d, tokens = draw(st.integers(least, 9)), draw(st.integers(least, 40))
+    m = d + draw(st.integers(1, 14))
     values = {
         "kind": draw(st.sampled_from(KINDS)), "activation": draw(st.sampled_from(ACTIVATIONS)),
         "bias": draw(st.booleans()), "d": d, "m": m, "tokens": tokens, "k": draw(st.integers(1, m)),
@@ -113,14 +114,14 @@ def run(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Te
         plain.load_state_dict(around.state_dict())
         dense = twin.to(dtype)
         factors = [factor for pair in leaves for factor in pair]
-        middle = find_activation(find_mlps(dense, mlp.runtime.config)[0])
+        middle = find_activations(find_mlps(dense, mlp.runtime.config)[0])[0]
         return results(plain.to(dtype), x.to(dtype), lambda h: reference(dense, mlp, h, mask, leaves), middle, factors)
 
     stock = masked(dtype)
     return sparse, stock, masked(torch.float64), made[0]
 
 
-DEGENERATE = Case("gated", "silu", True, 1, 1, 1, 1, 1, "similar", 1, 1.0, 1)
+DEGENERATE = Case("gated", "silu", True, 1, 2, 1, 1, 1, "similar", 1, 1.0, 1)
 
 
 @examples(200)
@@ -143,11 +144,12 @@ def test_forward_and_all_gradients_equal_the_masked_dense_model(case: Case) -> N
 @given(cases(least=5, alpha=3.0))
 def test_rounding_is_that_of_the_stock_model(dtype: torch.dtype, case: Case) -> None:
     """Its root mean square over the output and all gradients is at most three times the stock one, or a few roundings:
-    in a single number of few terms, one side's may happen to cancel."""
+    in a single number, such as the gradient of a PReLU, one side's may happen to cancel."""
     sparse, stock, exact, _ = run(case, dtype)
 
     def error(found: dict[str, Tensor]) -> float:
-        parts = [(found[n].double() - value).norm() / value.norm() for n, value in exact.items() if value.any()]
+        several = {n: value for n, value in exact.items() if value.numel() > 1 and value.any()}
+        parts = [(found[n].double() - value).norm() / value.norm() for n, value in several.items()]
         return torch.stack(parts).square().mean().sqrt().item()
 
     assert error(sparse) <= 3 * error(stock) + 4 * torch.finfo(dtype).eps
