@@ -1,5 +1,7 @@
 """Cost of a patch where sparse cannot win: a training step of a small model, patched and planned, against unpatched.
 
+Beside it PEFT's cost: LoRA of the same rank on the same projections, the rest trained in full as in the other two.
+
 python scripts/bench_overhead.py --json scripts/results/overhead.json
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import torch
 from environment import commit, machine, versions
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -26,6 +29,14 @@ def build(hidden: int, intermediate: int, layers: int) -> nn.Module:
         word_embed_proj_dim=hidden, max_position_embeddings=1024, dropout=0.0,
     )  # fmt: skip
     return OPTForCausalLM(settings)
+
+
+def with_lora(model: nn.Module) -> nn.Module:
+    """PEFT LoRA on the MLPs, whose base weights are frozen; all else stays trainable."""
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules=["fc1", "fc2"]))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("base_layer" not in name)
+    return adapted
 
 
 def step_of(model: nn.Module, batch: dict[str, Tensor], patched: bool) -> Callable[[], None]:
@@ -44,6 +55,11 @@ def step_of(model: nn.Module, batch: dict[str, Tensor], patched: bool) -> Callab
             sync_model(model, done, optimizer)
 
     return step
+
+
+def over(seconds: list[float], others: list[float]) -> float:
+    """Median ratio of steps that followed each other."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 def main() -> None:
@@ -66,7 +82,11 @@ def main() -> None:
         plan = calibrate(patched, [batch, batch])
         apply_plan(patched, plan)
         compensate(patched, [batch])
-        steps = {"unpatched": step_of(plain, batch, False), "patched": step_of(patched, batch, True)}
+        steps = {
+            "unpatched": step_of(plain, batch, False),
+            "patched": step_of(patched, batch, True),
+            "lora": step_of(with_lora(copy.deepcopy(plain)), batch, False),
+        }
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for number in range(args.steps + 20):
             for name, step in steps.items():
@@ -78,7 +98,8 @@ def main() -> None:
             "hidden": args.hidden, "intermediate": args.intermediate, "layers": args.layers, "tokens": args.tokens,
             "threads": threads, "planned_dense": sum(layer.dense for layer in plan.layers),
             **{f"{name}_ms_median": 1000 * statistics.median(values) for name, values in seconds.items()},
-            "ratio_median": statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)),
+            "patched_over_unpatched_median": over(seconds["patched"], seconds["unpatched"]),
+            "lora_over_unpatched_median": over(seconds["lora"], seconds["unpatched"]),
         }  # fmt: skip
         print(row, flush=True)
         rows.append(row)
