@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from helpers.distributed import SCENARIOS, found, run_scenario
+from helpers.distributed import SCENARIOS, found, loads_as_the_trainer_asks, run_scenario
 from helpers.models import assert_same as assert_unchanged
 from helpers.models import opt, snapshot
 from helpers.training import TRAIN, Texts, arguments, patched_opt
+from packaging.version import Version
 from torch import Tensor
 from transformers import Trainer
 
@@ -67,6 +69,10 @@ def assert_same(one: Any, other: Any, place: str = "") -> None:
         assert one == other, place
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"),
+    reason="older Trainers may accumulate otherwise, with any model (5.2: gradients half as large)",
+)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_equal_one_that_accumulates(launched: Any, tmp_path: Path, name: str) -> None:
     """With the same micro-batches, tiles are the same; what differs is the order of a few sums in float32."""
@@ -85,7 +91,10 @@ def test_two_processes_equal_one_that_accumulates(launched: Any, tmp_path: Path,
     )  # trained
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, "one plan", "resumed", "dropping layers"])
+can_resume = pytest.mark.skipif(not loads_as_the_trainer_asks(), reason="this torch cannot load to cpu:0")
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS, "one plan", pytest.param("resumed", marks=can_resume), "dropping layers"])
 def test_ranks_end_alike(launched: Any, name: str) -> None:
     """Plans, budgets, compensations, sketches, weights, factors and folds; how often an MLP was called is its own."""
     one, two = ({k: v for k, v in rank[name].items() if k != "calls"} for rank in launched[1])
@@ -110,6 +119,7 @@ def test_the_first_rank_plans_and_fits_for_all(launched: Any) -> None:
     assert (folder / "one plan" / "subquad_plan.json").is_file()
 
 
+@can_resume
 def test_resumed_equals_uninterrupted(launched: Any) -> None:
     found_again = launched[1][0]["resumed"]
     assert len(found_again["losses"]) == 5

@@ -38,9 +38,8 @@ TESTED = ("sam3_tracker",)  # too many inputs to compare
 REFUSED = ("bitnet", "moonshine", "swiftformer")
 NOTHING = ("mixtral", "gpt_oss", "falcon_mamba")
 
-same_version = pytest.mark.skipif(
-    f"transformers {transformers.__version__} " not in TEXT, reason="the page is of another version of transformers"
-)
+SAME_VERSION = f"transformers {transformers.__version__} " in TEXT
+same_version = pytest.mark.skipif(not SAME_VERSION, reason="the page is of another version of transformers")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,13 +50,16 @@ def _verbosity() -> Iterator[None]:
     logging.set_verbosity(before)
 
 
-@pytest.mark.parametrize("model_type", SPARSE)
+@pytest.mark.parametrize("model_type", [name for name in SPARSE if SAME_VERSION or name in model_types()])
 def test_patched_model_is_the_same_model(model_type: str) -> None:
     found = verdict(model_type)
+    if found.section == "not built" and not SAME_VERSION:
+        pytest.skip("this transformers has other settings for it")
     assert found.section == "sparse"
-    assert found.row == ROWS[model_type]
+    assert found.row == ROWS[model_type] or not SAME_VERSION
 
 
+@same_version
 @pytest.mark.parametrize(
     ("model_type", "section"),
     [*((t, "tested") for t in TESTED), *((t, "refused") for t in REFUSED), *((t, "none") for t in NOTHING)],
@@ -83,6 +85,7 @@ def test_page_lists_every_model_type_once() -> None:
         assert row.startswith(f"| {model_type} | {class_name(model_type)} | ")
 
 
+@same_version
 def test_page_is_of_this_form() -> None:
     """Headings, texts and columns; rows are compared by the tests above."""
     headings = {section.title: name for name, section in SECTIONS.items()}

@@ -112,9 +112,9 @@ def test_a_fixed_share_is_compensated_but_not_planned(tmp_path: Path, capsys: py
 
 
 def test_a_plan_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_subquad import callback
+    from hf_subquad import fitting
 
-    monkeypatch.setattr(callback, "calibrate", None)
+    monkeypatch.setattr(fitting, "calibrate", None)
     plan = hand_plan(to_plan(), [40, NEURONS])
     model = to_plan(plan=plan)
     trainer(model, tmp_path, max_steps=1, logging_steps=5).train()
