@@ -80,7 +80,7 @@ def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
     run: Run = partial(_call, mlp.parent)
     try:
         return run, run(x)
-    except Exception:
+    except Exception:  # what it says is raised again below, unless there is another way to run
         if all(holders):
             into, out_of = map(mlp.parent.get_submodule, holders)
             run = lambda x: _call(out_of, _call(into, x), residual=x)  # noqa: E731
