@@ -6,6 +6,7 @@ from .checkpoints import last_whole_checkpoint
 from .config import SubquadConfig
 from .errors import (
     AlreadyPatchedError,
+    BackendError,
     CalibrationError,
     ConfigError,
     EmptyBatchError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AlreadyPatchedError",
+    "BackendError",
     "BudgetChange",
     "CalibrationError",
     "ConfigError",

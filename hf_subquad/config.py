@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError
 
 TileOrder = Literal["similar", "consecutive"]
+BackendName = Literal["auto", "torch", "triton"]
 LayerGroup = Literal["all", "all_but_first"]
 
 _LARGEST_SEED = 2**63 - 1  # that random generators take
@@ -61,6 +62,11 @@ class SubquadConfig:
     )
     sparse_eval: bool = _setting(False, "Evaluate sparse too; by default evaluation is dense.")
     index_factory: str = _setting("Flat", "faiss factory string of the half-space reporting query.")
+    backend: BackendName = _setting(
+        "auto",
+        "What computes the sparse layers on a CUDA device: 'torch', 'triton', or 'auto' (Triton if it is installed). "
+        "Elsewhere it is PyTorch.",
+    )
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -81,8 +87,9 @@ class SubquadConfig:
             raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")
         self._check_active()
         self._check_layers()
-        if self.tile_order not in get_args(TileOrder):
-            raise ConfigError(f"tile_order must be one of {get_args(TileOrder)}, got {self.tile_order!r}")
+        for name, choices in (("tile_order", get_args(TileOrder)), ("backend", get_args(BackendName))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not isinstance(self.sparse_eval, bool):
             raise ConfigError(f"sparse_eval must be true or false, got {self.sparse_eval!r}")
         if not isinstance(self.index_factory, str) or not self.index_factory:

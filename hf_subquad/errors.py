@@ -45,6 +45,10 @@ class ParallelismError(SubquadError, RuntimeError):
     """Training would split or copy the patched layers in a way that they cannot follow."""
 
 
+class BackendError(SubquadError, RuntimeError):
+    """The compute backend that was asked for cannot run here."""
+
+
 class CalibrationError(SubquadError, ValueError):
     """A model cannot be calibrated on these batches."""
 

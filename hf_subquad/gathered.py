@@ -1,190 +1,199 @@
-"""Products of token tiles with gathered weight rows, and their gradients.
+"""Products of token tiles with gathered weight rows, as operators that autograd and torch.compile know.
 
-A tile t of tokens uses the neurons `neurons[t]` only. With R the weight rows by neuron (row i is neuron i),
+A tile t of tokens uses the neurons S = `neurons[t]` only. With R the weight rows by neuron (row i is neuron i),
 U V the low-rank update and s its scale, the live rows of the tile are
 
-    L_t = R[neurons[t]] + s U[neurons[t]] V                 [k, d]
+    L_t = R_S + s U_S V                 [k, d]
 
 and there are two products, each the adjoint of the other:
 
     dot_rows:  h_t = x_t L_t^T (+ b)     tokens to neurons: into an MLP, and the gradient out of it
     sum_rows:  y_t = a_t L_t   (+ b)     neurons to tokens: out of an MLP, and the gradient into it
 
-One dense GEMM on gathered rows per tile; nothing of size m is computed. Compact tensors [n, T, k] are stored
-neuron-major (as [n, k, T], transposed): the GEMM that writes them then streams the gathered rows without repacking.
+Gate and up of a gated MLP are one call with two matrices. Gradients flow to tokens, U and V; base rows and biases are
+constants. The operators take tensors only, so that a compiled graph can hold them; a backend computes them.
 """
 
-import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .backends import LiveRows, backend_for
+from .config import BackendName
 from .tiling import TokenTiles
+
+_TILES = "Tensor entries, Tensor slots, Tensor places, Tensor neurons, int tokens"
+_MATRICES = "Tensor[] rows, Tensor[] biases, Tensor[] us, Tensor[] vs, float scale, str backend"
 
 
 def dot_rows(
-    x: Tensor, tiles: TokenTiles, neurons: Tensor, rows: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """h_t = x_t (R_S + U_S V)^T + b_S, for every tile.
-
-    One GEMM a tile, [R_S, U_S, b_S] [x_t, x_t V^T, 1]^T.
+    x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows], scale: float, backend: BackendName
+) -> list[Tensor]:
+    """h_t = x_t (R_S + s U_S V)^T + b_S of every tile, by matrix: [n, T, k]; differentiable in x, U and V.
 
     Args:
         x: [N, d] in the compute dtype.
         neurons: int64 [n, k].
-        rows: [m, d] in the compute dtype.
-        bias: [m] or None.
-        update: U [m, q] and s V [q, d], any dtype.
-
-    Returns:
-        h [n, T, k] and x (s V)^T [N, q], both in the compute dtype.
+        matrices: one, or gate and up, of equal rank.
+        scale: s.
     """
-    (count, size), (_, width) = tiles.shape, rows.shape
-    u, v = (factor.to(x.dtype) for factor in update)
-    low = x @ v.t()
-    per_row, per_token = u, low
-    if bias is not None:
-        per_row = torch.cat([u, bias.to(x.dtype).unsqueeze(1)], 1)
-        per_token = torch.cat([low, low.new_ones(len(low), 1)], 1)
-    by_neuron = x.new_empty(count, neurons.shape[1], size)
-    right = _scratch("rows", x, neurons.shape[1], width + per_row.shape[1])
-    left = _scratch("tile", x, size, width + per_row.shape[1])
-    for t in range(count):
-        torch.index_select(rows, 0, neurons[t], out=right[:, :width])
-        torch.index_select(per_row, 0, neurons[t], out=right[:, width:])
-        torch.index_select(x, 0, tiles.slots[t], out=left[:, :width])
-        torch.index_select(per_token, 0, tiles.slots[t], out=left[:, width:])
-        torch.mm(right, left.t(), out=by_neuron[t])
-    return by_neuron.transpose(1, 2), low
+    outputs: list[Tensor] = torch.ops.hf_subquad.dot_rows(
+        x, *_unpacked(tiles), neurons, tiles.tokens, *_columns(matrices), scale, backend
+    )
+    return outputs[: len(matrices)]
 
 
 def sum_rows(
-    a: Tensor, tiles: TokenTiles, neurons: Tensor, rows: Tensor, bias: Tensor | None, update: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """y_t = a_t (R_S + U_S V) + b, back in token order.
-
-    One GEMM a tile, [a_t, a_t U_S, 1] [R_S; V; b].
+    a: Tensor, tiles: TokenTiles, neurons: Tensor, matrix: LiveRows, scale: float, backend: BackendName
+) -> Tensor:
+    """y_t = a_t (R_S + s U_S V) + b of every tile, in token order: [N, d]; differentiable in a, U and V.
 
     Args:
         a: [n, T, k] in the compute dtype.
-        bias: [d] or None.
         The rest as in `dot_rows`.
-
-    Returns:
-        y [N, d] and a_t U_S [N, q], both in the compute dtype.
     """
-    (count, size), active, width = tiles.shape, neurons.shape[1], rows.shape[1]
-    u, v = (factor.to(a.dtype) for factor in update)
-    low = torch.bmm(a, u.index_select(0, neurons.reshape(-1)).view(count, active, -1))
-    shared = v if bias is None else torch.cat([v, bias.to(a.dtype).unsqueeze(0)])
-    right = _scratch("rows", a, active + len(shared), width)
-    left = _scratch("tile", a, size, active + len(shared))
-    right[active:] = shared
-    left[:, active:] = 1  # what stays of it is the bias's column
-    y_t = _scratch("output", a, size, width)
-    y = a.new_empty(count * size, width)  # the rows past N take the spare slots' output
-    for t in range(count):
-        torch.index_select(rows, 0, neurons[t], out=right[:active])
-        left[:, :active] = a[t]
-        left[:, active : active + len(v)] = low[t]
-        y.index_copy_(0, tiles.entries[t], torch.mm(left, right, out=y_t))
-    return y[: len(tiles.position)], tiles.to_tokens(low)
+    outputs: list[Tensor] = torch.ops.hf_subquad.sum_rows(
+        [a], *_unpacked(tiles), neurons, tiles.tokens, *_columns([matrix]), scale, backend
+    )
+    return outputs[0]
 
 
-def update_gradients(
-    a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of sum_t <a_t, x_t (U_S V s)^T> with respect to U and to s V, in at least float32.
+def _unpacked(tiles: TokenTiles) -> tuple[Tensor, Tensor, Tensor]:
+    return tiles.entries, tiles.slots, tiles.places
 
-    Args:
-        a: [n, T, k], zero in spare slots unless `x` is what is zero there.
-        a_low: a_t U_S, [N, q].
-        x: [N, d].
-        x_low: x (s V)^T, [N, q].
-        count: number m of rows of U.
 
-    Returns:
-        [m, q] and [q, d].
-    """
+def _columns(matrices: Sequence[LiveRows]) -> tuple[list[Tensor], ...]:
+    """Rows, biases (all or none), Us and Vs."""
+    rows, us, vs = ([getattr(matrix, name) for matrix in matrices] for name in ("rows", "u", "v"))
+    biases: list[Tensor] = []
+    if any(matrix.bias is not None for matrix in matrices):
+        biases = [m.rows.new_zeros(len(m.rows)) if m.bias is None else m.bias for m in matrices]
+    return rows, biases, us, vs
+
+
+def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor], scale: float) -> list[LiveRows]:
+    return [
+        LiveRows(r, u, scale * v, bias)
+        for r, u, v, bias in zip(rows, us, vs, biases or [None] * len(rows), strict=True)
+    ]
+
+
+# What the operators do -------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "hf_subquad::dot_rows", mutates_args=(), schema=f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]"
+)
+def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+    """By matrix h [n, T, k], then by matrix x (s V)^T [N, q]."""
+    with torch.autocast(x.device.type, enabled=False):
+        compact, lows = backend_for(backend, x.device).dot_rows(
+            x, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
+        )
+    return [*(h.data for h in compact), *lows]  # no views to autograd, so that an activation may work in place
+
+
+@torch.library.custom_op(
+    "hf_subquad::sum_rows", mutates_args=(), schema=f"(Tensor[] a, {_TILES}, {_MATRICES}) -> Tensor[]"
+)
+def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+    """y [N, d], summed over the matrices, then by matrix a_t U_S [N, q]."""
+    device = a[0].device
+    with torch.autocast(device.type, enabled=False):
+        y, lows = backend_for(backend, device).sum_rows(
+            a, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
+        )
+    return [y.data, *lows]  # no view to autograd, so that a residual may be added in place
+
+
+@torch.library.custom_op(
+    "hf_subquad::update_gradients",
+    mutates_args=(),
+    schema=f"(Tensor a, Tensor a_low, Tensor x, Tensor x_low, {_TILES}, int count, str backend) -> (Tensor, Tensor)",
+)
+def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backend):  # type: ignore[no-untyped-def]
+    """Gradients with respect to U [m, q] and s V [q, d]."""
+    with torch.autocast(x.device.type, enabled=False):
+        return backend_for(backend, x.device).update_gradients(
+            a, a_low, x, x_low, TokenTiles(entries, slots, places, tokens), neurons, count
+        )
+
+
+# Shapes, dtypes and strides of what they return -------------------------------------------------------------------
+
+
+@_dot_rows.register_fake
+def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+    made_by = backend_for(backend, x.device)
+    compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
+    return [*compact, *(x.new_empty(tokens, len(v)) for v in vs)]
+
+
+@_sum_rows.register_fake
+def _(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+    return [a[0].new_empty(tokens, rows[0].shape[1]), *(a[0].new_empty(tokens, len(v)) for v in vs)]
+
+
+@_update_gradients.register_fake
+def _(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backend):  # type: ignore[no-untyped-def]
     dtype = torch.promote_types(a.dtype, torch.float32)
-    by_neuron = torch.bmm(a.transpose(1, 2), tiles.to_slots(x_low)).to(dtype)
-    grad_u = by_neuron.new_zeros(count, by_neuron.shape[-1])
-    grad_u.index_add_(0, neurons.reshape(-1), by_neuron.view(-1, by_neuron.shape[-1]))
-    return grad_u, (a_low.t() @ x).to(dtype)
+    rank, width = a_low.shape[1], x.shape[1]
+    return a.new_empty(count, rank, dtype=dtype), a.new_empty(rank, width, dtype=dtype)
 
 
-class DotRows(torch.autograd.Function):
-    """`dot_rows` with gradients for x, U and V; the base rows and the bias are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, u: Tensor, v: Tensor, rows: Tensor, bias: Tensor | None,
-        tiles: TokenTiles, neurons: Tensor, scale: float,
-    ) -> Tensor:  # fmt: skip
-        with torch.autocast(x.device.type, enabled=False):
-            h, low = dot_rows(x, tiles, neurons, rows, bias, (u, scale * v))
-        ctx.save_for_backward(x, u, v, rows, low)
-        ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
-        return h.data  # no view to autograd, so that an activation may work in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_h: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, v, rows, x_low = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
-            grad_x, grad_low = sum_rows(grad_h, ctx.tiles, ctx.neurons, rows, None, (u, ctx.scale * v))
-            grad_u, grad_v = update_gradients(grad_h, grad_low, x, x_low, ctx.tiles, ctx.neurons, len(u))
-        return grad_x, grad_u.to(u.dtype), grad_v.mul_(ctx.scale).to(v.dtype), None, None, None, None, None
+# Gradients: each product's is the other product ---------------------------------------------------------------------
 
 
-class SumRows(torch.autograd.Function):
-    """`sum_rows` with gradients for a, U and V; the base rows and the bias are constants."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, u: Tensor, v: Tensor, rows: Tensor, bias: Tensor | None,
-        tiles: TokenTiles, neurons: Tensor, scale: float,
-    ) -> Tensor:  # fmt: skip
-        with torch.autocast(a.device.type, enabled=False):
-            y, low = sum_rows(a, tiles, neurons, rows, bias, (u, scale * v))
-        ctx.save_for_backward(a, u, v, rows, low)
-        ctx.tiles, ctx.neurons, ctx.scale = tiles, neurons, scale
-        return y.data  # no view to autograd, so that a residual may be added in place
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        a, u, v, rows, a_low = ctx.saved_tensors
-        tiles: TokenTiles = ctx.tiles
-        with torch.autocast(a.device.type, enabled=False):
-            grad_a, grad_low = dot_rows(grad_y, tiles, ctx.neurons, rows, None, (u, ctx.scale * v))
-            if len(tiles.spare):
-                size = tiles.shape[1]
-                grad_a[tiles.spare // size, tiles.spare % size] = 0
-            grad_u, grad_v = update_gradients(a, a_low, grad_y, grad_low, tiles, ctx.neurons, len(u))
-        return grad_a, grad_u.to(u.dtype), grad_v.mul_(ctx.scale).to(v.dtype), None, None, None, None, None
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    values, *tiling, tokens, rows, biases, us, vs, scale, backend = inputs
+    ctx.count, ctx.biases, ctx.tokens, ctx.how = len(rows), len(biases), tokens, (scale, backend)
+    lows = output[-len(rows) :]
+    ctx.save_for_backward(*tiling, *rows, *us, *vs, *lows, *(values if isinstance(values, list) else [values]))
 
 
-_held = threading.local()
+def _kept(ctx: Any) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
+    """Tiling and neurons; rows, Us, Vs and lows by matrix; and what was multiplied."""
+    saved = list(ctx.saved_tensors)  # checkpointing lets them be unpacked once
+    tiling, by_matrix, values = saved[:4], saved[4 : 4 + 4 * ctx.count], saved[4 + 4 * ctx.count :]
+    return tiling, [by_matrix[i : i + ctx.count] for i in range(0, len(by_matrix), ctx.count)], values
 
 
-def _scratch(role: str, like: Tensor, rows: int, columns: int) -> Tensor:
-    """An uninitialised [rows, columns] for use within one call; on the CPU the same memory again on each call.
+def _dot_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    tiling, (rows, us, vs, x_lows), (x,) = _kept(ctx)
+    grad_h = grads[: ctx.count]
+    grad_x, *grad_lows = torch.ops.hf_subquad.sum_rows(grad_h, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
+    updates = _factor_gradients(ctx, grad_h, grad_lows, [x] * ctx.count, x_lows, tiling, us, vs)
+    return grad_x, *_constants(ctx), *updates, None, None
 
-    Fresh memory of this size may be mapped by the system page by page, which can cost more than filling it.
-    Rows start at multiples of 64 bytes, which GEMMs want. What lies between them is zero: oneDNN's low-precision GEMM
-    multiplies the first of it by zero, and would make NaN of what an earlier call left there.
-    """
-    pitch = -(-columns * like.itemsize // 64) * 64 // like.itemsize
-    if like.device.type != "cpu":
-        return like.new_zeros(rows, pitch)[:, :columns]
-    memory: Tensor | None = getattr(_held, role, None)
-    if memory is None or memory.dtype != like.dtype or len(memory) < rows * pitch:
-        with torch.inference_mode(False):  # inference tensors could not be used in training later
-            memory = torch.empty(rows * pitch, dtype=like.dtype)
-        setattr(_held, role, memory)
-    padded = memory[: rows * pitch].view(rows, pitch)
-    padded[:, columns:] = 0
-    return padded[:, :columns]
+
+def _sum_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    tiling, (rows, us, vs, a_lows), a = _kept(ctx)
+    grad_y = grads[0]
+    both = torch.ops.hf_subquad.dot_rows(grad_y, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
+    grad_a, grad_lows = both[: ctx.count], both[ctx.count :]
+    updates = _factor_gradients(ctx, a, a_lows, [grad_y] * ctx.count, grad_lows, tiling, us, vs)
+    return grad_a, *_constants(ctx), *updates, None, None
+
+
+def _constants(ctx: Any) -> tuple[Any, ...]:
+    """No gradients for the tiling, the neurons, the number of tokens, rows and biases."""
+    return (None,) * 5 + ([None] * ctx.count, [None] * ctx.biases)
+
+
+def _factor_gradients(ctx, a, a_lows, x, x_lows, tiling, us, vs):  # type: ignore[no-untyped-def]
+    """By matrix the gradients of U, and those of V."""
+    scale, backend = ctx.how
+    grad_us, grad_vs = [], []
+    for a_i, a_low, x_i, x_low, u, v in zip(a, a_lows, x, x_lows, us, vs, strict=True):
+        grad_u, grad_v = torch.ops.hf_subquad.update_gradients(
+            a_i, a_low, x_i, x_low, *tiling, ctx.tokens, len(u), backend
+        )
+        grad_us.append(grad_u.to(u.dtype))
+        grad_vs.append((scale * grad_v).to(v.dtype))
+    return grad_us, grad_vs
+
+
+_dot_rows.register_autograd(_dot_rows_backward, setup_context=_keep)
+_sum_rows.register_autograd(_sum_rows_backward, setup_context=_keep)

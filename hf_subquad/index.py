@@ -5,15 +5,17 @@ Built once per MLP from its weights. Two queries: `select` (the k most important
 approximate up to the sketch of the base weights; the live low-rank updates enter exactly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .backends import Backend, EstimatedInput, Scoring, backend_for
 from .config import SubquadConfig, TileOrder
 from .errors import WeightsError
+from .importance import Activation, combine, importance
 from .projection import NeuronProjection
 from .reporting import Report, ReportingIndex, empty_index
 from .sketch import Sketch, add_low_rank, build_sketch
@@ -21,7 +23,6 @@ from .tiling import TokenTiles, make_tiles
 
 # Measured on two pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
 _SCORED_TOKENS = 16  # of each tile
-_MOVE = 0.5  # of pre-activations' root mean square: how far importance looks beyond the estimate
 _TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
 
 
@@ -31,7 +32,7 @@ class Selection:
 
     Attributes:
         tiles: n tiles of T slots.
-        neurons: int64 [n, k], the most important first; in no particular order if they are all.
+        neurons: int64 [n, k], ascending.
     """
 
     tiles: TokenTiles
@@ -72,7 +73,7 @@ class ActivationIndex:
         name: str,
         inputs: Sequence[NeuronProjection],
         output: NeuronProjection,
-        activation: Callable[[Tensor], Tensor],
+        activation: Activation,
         gated: bool,
         config: SubquadConfig,
     ) -> None:
@@ -84,6 +85,8 @@ class ActivationIndex:
         self.rank = config.sketch_rank
         self.seed = config.seed
         self.factory = config.index_factory
+        self.backend_name = config.backend
+        self.backend(output.weight.device)  # one that is not there is told now
         self._copied_with: list[Tensor] | None = None  # in a copy: samples of the weights it was built from
         self.build()
         empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
@@ -138,42 +141,51 @@ class ActivationIndex:
         A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens, plus
         what a small change of its pre-activations would do to that.
         """
+        tiles = self.tile(x, tile_size, order)
+        return Selection(tiles, self.choose(x[_sampled(tiles.slots)], k))
+
+    @torch.no_grad()
+    def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
+        """Tiles of the tokens x [N, d] that resemble each other in the leading directions of the sketch."""
         self._current()
         directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
-        tiles = make_tiles((x @ directions.t()).float(), tile_size, order)
-        stride = -(-tiles.shape[1] // _SCORED_TOKENS)
-        return Selection(tiles, self._choose(x[tiles.slots[:, ::stride]], k))
+        return make_tiles((x @ directions.t()).float(), tile_size, order, self.backend(x.device).bisect)
 
     @torch.no_grad()
     def choose(self, tile_tokens: Tensor, k: int) -> Tensor:
-        """The k most important neurons, int64 [n, k], of each of the given tiles, tokens [n, T, d]."""
-        self._current()
-        return self._choose(tile_tokens[:, :: -(-tile_tokens.shape[1] // _SCORED_TOKENS)], k)
+        """The k most important neurons of each of the given tiles, tokens [n, T, d]: int64 [n, k], ascending.
 
-    def _choose(self, sample: Tensor, k: int) -> Tensor:
-        """The k most important neurons of each tile, from a sample of its tokens [n, t, d]."""
-        count, _, width = sample.shape
-        if k >= self.neurons:
-            return torch.arange(self.neurons, device=sample.device).expand(count, -1)
-        importance = self._importance(self._estimate(sample.reshape(-1, width)))
-        scores = importance.view(*sample.shape[:2], -1).sum(1, dtype=torch.float32) * self.output_norms
-        return scores.topk(k, dim=1).indices
-
-    def _importance(self, pre: list[Tensor]) -> Tensor:
-        """Squared activation plus its squared change if pre-activations move a little, [S, m].
-
-        The second term keeps neurons that matter little now but can be trained to, since gradients reach a neuron
-        through that change; it is also what an error of the estimate can hide.
+        k is rounded up to what costs the same on the device.
         """
-        if pre[0].dtype is torch.float16:
-            pre = [values.float() for values in pre]  # squares leave its range
-        if not self.gated:
-            now = self._activate(pre[0])
-            return (self._activate(pre[0] + _MOVE * _spread(pre[0])) - now).square_().add_(now.square())
-        gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        now, up_squared = self._activate(gate), up.square()
-        moved = (self._activate(gate + _MOVE * _spread(gate)) - now).square_().mul_(up_squared)
-        return moved.addcmul_(now.square(), up_squared.add_((_MOVE * _spread(up)) ** 2))
+        backend = self.backend(tile_tokens.device)
+        k = backend.rounded(k)
+        if k >= self.neurons:
+            return torch.arange(self.neurons, device=tile_tokens.device).expand(len(tile_tokens), -1)
+        return backend.top_neurons(self.tile_scores(_sampled(tile_tokens)), k)
+
+    @torch.no_grad()
+    def ranked(self, tile_tokens: Tensor, k: int) -> Tensor:
+        """The k most important neurons of each of the given tiles, tokens [n, T, d], the most important first."""
+        return self.tile_scores(_sampled(tile_tokens)).topk(k, dim=1).indices
+
+    @torch.no_grad()
+    def tile_scores(self, sample: Tensor) -> Tensor:
+        """Importance of every neuron to tiles of which some tokens are given, [n, t, d]: float32 [n, m]."""
+        self._current()
+        inputs, first = [], 0
+        for projection in self.inputs:
+            u, v = projection.update.factors()
+            for start in range(0, len(u), self.neurons):  # gate and up, if they are stacked in one
+                part = slice(start, start + self.neurons)
+                bias = None if projection.bias is None else projection.bias.detach()[part]
+                inputs.append(EstimatedInput(self.sketch.codes[first : first + self.neurons], u[part], v, bias))
+                first += self.neurons
+        scoring = Scoring(self.sketch.basis, inputs, self.activation, self.output_norms)
+        return self.backend(sample.device).tile_scores(sample, scoring)
+
+    def backend(self, device: torch.device) -> Backend:
+        """What computes on a device."""
+        return backend_for(self.backend_name, device)
 
     @torch.no_grad()
     def report(self, x: Tensor, threshold: float) -> Report:
@@ -209,12 +221,16 @@ class ActivationIndex:
         """
         count, size, width = tile_tokens.shape
         pre = self._exact(tile_tokens.reshape(-1, width))
-        scores = self._importance(pre).view(count, size, -1).sum(1) * self._live_output_norms()
+        scores = importance(pre, self.activation, self.gated).view(count, size, -1).sum(1) * self._live_output_norms()
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
         recall = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
         activations, rows = self.combine(pre).view(count, size, -1), self.output.live_rows().float()
         whole = activations @ rows
         return Examination(recall, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
+
+    def exact_importance(self, x: Tensor) -> Tensor:
+        """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""
+        return importance(self._exact(x), self.activation, self.gated)
 
     def exact_activations(self, x: Tensor) -> Tensor:
         """True activations of all neurons on x [N, d]: float32 [N, m]."""
@@ -228,28 +244,9 @@ class ActivationIndex:
     def _exact(self, x: Tensor) -> list[Tensor]:
         return [torch.addmm(_bias(p, torch.float32), x.float(), p.live_rows().float().t()) for p in self.inputs]
 
-    def _estimate(self, x: Tensor) -> list[Tensor]:
-        """Pre-activations by input projection from sketch, live update and bias: [S, rows] each, in x's dtype."""
-        estimates, first = [], 0
-        for projection in self.inputs:
-            u, v = projection.update.factors()
-            codes = torch.cat([self.sketch.codes[first : first + len(u)], u.to(self.sketch.codes)], 1).to(x.dtype)
-            basis = torch.cat([self.sketch.basis, v.to(self.sketch.basis)]).to(x.dtype)
-            estimates.append(torch.addmm(_bias(projection, x.dtype), x @ basis.t(), codes.t()))
-            first += len(u)
-        return estimates
-
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""
-        if not self.gated:
-            return self._activate(pre[0])
-        gate, up = pre if len(pre) == 2 else pre[0].chunk(2, dim=-1)
-        return self._activate(gate) * up
-
-    def _activate(self, pre: Tensor) -> Tensor:
-        """The MLP's activation; one that has parameters runs in their dtype, as some cannot mix."""
-        own = next(self.activation.parameters(), pre) if isinstance(self.activation, nn.Module) else pre
-        return self.activation(pre.to(own.dtype)).to(pre.dtype)
+        return combine(pre, self.activation, self.gated)
 
     def _base_version(self) -> tuple[Any, ...]:
         return tuple(part for p in (*self.inputs, self.output) for part in p.version())
@@ -269,9 +266,9 @@ class ActivationIndex:
         return {**self.__dict__, "_reporting": None, "_seen": None, "_copied_with": samples}
 
 
-def _spread(values: Tensor) -> Tensor:
-    """Root mean square over each token's neurons, [S, 1]."""
-    return torch.linalg.vector_norm(values, dim=1, keepdim=True) / values.shape[1] ** 0.5
+def _sampled(by_slot: Tensor) -> Tensor:
+    """Of [n, T, ...], the slots of each tile that are scored."""
+    return by_slot[:, :: -(-by_slot.shape[1] // _SCORED_TOKENS)]
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:

@@ -4,9 +4,11 @@ The input projections return the activations of the chosen neurons only, in tile
 activation, gate product and dropout; the output projection consumes the result and restores token order.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +16,19 @@ from torch import Tensor, nn
 from .compensation import Compensation
 from .config import SubquadConfig
 from .errors import EmptyBatchError, InactivePatchError, SubquadError
-from .gathered import DotRows, SumRows
+from .gathered import dot_rows, sum_rows
 from .index import ActivationIndex, Selection
 from .plan import Plan
 from .projection import NeuronProjection, compute_dtype
+from .tiling import TokenTiles, tile_shape
 
 Forward = Literal["auto", "dense", "sparse"]
 
-# Under torch.compile the projections stay as they are, and what is around them is compiled: which neurons a tile uses
-# is known at run time only, and tracing the search for them takes long and ends in graph breaks inside of it.
-_not_compiled = torch.compiler.disable
-
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
+
+_numbers = itertools.count()
+_by_number: WeakValueDictionary[int, "SparseMLP"] = WeakValueDictionary()  # a compiled graph holds numbers only
 
 
 @dataclass
@@ -104,11 +106,10 @@ class SparseMLP:
         self.audited: tuple[Tensor, Tensor] | None = None
         self.compensation: Compensation | None = None
         self.forced: Selection | None = None
-        self._selection: Selection | None = None
-        self._x: Tensor | None = None
-        self._served: set[int] = set()
-        for projection in (*self.inputs, output):
-            projection.mlp = self
+        self._call: _Call | None = None
+        self._enroll()
+        for place, projection in enumerate((*self.inputs, output)):
+            projection.mlp, projection.place = self, place
 
     @property
     def projections(self) -> list[NeuronProjection]:
@@ -130,13 +131,14 @@ class SparseMLP:
         if not self.dense:
             self.k = k
 
-    def begin(self, projection: "InputProjection", x: Tensor) -> Selection | None:
-        """The selection that this call of an input projection uses; None for a dense forward.
+    def into_neurons(self, projection: "InputProjection", x: Tensor) -> Tensor | None:
+        """The compact activations [n, T, k] of an input projection on x [..., d]; None for a dense forward.
 
         The first input projection called on a batch selects, a second one (up beside gate) follows it. Selection
         depends on x and the weights alone, so a recomputed forward (gradient checkpointing) selects the same.
 
         Raises:
+            EmptyBatchError: x holds no tokens.
             InactivePatchError: the update has no values, and PyTorch would compute garbage with it.
         """
         if projection.update.U.is_meta:
@@ -144,62 +146,117 @@ class SparseMLP:
                 f"{self.name} is on the meta device (offloaded by accelerate?), where its low-rank updates hold no "
                 "values: offload the model that was saved, or call unpatch_model first"
             )
-        if self._selection is None or id(projection) in self._served:
-            self._served.clear()
-            self._selection = self._select(x, projection.training) if self._sparse(projection.training) else None
-            self._x = x
-        if self._selection is not None:
-            self._served.add(id(projection))
-        return self._selection
+        call = self._call
+        if call is None or projection.place in call.served:
+            sparse = self.runtime.sparse(projection.training) and (not self.dense or self.forced is not None)
+            call = self._call = _Call(x, self._select(x, projection.training) if sparse else None)
+        together = self.inputs if x is call.x and not call.served else [projection]
+        call.served.append(projection.place)
+        if call.selection is None:
+            return None
+        if projection.place not in call.computed:
+            tiles, neurons = call.selection.tiles, call.selection.neurons
+            if projection.stacked:
+                neurons = torch.cat([neurons, neurons + self.index.neurons], 1)
+            tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+            matrices = [p.matrix(tokens.dtype) for p in together]
+            config = self.runtime.config
+            compact = dot_rows(tokens, tiles, neurons, matrices, config.scale, config.backend)
+            call.computed.update(zip([p.place for p in together], compact, strict=True))
+        return call.computed.pop(projection.place)
 
-    def end(self) -> tuple[Selection | None, Tensor]:
-        """The selection that the output projection uses, and the MLP's input x [..., d]."""
-        assert self._x is not None, "an output projection was called before its input projection"
-        (selection, x), (self._selection, self._x) = (self._selection, self._x), (None, None)
-        return selection, x
-
-    def _sparse(self, training: bool) -> bool:
-        return self.runtime.sparse(training) and (not self.dense or self.forced is not None)
+    def out_of_neurons(self, a: Tensor) -> Tensor | None:
+        """The MLP's output [..., d] for compact activations a [n, T, k]; None for a dense forward."""
+        assert self._call is not None, "an output projection was called before its input projection"
+        x, selection, self._call = self._call.x, self._call.selection, None
+        if selection is None:
+            return None
+        expected = (*selection.tiles.shape, selection.neurons.shape[1])
+        if a.shape != expected:
+            raise SubquadError(
+                f"{self.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
+                "something between the projections is not elementwise"
+            )
+        a, config = a.to(compute_dtype(a)), self.runtime.config
+        matrix = self.output.matrix(a.dtype)
+        y = sum_rows(a, selection.tiles, selection.neurons, matrix, config.scale, config.backend)
+        if self.compensation is not None:
+            y = y + self.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
+        return y.view(*x.shape[:-1], -1)
 
     def _select(self, x: Tensor, training: bool) -> Selection:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
             raise EmptyBatchError(f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model")
-        self.calls += 1
         if self.forced is not None:
+            self.calls += 1
             return self.forced
-        config = self.runtime.config
+        size = self.runtime.config.tile_size
         # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
-        tile_size = 1 if not training and _FEW * len(tokens) <= config.tile_size else config.tile_size
-        with torch.autocast(x.device.type, enabled=False):  # so that the audit, made outside of it, judges the same
-            selection = self.index.select(tokens, self.k, tile_size, config.tile_order)
+        size = 1 if not training and _FEW * len(tokens) <= size else size
+        if not torch.compiler.is_compiling():
+            return self.select(tokens, self.k, size, training)
+        *tiling, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
+        return Selection(TokenTiles(*tiling, len(tokens)), neurons)
+
+    def select(self, tokens: Tensor, k: int, tile_size: int, training: bool) -> Selection:
+        """Select for tokens [N, d], and keep what an audit of it needs."""
+        self.calls += 1
+        with torch.autocast(
+            tokens.device.type, enabled=False
+        ):  # so that the audit, made outside of it, judges the same
+            selection = self.index.select(tokens, k, tile_size, self.runtime.config.tile_order)
         if self.auditing and training:
             some = slice(None, None, -(-len(selection.neurons) // _AUDITED_TILES))
             self.audited = tokens[selection.tiles.slots[some]], selection.neurons[some]
         return selection
 
+    def _enroll(self) -> None:
+        """Take a number by which compiled graphs find this MLP."""
+        self.number = next(_numbers)
+        _by_number[self.number] = self
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_selection": None, "_x": None, "_served": set(), "audited": None}
+        return {**self.__dict__, "_call": None, "audited": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._enroll()
+
+
+@dataclass
+class _Call:
+    """A forward pass under way, from an MLP's first input projection to its output projection.
+
+    Attributes:
+        x: the MLP's input [..., d].
+        selection: None if the pass is dense.
+        served: places of the input projections that were called.
+        computed: compact activations that wait for their input projection to be called, by its place.
+    """
+
+    x: Tensor
+    selection: Selection | None
+    served: list[int] = field(default_factory=list)
+    computed: dict[int, Tensor] = field(default_factory=dict)
 
 
 class InputProjection(NeuronProjection):
-    """Projection into neurons: [..., d] to [n, T, k] when sparse, to [..., m] when dense."""
+    """Projection into neurons: [..., d] to [n, T, k] when sparse, to [..., m] when dense.
+
+    Attributes:
+        place: among the MLP's projections.
+        stacked: gate and up rows are in one matrix [2 m, d].
+    """
 
     into_neurons = True
     mlp: SparseMLP
-    stacked = False  # gate and up rows in one matrix [2 m, d]
+    place: int
+    stacked = False
 
-    @_not_compiled
     def forward(self, x: Tensor) -> Tensor:
-        selection = self.mlp.begin(self, x)
-        if selection is None:
-            return self.dense(x)
-        neurons = selection.neurons
-        if self.stacked:
-            neurons = torch.cat([neurons, neurons + self.mlp.index.neurons], 1)
-        tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        u, v, rows = self.update.U, self.update.V, self.rows(tokens.dtype)
-        return DotRows.apply(tokens, u, v, rows, self.bias, selection.tiles, neurons, self.update.scale)
+        compact = self.mlp.into_neurons(self, x)
+        return self.dense(x) if compact is None else compact
 
 
 class OutputProjection(NeuronProjection):
@@ -207,24 +264,38 @@ class OutputProjection(NeuronProjection):
 
     into_neurons = False
     mlp: SparseMLP
+    place: int
 
-    @_not_compiled
     def forward(self, a: Tensor) -> Tensor:
-        selection, x = self.mlp.end()
-        if selection is None:
-            return self.dense(a)
-        expected = (*selection.tiles.shape, selection.neurons.shape[1])
-        if a.shape != expected:
-            raise SubquadError(
-                f"{self.mlp.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
-                "something between the projections is not elementwise"
-            )
-        a = a.to(compute_dtype(a))
-        u, v, rows = self.update.U, self.update.V, self.rows(a.dtype)
-        y = SumRows.apply(a, u, v, rows, self.bias, selection.tiles, selection.neurons, self.update.scale)
-        if self.mlp.compensation is not None:
-            y = y + self.mlp.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
-        return y.view(*x.shape[:-1], -1)
+        y = self.mlp.out_of_neurons(a)
+        return self.dense(a) if y is None else y
+
+
+# For compiled graphs, selecting is one operator: what it reads beside the tokens is found by the MLP's number, at the
+# time when the graph runs.
+
+
+@torch.library.custom_op(
+    "hf_subquad::select",
+    mutates_args=(),
+    schema="(Tensor tokens, int number, int k, int tile_size, bool training) -> Tensor[]",
+)
+def _select(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
+    selection = _by_number[number].select(tokens, k, tile_size, training)
+    tiles = selection.tiles
+    return [tiles.entries, tiles.slots, tiles.places, selection.neurons.contiguous()]
+
+
+@_select.register_fake
+def _(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
+    count, size = tile_shape(len(tokens), tile_size)
+    index = _by_number[number].index
+    active = min(index.backend(tokens.device).rounded(k), index.neurons)
+
+    def indices(*shape: int) -> Tensor:
+        return tokens.new_empty(shape, dtype=torch.int64)
+
+    return [indices(count, size), indices(count, size), indices(count * size), indices(count, active)]
 
 
 def current_forward(module: nn.Module) -> Any:

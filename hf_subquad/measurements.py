@@ -112,10 +112,9 @@ def outputs_by_tiles(
     """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and by k
     what those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
     config, rows = mlp.runtime.config, mlp.output.live_rows().float()
-    selection = mlp.index.select(tokens, max(ks), config.tile_size, config.tile_order)
-    parts = zip(selection.tiles.slots.split(_TILES_AT_ONCE), selection.neurons.split(_TILES_AT_ONCE), strict=True)
-    for slots, neurons in parts:
-        x = tokens[slots].flatten(0, 1)
+    tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
+    for slots in tiles.slots.split(_TILES_AT_ONCE):
+        neurons, x = mlp.index.ranked(tokens[slots], max(ks)), tokens[slots].flatten(0, 1)
         activations = mlp.index.exact_activations(x).view(*slots.shape, -1)
         whole, missed = (activations @ rows).flatten(0, 1), {}
         for k in sorted(ks):  # each masks more of the same activations

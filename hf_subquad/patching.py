@@ -47,6 +47,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
         UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
         WeightsError: weights hold NaN or infinite values.
         ConfigError: `active` or `rank` exceeds a layer.
+        BackendError: the config asks for a backend that is not installed.
         PlanError: the plan is for other MLPs or other tiles.
         In each case the model is as it was.
     """

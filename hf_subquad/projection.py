@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .backends import LiveRows
 from .config import SubquadConfig
 from .errors import ParallelismError
 from .low_rank import LowRankUpdate
@@ -65,10 +66,16 @@ class NeuronProjection(nn.Module):
         rows = weight if self.weight_is_rows else weight.t()
         if dtype is None or dtype == rows.dtype:
             return rows
+        if torch.compiler.is_compiling():  # a graph cannot see whether the weight is still the one that was cast
+            return rows.to(dtype)
         version = (dtype, *self.version())
         if self._cast_rows is None or self._cast_rows[0] != version:
             self._cast_rows = (version, rows.to(dtype))
         return self._cast_rows[1]
+
+    def matrix(self, dtype: torch.dtype) -> LiveRows:
+        """Base rows in `dtype` and the update's factors, the scale not yet in V."""
+        return LiveRows(self.rows(dtype), self.update.U, self.update.V, self.bias)
 
     def live_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""

@@ -1,6 +1,7 @@
 """Which tokens share a tile: recursive bisection by content, or consecutive runs. Pure functions."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,31 @@ class TokenTiles:
     Attributes:
         entries: int64 [n, T]; the entry in each slot. Entry e < N is token e, an entry e >= N is spare.
         slots: int64 [n, T]; the token in each slot (spare entries resolved to the token they repeat).
-        position: int64 [N]; flat slot number of each token.
-        spare: int64 [n * T - N]; flat slot numbers of the spare entries.
+        places: int64 [n * T]; flat slot number of each entry.
+        tokens: N.
     """
 
     entries: Tensor
     slots: Tensor
-    position: Tensor
-    spare: Tensor
+    places: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, entries: Tensor, tokens: int) -> "TokenTiles":
+        """From the entry in each slot, int64 [n, T]; entry e stands for token e mod N."""
+        flat = entries.reshape(-1)
+        places = torch.empty_like(flat).scatter_(0, flat, torch.arange(len(flat), device=flat.device))
+        return cls(entries, entries % tokens, places, tokens)
+
+    @property
+    def position(self) -> Tensor:
+        """int64 [N]; flat slot number of each token."""
+        return self.places[: self.tokens]
+
+    @property
+    def spare(self) -> Tensor:
+        """int64 [n * T - N]; flat slot numbers of the spare entries."""
+        return self.places[self.tokens :]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -36,7 +54,7 @@ class TokenTiles:
         """[N, c] by token -> [n, T, c] by slot, zero in spare slots."""
         count, size = self.shape
         by_slot = values.index_select(0, self.slots.reshape(-1))
-        if len(self.spare):
+        if count * size > self.tokens:
             by_slot.index_fill_(0, self.spare, 0)
         return by_slot.view(count, size, -1)
 
@@ -57,37 +75,20 @@ def tile_shape(tokens: int, tile_size: int) -> tuple[int, int]:
     return count, -(-tokens // count)
 
 
-def make_tiles(features: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
-    """Split tokens into tiles.
-
-    Args:
-        features: float [N, r], what resembling tokens have in common (here: their sketch).
-        tile_size: tokens wanted in a tile.
-        order: 'similar' bisects by content, 'consecutive' keeps the given order.
-    """
-    tokens = features.shape[0]
-    count, size = tile_shape(tokens, tile_size)
-    token_of = torch.arange(count * size, device=features.device) % tokens
-    if order == "similar" and 1 < count < tokens:
-        entries = _bisect(features[token_of], count)
-    else:
-        entries = torch.arange(count * size, device=features.device).view(count, size)
-    by_entry = torch.empty_like(token_of)
-    by_entry[entries.reshape(-1)] = torch.arange(count * size, device=features.device)
-    return TokenTiles(entries, token_of[entries], by_entry[:tokens], by_entry[tokens:])
-
-
-def _bisect(features: Tensor, count: int) -> Tensor:
+def bisect(features: Tensor, count: int, size: int) -> Tensor:
     """Halve every group across its leading principal direction until there are `count` groups.
 
     Args:
-        features: float [P, r] with P a multiple of `count`, a power of two.
+        features: float32 [N, r] by token; entry e stands for token e mod N.
+        count: n, a power of two.
+        size: T; n T entries are at least N.
 
     Returns:
-        int64 [count, P / count], the row numbers of `features` in each group.
+        int64 [n, T], the entries in each group.
     """
+    order = torch.arange(count * size, device=features.device).unsqueeze(0)
+    features = features[order[0] % len(features)]
     groups = features.unsqueeze(0)
-    order = torch.arange(len(features), device=features.device).unsqueeze(0)
     while len(groups) < count:
         centred = groups - groups.mean(1, keepdim=True)
         along = torch.bmm(centred, _leading_direction(centred)).squeeze(-1)
@@ -95,6 +96,24 @@ def _bisect(features: Tensor, count: int) -> Tensor:
         order = order.gather(1, ranking).view(2 * len(groups), -1)
         groups = features[order]
     return order
+
+
+def make_tiles(
+    features: Tensor, tile_size: int, order: TileOrder, bisect: Callable[[Tensor, int, int], Tensor] = bisect
+) -> TokenTiles:
+    """Split tokens into tiles.
+
+    Args:
+        features: float [N, r], what resembling tokens have in common (here: their sketch).
+        tile_size: tokens wanted in a tile.
+        order: 'similar' bisects by content, 'consecutive' keeps the given order.
+        bisect: what bisects, a backend's or the one above.
+    """
+    tokens = features.shape[0]
+    count, size = tile_shape(tokens, tile_size)
+    if order == "similar" and 1 < count < tokens:
+        return TokenTiles.of(bisect(features, count, size), tokens)
+    return TokenTiles.of(torch.arange(count * size, device=features.device).view(count, size), tokens)
 
 
 def _leading_direction(centred: Tensor) -> Tensor:

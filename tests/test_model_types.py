@@ -20,7 +20,7 @@ from architectures.proof import NotComparedError, prove
 from architectures.tiny import class_name, model_types, tiny_batch, tiny_model
 from list_models import PAGE, SECTIONS, Verdict, listed, page, verdict
 
-from hf_subquad import gathered
+from hf_subquad.backends.torch_backend import TorchBackend
 from hf_subquad.families import FAMILIES
 from hf_subquad.layers import OutputProjection
 from hf_subquad.projection import NeuronProjection
@@ -111,8 +111,8 @@ def _wrong_forward(patch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_gradients(patch: pytest.MonkeyPatch) -> None:
-    right = gathered.update_gradients
-    patch.setattr(gathered, "update_gradients", lambda *args: tuple(1.01 * gradient for gradient in right(*args)))
+    right = TorchBackend.update_gradients
+    patch.setattr(TorchBackend, "update_gradients", lambda *args: tuple(1.01 * gradient for gradient in right(*args)))
 
 
 def _wrong_saving(patch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import NEURONS, batch, build, tokens
+from helpers.models import CONFIG, NEURONS, batch, build, llama, opt, tokens
 from helpers.planning import budgets_of, set_times, trained_head
 from helpers.training import TRAIN, Texts, Watch, arguments, factors, losses, patched_opt, trainer
 from torch import Tensor, nn
@@ -123,8 +123,9 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path, reentrant: bool) ->
 # Compiled
 
 
-def test_a_compiled_mlp_equals_the_plain_one() -> None:
-    """The projections stay as they are, and what is around them is compiled, with gradients to the bit."""
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_compiled_in_one_graph(family: str) -> None:
+    """Without a break, compiled once for all batches of a shape; gradients to the bit."""
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -132,18 +133,21 @@ def test_a_compiled_mlp_equals_the_plain_one() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    grads = []
+    grads, calls = [], []
     for compiled in (False, True):
-        layer = patched_opt().model.decoder.layers[1]
-        run = torch.compile(layer, backend=backend) if compiled else layer
-        x = torch.randn(3, 5, 20, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        for scale in (1.0, 2.0):  # another selection, the same graph
-            output = run(scale * x, attention_mask=None)
-            (output[0] if isinstance(output, tuple) else output).square().sum().backward()
-        grads.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    assert len(grads[0]) > 6
+        model = patch_model({"opt": opt, "llama": llama}[family](), CONFIG).train()
+        run = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
+        for seed in (1, 2):  # other tokens, another selection, the same graph
+            run(tokens(seed), labels=tokens(seed)).loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        calls.append([mlp.calls for mlp in sparse_mlps(model)])
+    assert len(grads[0]) > 10
     assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
-    assert graphs and not any(name in graph.code for graph in graphs for name in ("topk", "argsort", "update"))
+    assert calls[0] == calls[1] == [2] * len(calls[0])
+    assert len(graphs) == 1
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    for name in ("select", "dot_rows", "sum_rows"):
+        assert names.count(f"hf_subquad.{name}") == len(calls[0]), name  # gate and up in one
 
 
 @pytest.mark.slow

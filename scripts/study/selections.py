@@ -103,13 +103,14 @@ class WholeSequences:
     @torch.no_grad()
     def __call__(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
         tiles = equal_runs(len(x), self._sequences, x.device)
-        return Selection(tiles, self._index._choose(x[tiles.slots[:, ::_SCORED_ONE_IN]], k))
+        scores = self._index.tile_scores(x[tiles.slots[:, ::_SCORED_ONE_IN]])
+        return Selection(tiles, self._index.backend(x.device).top_neurons(scores, k))
 
 
 def equal_runs(tokens: int, count: int, device: torch.device) -> TokenTiles:
     """`count` tiles of consecutive tokens, which must divide evenly."""
     entries = torch.arange(tokens, device=device).view(count, -1)
-    return TokenTiles(entries, entries, entries.flatten(), entries.new_empty(0))
+    return TokenTiles.of(entries, tokens)
 
 
 def install(model: nn.Module, method: Method, importance: Mapping[str, Tensor], sequences: int) -> None:
@@ -138,7 +139,7 @@ def token_importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Te
     sums: dict[str, Tensor] = {}
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
-        scores = mlp.index._importance(mlp.index._exact(tokens)).sum(0) * mlp.index.output_norms
+        scores = mlp.index.exact_importance(tokens).sum(0) * mlp.index.output_norms
         sums[mlp.bare_name] = sums.get(mlp.bare_name, 0) + scores
 
     with undisturbed(model), seeing_tokens(model, sparse_mlps(model), see):
