@@ -1,0 +1,73 @@
+"""Triton kernels for float32 and 16-bit floats; what they do not cover (float64, other activations) PyTorch computes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..tiling import TokenTiles
+from . import triton_neurons, triton_products, triton_tiles
+from .interface import LiveRows, Scoring
+from .torch_backend import TorchBackend
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ALIGNED = 16  # values; rows of a compact tensor that start at other places cannot be loaded as vectors
+
+
+class TritonBackend(TorchBackend):
+    """Rows are gathered as a kernel loads them, so that they pass through device memory once, as a dense GEMM's do."""
+
+    def bisect(self, features: Tensor, count: int, size: int) -> Tensor:
+        return triton_tiles.bisect(features, count, size)
+
+    def tile_scores(self, sample: Tensor, scoring: Scoring) -> Tensor:
+        activation = triton_neurons.name_of(scoring.activation)
+        if activation is None or sample.dtype not in _DTYPES:
+            return super().tile_scores(sample, scoring)
+        dtype = sample.dtype
+        sizes = [len(scoring.basis), *(len(estimated.v) for estimated in scoring.inputs)]
+        directions = torch.cat([scoring.basis.to(dtype), *(estimated.v.to(dtype) for estimated in scoring.inputs)])
+        sketched, *lows = (sample @ directions.t()).split(sizes, dim=-1)
+        inputs = [(e.codes, low, e.u, e.bias) for e, low in zip(scoring.inputs, lows, strict=True)]
+        return triton_neurons.tile_scores(sketched, inputs, activation, scoring.output_norms)
+
+    def top_neurons(self, scores: Tensor, k: int) -> Tensor:
+        return triton_neurons.top_neurons(scores, k)
+
+    def rounded(self, k: int) -> int:
+        return -(-k // _ALIGNED) * _ALIGNED
+
+    def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
+        return like.new_empty(tiles, size, active)
+
+    def dot_rows(
+        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        if x.dtype not in _DTYPES:
+            return super().dot_rows(x, tiles, neurons, matrices)
+        factors = torch.cat([matrix.v for matrix in matrices]).to(x.dtype)
+        lows = list((x @ factors.t()).split([len(matrix.v) for matrix in matrices], dim=1))
+        rows, biases, us = ([getattr(m, name) for m in matrices] for name in ("rows", "bias", "u"))
+        return triton_products.dot_rows(x, tiles.entries, neurons, rows, biases, us, lows), lows
+
+    def sum_rows(
+        self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
+    ) -> tuple[Tensor, list[Tensor]]:
+        if a[0].dtype not in _DTYPES:
+            return super().sum_rows(a, tiles, neurons, matrices)
+        lows = [
+            triton_products.per_token(values, tiles.entries, neurons, matrix.u)
+            for values, matrix in zip(a, matrices, strict=True)
+        ]
+        rows, vs = [matrix.rows for matrix in matrices], [matrix.v for matrix in matrices]
+        biases = [matrix.bias for matrix in matrices if matrix.bias is not None]
+        y = triton_products.sum_rows(a, tiles.entries, neurons, rows, lows, vs, sum(biases) if biases else None)
+        return y, lows
+
+    def update_gradients(
+        self, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        if a.dtype not in _DTYPES:
+            return super().update_gradients(a, a_low, x, x_low, tiles, neurons, count)
+        grad_u = triton_products.per_neuron(a, tiles.entries, neurons, x_low, count)
+        return grad_u, (a_low.t() @ x).float()
