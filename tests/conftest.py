@@ -1,4 +1,5 @@
-"""What every test file shares: one thread (the models are tiny) and a fixed seed before each test."""
+"""What every test file shares: one thread (the models are tiny), a fixed seed before each test, and without a GPU
+Triton's interpreter."""
 
 import os
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 

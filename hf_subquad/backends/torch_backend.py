@@ -72,8 +72,8 @@ class TorchBackend(Backend):
         if count * size > tiles.tokens:
             spare = tiles.spare
             for matrix, h in zip(matrices, compact, strict=True):
-                zero = 0 if matrix.bias is None else matrix.bias.to(x.dtype)[neurons[spare // size]]
-                h[spare // size, spare % size] = zero
+                bias = x.new_zeros(1) if matrix.bias is None else matrix.bias.to(x.dtype)[neurons[spare // size]]
+                h[spare // size, spare % size] = bias
         return compact, low
 
     def sum_rows(

@@ -1,0 +1,269 @@
+"""Do all backends compute the same? Without a GPU, Triton's kernels run in its interpreter."""
+
+import copy
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.mlps import KINDS, Kind, force, leaves_of, patched, reference
+from helpers.models import CONFIG, build, opt, tokens
+from helpers.reference import mask_of
+from helpers.training import losses, patched_opt, trainer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_subquad import BackendError, SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import backends as choice
+from hf_subquad.backends import LiveRows, backend_for
+from hf_subquad.tiling import make_tiles
+
+pytest.importorskip("triton")
+from hf_subquad.backends import triton_neurons, triton_products, triton_tiles  # noqa: E402
+
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+N, T, D, M, RANK = 37, 8, 24, 50, 3
+TIGHT = {"rtol": 1e-4, "atol": 1e-5}
+
+
+# Which one
+
+
+def test_choice_by_device_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(asked: Any, device: str) -> str:
+        return type(backend_for(asked, torch.device(device))).__name__
+
+    assert [name(asked, "cuda") for asked in ("auto", "triton", "torch")] == ["TritonBackend"] * 2 + ["TorchBackend"]
+    assert name("auto", "cpu") == name("torch", "cpu") == name("auto", "mps") == "TorchBackend"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert name("triton", "cpu") == "TritonBackend" and name("auto", "cpu") == "TorchBackend"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert name("triton", "cpu") == "TorchBackend"  # a model that waits to be moved
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "triton" else real(name, *rest))
+    choice._triton_installed.cache_clear()
+    try:
+        assert type(backend_for("auto", torch.device("cuda"))).__name__ == "TorchBackend"
+        model = opt()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(BackendError, match="pip install triton"):
+            patch_model(model, replace(CONFIG, backend="triton"))
+        assert not sparse_mlps(model)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    finally:
+        choice._triton_installed.cache_clear()
+
+
+# The interface
+
+
+def tiling(device: str) -> tuple[Any, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    tiles = make_tiles(torch.randn(N, 6, generator=generator).to(device), T, "similar")
+    assert len(tiles.spare)
+    chosen = [torch.randperm(M, generator=generator)[:19].sort().values for _ in range(tiles.shape[0])]
+    return tiles, torch.stack(chosen).to(device)
+
+
+def live_rows(count: int, bias: int | None, dtype: torch.dtype, device: str) -> list[LiveRows]:
+    """Matrices of M neurons; the first ones have a bias of `bias` values."""
+    generator = torch.Generator().manual_seed(4)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    return [
+        LiveRows(drawn(M, D), drawn(M, RANK).float(), drawn(RANK, D).float(), drawn(bias) if bias and not i else None)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_products_and_their_gradients(matrices: int, dtype: torch.dtype, device: str) -> None:
+    """float64 is left to PyTorch, and comes out in the layout that the backend announces."""
+    one, other = (backend_for(name, torch.device(device)) for name in ("torch", "triton"))
+    tiles, neurons = tiling(device)
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+    into = live_rows(matrices, M, dtype, device)
+    expected, expected_low = one.dot_rows(x, tiles, neurons, into)
+    found, low = other.dot_rows(x, tiles, neurons, into)
+    assert len(found) == matrices and low.shape == (N, matrices * RANK)
+    torch.testing.assert_close([*found, low], [*expected, expected_low], **TIGHT)
+    assert found[0].stride() == other.new_compact(x, *tiles.shape, neurons.shape[1]).stride()
+
+    out_of = live_rows(matrices, D, dtype, device)
+    expected_y, expected_low = one.sum_rows(expected, tiles, neurons, out_of)
+    y, a_low = other.sum_rows(expected, tiles, neurons, out_of)
+    torch.testing.assert_close([y, a_low], [expected_y, expected_low], **TIGHT)
+
+    gradients = [
+        backend.update_gradients(expected[0], a_low[:, :RANK], x, low[:, :RANK], tiles, neurons, M)
+        for backend in (one, other)
+    ]
+    torch.testing.assert_close(*gradients, **TIGHT)
+    assert all(part.dtype == dtype for part in gradients[1])
+
+
+class Odd(nn.Module):
+    """An activation that no kernel knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", [None, Odd()], ids=["known", "odd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_selection(kind: Kind, activation: nn.Module | None, device: str) -> None:
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(6)).to(device)
+    selections, scores = [], []
+    for backend in ("torch", "triton"):
+        module, mlp, _ = patched(kind, D, M, dtype=torch.float32, activation=activation, backend=backend)
+        module.to(device)
+        selections.append(mlp.index.select(x, 16, T, "similar"))
+        scores.append(mlp.index.tile_scores(x.view(1, N, D)[:, :16]))
+    torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-5)
+    one, other = selections
+    assert torch.equal(one.tiles.entries, other.tiles.entries)
+    assert torch.equal(one.neurons, other.neurons)
+    assert torch.equal(other.neurons, other.neurons.sort(dim=1).values)
+
+
+def test_neurons_are_rounded_up_to_whole_vectors() -> None:
+    for wanted, computed in ((1, 16), (16, 16), (17, 32), (49, 50)):
+        _, mlp, _ = patched("gated", D, M, dtype=torch.float32, backend="triton")
+        selection = mlp.index.select(torch.randn(N, D), wanted, T, "similar")
+        assert selection.neurons.shape[1] == computed
+        assert all(len(set(row.tolist())) == computed for row in selection.neurons)
+
+
+# Whole MLPs and models
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_mlp_equals_its_masked_dense_twin(kind: Kind, bias: bool, device: str) -> None:
+    module, mlp, twin = patched(kind, D, M, bias, torch.float32, backend="triton")
+    selection = force(mlp, N, 19, T)
+    mask = mask_of(selection, M, torch.float64)
+    leaves = leaves_of(mlp, torch.float64)
+    x = torch.randn(N, D, generator=torch.Generator().manual_seed(7))
+    upstream = torch.randn(N, D, generator=torch.Generator().manual_seed(8))
+    exact = x.double().requires_grad_()
+    expected = reference(twin.double(), mlp, exact, mask, leaves)
+    expected.backward(upstream.double())
+
+    tiles = type(selection.tiles).of(selection.tiles.entries.to(device), N)
+    mlp.forced = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
+    x = x.to(device).requires_grad_()
+    found = module.to(device)(x)
+    found.backward(upstream.to(device))
+    torch.testing.assert_close(found.double().cpu(), expected, **TIGHT)
+    torch.testing.assert_close(x.grad.double().cpu(), exact.grad, **TIGHT)
+    factors = [factor for p in mlp.projections for factor in (p.update.U, p.update.V)]
+    for factor, leaf in zip(factors, [leaf for pair in leaves for leaf in pair], strict=True):
+        torch.testing.assert_close(factor.grad.double().cpu(), leaf.grad, **TIGHT)
+
+
+def gradients(family: str, backend: str, device: str, compiled: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    model = patch_model(build(family), replace(CONFIG, backend=backend, active=16)).train().to(device)
+    generator = torch.Generator().manual_seed(9)
+    for mlp in sparse_mlps(model):
+        for projection in mlp.projections:
+            for factor in projection.update.parameters():
+                factor.data.copy_(0.05 * torch.randn(factor.shape, generator=generator))
+    ids = tokens().to(device)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    loss = run(ids, labels=ids).loss
+    loss.backward()
+    assert all(mlp.calls == 1 for mlp in sparse_mlps(model))
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["opt", "llama", "phi3", "gpt2"])
+def test_models(family: str, device: str) -> None:
+    torch.testing.assert_close(
+        gradients(family, "triton", device), gradients(family, "torch", device), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled(device: str) -> None:
+    """Shapes and strides are as announced, or the traced backward would go wrong."""
+    torch._dynamo.reset()
+    found = gradients("llama", "triton", device, compiled=True)
+    torch.testing.assert_close(found, gradients("llama", "triton", device), rtol=1e-4, atol=1e-6)
+
+
+def test_training(tmp_path: Path) -> None:
+    runs = [
+        trainer(patched_opt(active=16, fold_steps=2, backend=backend), tmp_path / backend, max_steps=3)
+        for backend in ("torch", "triton")
+    ]
+    for run in runs:
+        run.train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-4)
+
+
+# Nothing waits for the device
+
+
+class Watched(TorchDispatchMode):
+    """Notes the operations that would wait for a GPU: their results, or the shapes of these, hang on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().removeprefix("aten::").split(".")[0]
+        lists = [part for arg in args if isinstance(arg, list | tuple) for part in arg]
+        by_mask = name.startswith("index") and any(isinstance(p, Tensor) and p.dtype is torch.bool for p in lists)
+        moved = name == "_to_copy" and kwargs.get("device") is not None
+        if by_mask or moved or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
+            self.seen.append(name)
+        return func(*args, **kwargs)
+
+
+class Unlaunched:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device(kind: Kind, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the host does; kernels are left out."""
+    _, mlp, _ = patched(kind, D, M, dtype=torch.float32, backend=backend)
+    x, how = torch.randn(N, D), backend_for(backend, CPU)
+    selection = mlp.index.select(x, 16, T, "similar")
+    tiles, neurons = selection.tiles, selection.neurons
+    for module in (triton_products, triton_neurons, triton_tiles):
+        for name, value in vars(module).items():
+            if hasattr(value, "arg_names") and hasattr(value, "run"):
+                monkeypatch.setattr(module, name, Unlaunched())
+    with Watched() as watched, torch.no_grad():
+        sample = x[tiles.slots[:, :4]]
+        how.bisect(x[:, :6], *tiles.shape)
+        how.top_neurons(mlp.index.tile_scores(sample), 16)
+        into = [p.matrix(x.dtype) for p in mlp.inputs if not p.stacked]
+        h, low = how.dot_rows(x, tiles, neurons, into)
+        how.sum_rows(h[:1], tiles, neurons, [mlp.output.matrix(x.dtype)])
+        how.update_gradients(h[0], low[:, :2], x, low[:, :2], tiles, neurons, M)
+    assert not watched.seen
+    with Watched() as watched:
+        x[x > 0].sum().item()
+    assert len(watched.seen) > 1
