@@ -1,0 +1,1 @@
+"""Kernels that stand in for the PyTorch implementation."""
