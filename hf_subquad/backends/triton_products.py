@@ -94,7 +94,7 @@ def _add_update(
     BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + low[token] u[neuron]^T + bias[neuron] in the columns `mine`, acc in the others."""
-    for start in range(0, rank, BLOCK_Q):
+    for start in tl.range(0, rank, BLOCK_Q, num_stages=1):
         q = start + tl.arange(0, BLOCK_Q)
         left = tl.load(
             low + token[:, None] * low_stride + q[None, :], mask=real[:, None] & (q < rank)[None, :], other=0.0
@@ -163,15 +163,18 @@ def _add_sum(
 ):  # fmt: skip
     """acc + a rows[tile_neurons], in some columns of the rows; `a` points to the first neuron of each slot."""
     j = tl.arange(0, BLOCK_K)
+    # Carried a step ahead by hand: loaded where they are used, they would cost the pipeline half of its stages.
+    neuron = tl.load(tile_neurons + j, mask=j < active, other=0).to(tl.int32)
     for start in range(0, active, BLOCK_K):
         there = j < active - start
-        neuron = _load(tile_neurons + start + j, there, WHOLE_K)
         left = _load(a[:, None] + (start + j)[None, :], there[None, :], WHOLE_K)
         right = _load(
-            rows + neuron[:, None] * row_stride + column[None, :],
+            rows + neuron.to(tl.int64)[:, None] * row_stride + column[None, :],
             there[:, None] & in_width[None, :],
             WHOLE_K and WHOLE_D,
         )
+        following = start + BLOCK_K + j
+        neuron = tl.load(tile_neurons + following, mask=following < active, other=0).to(tl.int32)
         acc = _dot(acc, left, right, PRECISION)
     return acc
 
@@ -182,7 +185,7 @@ def _add_low(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + low[token] v, in some columns of v."""
-    for start in range(0, rank, BLOCK_Q):
+    for start in tl.range(0, rank, BLOCK_Q, num_stages=1):
         q = start + tl.arange(0, BLOCK_Q)
         left = tl.load(
             low + token[:, None] * low_stride + q[None, :], mask=real[:, None] & (q < rank)[None, :], other=0.0
@@ -366,15 +369,14 @@ def per_neuron(
     if torch.are_deterministic_algorithms_enabled():
         return _per_neuron_in_order(a, entries, neurons, low, count)
     (tiles, size), active, (tokens, rank) = entries.shape, neurons.shape[1], low.shape
-    config = config or _per_neuron_blocks(a, active)
+    config = config or _per_neuron_blocks(a, size, rank)
     a, low, entries, neurons = _unit_stride(a), _unit_stride(low), entries.contiguous(), neurons.contiguous()
     out = a.new_zeros(count, rank, dtype=torch.float32)
-    block = _rank_block(rank)
-    grid = (tiles * triton.cdiv(active, config.neurons), triton.cdiv(rank, block))
+    grid = (tiles * triton.cdiv(active, config.neurons), triton.cdiv(rank, config.features))
     with torch.cuda.device_of(a):
         _per_neuron[grid](
             a, entries, neurons, low, out, tokens, size, active, rank, a.stride(0), a.stride(1), low.stride(0),
-            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=block, PRECISION=_precision(),
+            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=config.features, PRECISION=_precision(),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
@@ -438,7 +440,7 @@ def _precision() -> str:
 _TOKEN_COST = {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5}
 
 # Columns of a program's output, steps of the contraction in bytes, and stages; the first that fits is taken.
-_SHAPES = ((256, 128, 4), (256, 128, 3), (128, 128, 4), (128, 128, 3), (128, 64, 3), (64, 64, 2))
+_SHAPES = ((256, 128, 4), (256, 128, 3), (128, 64, 4), (64, 64, 3), (64, 32, 2))
 _SHAPES_FLOAT32 = ((64, 128, 3), (64, 64, 2))
 
 
@@ -455,18 +457,14 @@ def _token_block(size: int, largest: int) -> int:
     return min(candidates, key=lambda block: triton.cdiv(size, block) * block * _TOKEN_COST[block])
 
 
-def _shape(x: Tensor, size: int, outputs: int, reserve: int) -> tuple[int, int, int, int, int]:
-    """Tokens, output columns, step, warps and stages of a product of tiles of `size` with so many outputs.
-
-    Args:
-        reserve: bytes of shared memory that each stage takes besides the two operands.
-    """
+def _shape(x: Tensor, size: int, outputs: int) -> tuple[int, int, int, int, int]:
+    """Tokens, output columns, step, warps and stages of a product of tiles of `size` with so many outputs."""
     full_float = x.dtype == torch.float32 and _precision() == "ieee"  # without tensor cores, registers set the limit
     tokens = _token_block(size, 64 if full_float else 128)
     shapes = _SHAPES_FLOAT32 if full_float else _SHAPES
     for columns, step_bytes, stages in shapes:
         step = max(16, step_bytes // x.itemsize)
-        fits = stages * ((tokens + columns) * step * x.itemsize + reserve) <= _shared_memory(x.device)
+        fits = stages * (tokens + columns) * step * x.itemsize <= _shared_memory(x.device)
         if fits and columns < 2 * outputs:
             break
     return tokens, columns, step, min(max(tokens * columns // 4096, 4), 8), stages
@@ -475,14 +473,14 @@ def _shape(x: Tensor, size: int, outputs: int, reserve: int) -> tuple[int, int, 
 def _dot_rows_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blocks:
     if x.device.type == "cpu":
         return _INTERPRETED
-    tokens, columns, step, warps, stages = _shape(x, size, matrices * active, 0)
+    tokens, columns, step, warps, stages = _shape(x, size, matrices * active)
     return Blocks(tokens, columns // matrices, step, warps=warps, stages=stages)
 
 
 def _sum_rows_blocks(a: Tensor, size: int, width: int) -> Blocks:
     if a.device.type == "cpu":
         return _INTERPRETED
-    tokens, columns, step, warps, stages = _shape(a, size, width, 1024)
+    tokens, columns, step, warps, stages = _shape(a, size, width)
     return Blocks(tokens, step, columns, warps=warps, stages=stages)
 
 
@@ -490,13 +488,14 @@ def _per_token_blocks(a: Tensor, rank: int) -> Blocks:
     """Little arithmetic: small blocks of tokens, so that there are enough programs to keep the memory busy."""
     if a.device.type == "cpu":
         return _INTERPRETED
-    return Blocks(tokens=32, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=3)
+    return Blocks(tokens=32, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=4)
 
 
-def _per_neuron_blocks(a: Tensor, active: int) -> Blocks:
+def _per_neuron_blocks(a: Tensor, size: int, rank: int) -> Blocks:
     if a.device.type == "cpu":
         return _INTERPRETED
-    return Blocks(tokens=32, neurons=64, features=0, warps=4, stages=3)
+    tokens = min(max(16, triton.next_power_of_2(size)), 64)
+    return Blocks(tokens, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=3)
 
 
 _INTERPRETED = Blocks(tokens=32, neurons=32, features=32, group=2)  # the interpreter's time goes by operations
