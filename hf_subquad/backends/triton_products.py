@@ -435,13 +435,15 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-# What a row or column of a block costs beside one of the largest block: what is read for it is shared by fewer.
-# TO BE MEASURED
+# What a token costs in a block of so many, beside one of the largest block: fewer share each weight row that is read.
+# Estimates, good enough to tell padding that is worth it (94 tokens in 128) from padding that is not (20 in 128).
 _TOKEN_COST = {128: 1.0, 64: 1.15, 32: 1.6, 16: 2.5}
 
-# Columns of a program's output, steps of the contraction in bytes, and stages; the first that fits is taken.
+# Columns of a program's output, step of the contraction in bytes, and stages; the first that fits is taken. In order:
+# Hopper's 227 KB, the A100's 163 KB, the 99 KB of smaller cards (two programs at a time).
 _SHAPES = ((256, 128, 4), (256, 128, 3), (128, 64, 4), (64, 64, 3), (64, 32, 2))
-_SHAPES_FLOAT32 = ((64, 128, 3), (64, 64, 2))
+# Without tensor cores, or with rows that cannot be read 16 bytes at a time, operands pass through registers.
+_SMALL_SHAPES = ((64, 128, 3), (64, 64, 2))
 
 
 @lru_cache
@@ -457,12 +459,11 @@ def _token_block(size: int, largest: int) -> int:
     return min(candidates, key=lambda block: triton.cdiv(size, block) * block * _TOKEN_COST[block])
 
 
-def _shape(x: Tensor, size: int, outputs: int) -> tuple[int, int, int, int, int]:
+def _shape(x: Tensor, size: int, outputs: int, aligned: bool) -> tuple[int, int, int, int, int]:
     """Tokens, output columns, step, warps and stages of a product of tiles of `size` with so many outputs."""
-    full_float = x.dtype == torch.float32 and _precision() == "ieee"  # without tensor cores, registers set the limit
-    tokens = _token_block(size, 64 if full_float else 128)
-    shapes = _SHAPES_FLOAT32 if full_float else _SHAPES
-    for columns, step_bytes, stages in shapes:
+    small = not aligned or (x.dtype == torch.float32 and _precision() == "ieee")
+    tokens = _token_block(size, 64 if small else 128)
+    for columns, step_bytes, stages in _SMALL_SHAPES if small else _SHAPES:
         step = max(16, step_bytes // x.itemsize)
         fits = stages * (tokens + columns) * step * x.itemsize <= _shared_memory(x.device)
         if fits and columns < 2 * outputs:
@@ -473,14 +474,15 @@ def _shape(x: Tensor, size: int, outputs: int) -> tuple[int, int, int, int, int]
 def _dot_rows_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blocks:
     if x.device.type == "cpu":
         return _INTERPRETED
-    tokens, columns, step, warps, stages = _shape(x, size, matrices * active)
+    tokens, columns, step, warps, stages = _shape(x, size, matrices * active, x.shape[1] % 16 == 0)
     return Blocks(tokens, columns // matrices, step, warps=warps, stages=stages)
 
 
 def _sum_rows_blocks(a: Tensor, size: int, width: int) -> Blocks:
     if a.device.type == "cpu":
         return _INTERPRETED
-    tokens, columns, step, warps, stages = _shape(a, size, width)
+    aligned = a.shape[2] % 16 == 0 and width % 16 == 0  # Triton knows this of a size, or nothing
+    tokens, columns, step, warps, stages = _shape(a, size, width, aligned)
     return Blocks(tokens, step, columns, warps=warps, stages=stages)
 
 
@@ -488,7 +490,8 @@ def _per_token_blocks(a: Tensor, rank: int) -> Blocks:
     """Little arithmetic: small blocks of tokens, so that there are enough programs to keep the memory busy."""
     if a.device.type == "cpu":
         return _INTERPRETED
-    return Blocks(tokens=32, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=4)
+    neurons = 128 if a.itemsize == 2 and rank <= 32 else 64
+    return Blocks(tokens=32, neurons=neurons, features=_rank_block(rank), warps=4, stages=4)
 
 
 def _per_neuron_blocks(a: Tensor, size: int, rank: int) -> Blocks:
