@@ -200,12 +200,29 @@ def test_one_of_two_biases() -> None:
     check(replace(case, biases=[case.biases[0].double(), None]))
 
 
-def test_a_spare_slot_holds_the_bias() -> None:
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_spare_slots_see_no_token() -> None:
     case = make(tokens=9, slots=5, active=7, neurons=10, width=8, rank=2)
-    case.x[0], case.lows[0][0] = torch.inf, torch.nan  # the token that spare slots read in place of one
+    case.x[0], case.lows[0][0] = torch.inf, torch.nan  # the token that spare slots could read in place of one
     (h,) = products.dot_rows(case.x, case.entries, case.neurons, case.rows, case.biases, case.us, case.lows)
     tile, slot = case.spare.nonzero()[0].tolist()
     torch.testing.assert_close(h[tile, slot], case.biases[0][case.neurons[tile]])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_spare_slots_add_nothing_to_neurons(deterministic: bool) -> None:
+    case = make(tokens=8, slots=4, active=3, neurons=10, width=8, rank=2, extra_tiles=1)
+    case.entries, case.lows[0][0] = torch.arange(12, device=DEVICE).view(3, 4), torch.inf  # in the first tile
+    case.a[0].normal_()[2] = torch.nan
+    case.neurons = torch.arange(9, device=DEVICE).view(3, 3)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        grad = products.per_neuron(case.a[0], case.entries, case.neurons, case.lows[0], 10)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    close(grad[3:6], case.a[0][1].double().t() @ case.lows[0][4:].double(), torch.float32)
+    assert not grad[6:].any()
 
 
 def _strange(case: Case) -> Case:
@@ -258,6 +275,27 @@ def test_deterministic_when_told() -> None:
         check(case)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_parameters_can_be_given() -> None:
+    case = make(tokens=9, slots=5, active=7, neurons=10, width=8, rank=2)
+    for values in (case.x, case.a[0], case.rows[0], case.lows[0], case.biases[0], case.us[0], case.vs[0], case.bias):
+        values.requires_grad_()
+    with torch.no_grad():
+        check(case)
+
+
+def test_float32_is_multiplied_as_pytorch_is_told() -> None:
+    matmul = torch.backends.cuda.matmul
+    setting, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
+    before = getattr(matmul, setting)
+    assert products._precision() == "ieee"
+    setattr(matmul, setting, value)
+    try:
+        assert products._precision() == "tf32"
+    finally:
+        setattr(matmul, setting, before)
+    assert products._precision() == "ieee"
 
 
 def test_blocks_of_tokens_waste_little() -> None:

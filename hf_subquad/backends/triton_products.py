@@ -279,7 +279,7 @@ def dot_rows(
     Args:
         x: [N, d] in the compute dtype.
         entries: int64 [n, T].
-        neurons: int64 [n, k].
+        neurons: int64 [n, k]; fastest if ascending and k is a multiple of 64. Sizes beside a multiple of 16 are slow.
         rows: [m, d] each, in the compute dtype, contiguous along d.
         biases: [m] or None each, any float dtype.
         us: [m, q] each, any float dtype; multiplied in the compute dtype.
@@ -432,7 +432,9 @@ def _row_strides(pair: Sequence[Tensor | None]) -> list[int]:
 
 def _precision() -> str:
     """How float32 is multiplied, as PyTorch was told for its own products; other dtypes do not look at it."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    told = getattr(matmul, "fp32_precision", None)  # from PyTorch 2.9 on; set there, the older setting cannot be read
+    return "tf32" if told == "tf32" or (told is None and matmul.allow_tf32) else "ieee"
 
 
 # What a token costs in a block of so many, beside one of the largest block: fewer share each weight row that is read.
