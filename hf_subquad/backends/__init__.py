@@ -17,22 +17,30 @@ __all__ = ["Backend", "EstimatedInput", "LiveRows", "Scoring", "backend_for"]
 def backend_for(name: BackendName, device: torch.device) -> Backend:
     """The backend that computes on a device.
 
-    Triton on CUDA devices, unless the name is 'torch' or, with 'auto', Triton is not installed; PyTorch elsewhere, so
-    that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the environment, 'triton' is Triton's
-    interpreter elsewhere: slow, and good for tests.
+    Triton on CUDA devices that have tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch' or,
+    with 'auto', Triton is not installed; PyTorch elsewhere, so that a model can be patched before it is moved. With
+    TRITON_INTERPRET=1 in the environment, 'triton' is Triton's interpreter elsewhere: slow, and good for tests.
 
     Raises:
         BackendError: 'triton' was asked for and is not installed.
     """
     if name == "triton" and not _triton_installed():
         raise BackendError('backend="triton" needs the package triton: pip install triton, or leave backend at "auto"')
-    runs = device.type == "cuda" or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
-    return _triton() if name != "torch" and runs and _triton_installed() else _torch()
+    if device.type == "cuda":
+        runs = name != "torch" and _triton_installed() and _has_tensor_cores(device)
+    else:
+        runs = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _triton() if runs else _torch()
 
 
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from .interface import LiveRows, Scoring
 from .torch_backend import TorchBackend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ALIGNED = 16  # values; rows of a compact tensor that start at other places cannot be loaded as vectors
+_STEP = 64  # neurons that kernels go through at a time; the last step costs as much if it is not full
 
 
 class TritonBackend(TorchBackend):
@@ -35,7 +35,7 @@ class TritonBackend(TorchBackend):
         return triton_neurons.top_neurons(scores, k)
 
     def rounded(self, k: int) -> int:
-        return -(-k // _ALIGNED) * _ALIGNED
+        return -(-k // _STEP) * _STEP
 
     def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
         return like.new_empty(tiles, size, active)

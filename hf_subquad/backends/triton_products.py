@@ -27,6 +27,7 @@ captured in a CUDA graph. `entries` (int64 [n, T]) names the token in each slot:
 a spare slot, which sees a token of zeros and is not stored by token. Every token is in exactly one slot.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -451,8 +452,9 @@ _SMALL_SHAPES = ((64, 128, 3), (64, 64, 2))
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    driver = triton.runtime.driver.active
+    index = driver.get_current_device() if device.index is None else device.index
+    return driver.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def _token_block(size: int, largest: int) -> int:
@@ -474,14 +476,14 @@ def _shape(x: Tensor, size: int, outputs: int, aligned: bool) -> tuple[int, int,
 
 
 def _dot_rows_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blocks:
-    if x.device.type == "cpu":
+    if _INTERPRETING:
         return _INTERPRETED
     tokens, columns, step, warps, stages = _shape(x, size, matrices * active, x.shape[1] % 16 == 0)
     return Blocks(tokens, columns // matrices, step, warps=warps, stages=stages)
 
 
 def _sum_rows_blocks(a: Tensor, size: int, width: int) -> Blocks:
-    if a.device.type == "cpu":
+    if _INTERPRETING:
         return _INTERPRETED
     aligned = a.shape[2] % 16 == 0 and width % 16 == 0  # Triton knows this of a size, or nothing
     tokens, columns, step, warps, stages = _shape(a, size, width, aligned)
@@ -490,19 +492,20 @@ def _sum_rows_blocks(a: Tensor, size: int, width: int) -> Blocks:
 
 def _per_token_blocks(a: Tensor, rank: int) -> Blocks:
     """Little arithmetic: small blocks of tokens, so that there are enough programs to keep the memory busy."""
-    if a.device.type == "cpu":
+    if _INTERPRETING:
         return _INTERPRETED
     neurons = 128 if a.itemsize == 2 and rank <= 32 else 64
     return Blocks(tokens=32, neurons=neurons, features=_rank_block(rank), warps=4, stages=4)
 
 
 def _per_neuron_blocks(a: Tensor, size: int, rank: int) -> Blocks:
-    if a.device.type == "cpu":
+    if _INTERPRETING:
         return _INTERPRETED
     tokens = min(max(16, triton.next_power_of_2(size)), 64)
     return Blocks(tokens, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=3)
 
 
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton found it when it was imported
 _INTERPRETED = Blocks(tokens=32, neurons=32, features=32, group=2)  # the interpreter's time goes by operations
 
 

@@ -1,0 +1,82 @@
+"""A sparse MLP, forward and backward, on a GPU that is not there: all is real but the device.
+
+    python -m helpers.rehearsal 90 bfloat16 gated
+
+Every kernel goes through Triton's launch path, is specialised on its arguments and compiled to machine code for the
+compute capability that is named, and is not run: results are zeros. Prints the kernels that were launched, as JSON.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+assert os.environ.pop("TRITON_INTERPRET", "0") == "0", "kernels would be interpreted, not compiled"
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one program may use
+TOKENS, TILE = 512, 128
+
+
+class Utils:
+    def __init__(self, gpu: "AbsentGPU") -> None:
+        self._gpu = gpu
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY[self._gpu.capability], "multiprocessor_count": 132}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
+        assert binary
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+class AbsentGPU:
+    """What Triton asks of a driver."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.utils = Utils(self)
+        self.launched: dict[str, dict[str, Any]] = {}
+
+    def launcher_cls(self, source: Any, compiled: Any) -> Any:
+        def launch(*grid_and_arguments: Any) -> None:
+            found = self.launched.setdefault(compiled.name, {"launches": 0, "shared": 0})
+            found["launches"] += 1
+            found["shared"] = max(found["shared"], compiled.shared)
+
+        return launch
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int) -> dict[str, dict[str, int]]:
+    gpu = AbsentGPU(capability)
+    driver.set_active(gpu)
+    from helpers.mlps import patched  # after the driver is there
+
+    os.environ["TRITON_INTERPRET"] = "1"  # so that tensors on the processor are given to the kernels
+    Tensor.new_empty = Tensor.new_zeros  # type: ignore[method-assign]
+    module, mlp, _ = patched(kind, d, m, dtype=dtype, active=m // 4, tile_size=TILE, rank=16)
+    mlp.runtime.config = replace(mlp.runtime.config, backend="triton")  # now: results of zeros fail the self-test
+    mlp.index.backend_name = "triton"
+    x = torch.randn(TOKENS, d, dtype=dtype).requires_grad_()
+    module(x).sum().backward()
+    assert x.grad is not None
+    return gpu.launched
+
+
+if __name__ == "__main__":
+    capability, dtype, kind, d, m = sys.argv[1:]
+    print(json.dumps(rehearse(int(capability), getattr(torch, dtype), kind, int(d), int(m))))
