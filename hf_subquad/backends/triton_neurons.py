@@ -27,9 +27,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 EstimatedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 _MOVE = tl.constexpr(0.5)  # as in `index.py`
-_NEURONS, _TOKENS = 64, 128  # of a block of pre-activations
-_PROGRAMS = 264  # two for each multiprocessor of an H100
 _ROW = 16384  # scores of a tile that one program holds in registers
+_GATHERED = 4096  # scores of a tile that one program looks at together when it writes what it chose
+# Blocks of pre-activations. Fewer tokens a block leave registers for more programs, but read codes more often.
+_SQUARES = {"NEURONS": 64, "TOKENS": 128, "num_warps": 8, "num_stages": 3}
+_SCORES = {"NEURONS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2}
+_THIRD = 168  # registers a thread if a multiprocessor is to run three programs of `_SCORES`, not two
 
 
 def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
@@ -68,29 +71,44 @@ def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: 
         float32 [n, m].
     """
     (tiles, sampled, r), m = sketched.shape, len(output_norms)
-    padded = triton.next_power_of_2(sampled)
-    blocks = triton.cdiv(tiles * padded, _TOKENS)
-    # As many programs as run at once; each keeps a block of tokens and walks through its share of the neurons.
-    span = triton.cdiv(triton.cdiv(m, _NEURONS), triton.cdiv(_PROGRAMS, blocks)) * _NEURONS
-    shares = triton.cdiv(m, span)
-    squares = torch.empty(len(inputs), shares, blocks * _TOKENS, device=sketched.device, dtype=torch.float32)
-    scores = torch.empty(tiles, m, device=sketched.device, dtype=torch.float32)
     sketched, output_norms = _rows(sketched), output_norms.contiguous()
-    tokens = (sketched, *sketched.stride()[:2], tiles, sampled, m, span, r)
-    described = [_described(*estimated) for estimated in inputs]
-    sizes = {
-        "NEURONS": _NEURONS, "TOKENS": _TOKENS, "SAMPLED": padded,
-        "R": max(triton.next_power_of_2(r), 16), "Q": max(triton.next_power_of_2(inputs[0][1].shape[-1]), 16),
-        "num_warps": 8,
-    }  # fmt: skip
+    padded, multiprocessors = triton.next_power_of_2(sampled), _multiprocessors(sketched.device)
+    # Operands of four bytes and the error function need more registers than a third.
+    at_once = 3 if sketched.element_size() == 2 and activation != "gelu" else 2
+    length = triton.cdiv(tiles * padded, _SQUARES["TOKENS"]) * _SQUARES["TOKENS"]
+    squares_grid, squares_span = _grid(tiles * padded, m, _SQUARES, multiprocessors)
+    scores_grid, scores_span = _grid(tiles * padded, m, _SCORES, at_once * multiprocessors)
+    squares = torch.empty(len(inputs), squares_grid[1], length, device=sketched.device, dtype=torch.float32)
+    scores = torch.empty(tiles, m, device=sketched.device, dtype=torch.float32)
+    gate, up = _described(*inputs[0]), _described(*inputs[-1])
+    arguments = (sketched, *sketched.stride()[:2], tiles, sampled, m, r, *gate, *up, squares, length)
+    ranks = {
+        "GATED": len(inputs) == 2,
+        "SAMPLED": padded,
+        "R": max(triton.next_power_of_2(r), 16),
+        "Q": max(triton.next_power_of_2(max(u.shape[1] for _, _, u, _ in inputs)), 16),
+    }
     with torch.cuda.device_of(sketched):
-        for estimated, result in zip(described, squares, strict=True):
-            _squares[(blocks, shares)](*tokens, *estimated, result, **sizes)
-        _scores[(blocks, shares)](
-            *tokens, *described[0], *described[-1], squares, output_norms, scores,
-            GATED=len(inputs) == 2, ACTIVATION=activation, **sizes,
+        _squares[squares_grid](*arguments, squares_span, **ranks, **_SQUARES)
+        _scores[scores_grid](
+            *arguments, scores_span, squares_grid[1], output_norms, scores,
+            ACTIVATION=activation, **ranks, **_SCORES, maxnreg=_THIRD if at_once == 3 else None,
         )  # fmt: skip
     return scores
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _grid(tokens: int, m: int, block: dict[str, int], programs: int) -> tuple[tuple[int, int], int]:
+    """Blocks of tokens by shares of the neurons, at most about `programs` in all; and the neurons of a share.
+
+    A program keeps its tokens and walks through its neurons.
+    """
+    blocks, steps = triton.cdiv(tokens, block["TOKENS"]), triton.cdiv(m, block["NEURONS"])
+    span = triton.cdiv(steps, max(programs // blocks, 1)) * block["NEURONS"]
+    return (blocks, triton.cdiv(m, span)), span
 
 
 def top_neurons(scores: Tensor, k: int) -> Tensor:
@@ -101,8 +119,9 @@ def top_neurons(scores: Tensor, k: int) -> Tensor:
     (tiles, m), scores = scores.shape, _rows(scores)
     neurons = torch.empty(tiles, k, device=scores.device, dtype=torch.int64)
     block = min(triton.next_power_of_2(m), _ROW)
+    gathered, warps = min(block, _GATHERED), min(max(block // 1024, 1), 16)
     with torch.cuda.device_of(scores):
-        _top[(tiles,)](scores, scores.stride(0), neurons, m, k, block, m <= block, num_warps=min(max(block // 1024, 1), 16))
+        _top[(tiles,)](scores, scores.stride(0), neurons, m, k, block, gathered, m <= block, num_warps=warps)
     return neurons
 
 
@@ -181,55 +200,72 @@ def _estimate(
 
 @triton.jit
 def _squares(
-    sketched_ptr, tile_stride, token_stride, tiles, sampled, m, span, r,
+    sketched_ptr, tile_stride, token_stride, tiles, sampled, m, r,
     codes_ptr, codes_stride, low_ptr, low_tile_stride, low_token_stride, u_ptr, u_stride, bias_ptr, q,
-    squares_ptr,
-    NEURONS: tl.constexpr, TOKENS: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    up_codes_ptr, up_codes_stride, up_low_ptr, up_low_tile_stride, up_low_token_stride, up_u_ptr, up_u_stride,
+    up_bias_ptr, up_q,
+    squares_ptr, length, span,
+    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    NEURONS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Sum of squared pre-activations over a share of the neurons, by token."""
+    """Sums of squared pre-activations over a share of the neurons, by token: squares [inputs, shares, length]."""
     sketched, _ = _tokens(sketched_ptr, tile_stride, token_stride, tiles, sampled, r, SAMPLED, TOKENS, R)
     low, _ = _tokens(low_ptr, low_tile_stride, low_token_stride, tiles, sampled, q, SAMPLED, TOKENS, Q)
-    first = tl.program_id(1) * span
     total = tl.zeros((NEURONS, TOKENS), tl.float32)
+    if GATED:
+        up_low, _ = _tokens(
+            up_low_ptr, up_low_tile_stride, up_low_token_stride, tiles, sampled, up_q, SAMPLED, TOKENS, Q
+        )  # fmt: skip
+        up_total = tl.zeros((NEURONS, TOKENS), tl.float32)
+    first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, m), NEURONS):
         neuron = start + tl.arange(0, NEURONS)
         pre = _estimate(
             sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q, R, Q
         )  # fmt: skip
         total += pre * pre
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    tl.store(squares_ptr + tl.program_id(1) * tl.num_programs(0) * TOKENS + token, tl.sum(total, 0))
+        if GATED:
+            up = _estimate(
+                sketched, up_low, neuron, m, r,
+                up_codes_ptr, up_codes_stride, up_u_ptr, up_u_stride, up_bias_ptr, up_q, R, Q,
+            )  # fmt: skip
+            up_total += up * up
+    at = tl.program_id(1) * length + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tl.store(squares_ptr + at, tl.sum(total, 0))
+    if GATED:
+        tl.store(squares_ptr + tl.num_programs(1) * length + at, tl.sum(up_total, 0))
 
 
 @triton.jit
-def _spread(squares_ptr, m, TOKENS: tl.constexpr):
+def _spread(squares_ptr, length, shares, m, TOKENS: tl.constexpr):
     """Root mean square of a block of tokens' pre-activations over the m neurons, [1, TOKENS]."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     total = tl.zeros((TOKENS,), tl.float32)
-    for share in range(tl.num_programs(1)):
-        total += tl.load(squares_ptr + share * tl.num_programs(0) * TOKENS + token)
+    for share in range(shares):
+        total += tl.load(squares_ptr + share * length + token)
     return tl.sqrt(total / m)[None, :]
 
 
 @triton.jit
 def _scores(
-    sketched_ptr, tile_stride, token_stride, tiles, sampled, m, span, r,
+    sketched_ptr, tile_stride, token_stride, tiles, sampled, m, r,
     codes_ptr, codes_stride, low_ptr, low_tile_stride, low_token_stride, u_ptr, u_stride, bias_ptr, q,
     up_codes_ptr, up_codes_stride, up_low_ptr, up_low_tile_stride, up_low_token_stride, up_u_ptr, up_u_stride,
     up_bias_ptr, up_q,
-    squares_ptr, norms_ptr, scores_ptr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NEURONS: tl.constexpr, TOKENS: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    squares_ptr, length, span, shares, norms_ptr, scores_ptr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    NEURONS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Importance of a share of the neurons to the tiles of a block of tokens."""
     sketched, exists = _tokens(sketched_ptr, tile_stride, token_stride, tiles, sampled, r, SAMPLED, TOKENS, R)
     low, _ = _tokens(low_ptr, low_tile_stride, low_token_stride, tiles, sampled, q, SAMPLED, TOKENS, Q)
-    move = _MOVE * _spread(squares_ptr, m, TOKENS)
+    move = _MOVE * _spread(squares_ptr, length, shares, m, TOKENS)
     if GATED:
-        up_low, _ = _tokens(up_low_ptr, up_low_tile_stride, up_low_token_stride, tiles, sampled, up_q, SAMPLED, TOKENS, Q)
-        up_move = _MOVE * _spread(squares_ptr + tl.num_programs(1) * tl.num_programs(0) * TOKENS, m, TOKENS)
+        up_low, _ = _tokens(
+            up_low_ptr, up_low_tile_stride, up_low_token_stride, tiles, sampled, up_q, SAMPLED, TOKENS, Q
+        )  # fmt: skip
+        up_move = _MOVE * _spread(squares_ptr + shares * length, length, shares, m, TOKENS)
     tile = tl.program_id(0) * (TOKENS // SAMPLED) + tl.arange(0, TOKENS // SAMPLED)
-    at = tile.to(tl.int64)[None, :] * m
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, m), NEURONS):
         neuron = start + tl.arange(0, NEURONS)
@@ -250,8 +286,10 @@ def _scores(
         importance = tl.where(exists[None, :], importance, 0.0)
         by_tile = tl.sum(tl.reshape(importance, (NEURONS, TOKENS // SAMPLED, SAMPLED)), 2)
         norms = tl.load(norms_ptr + neuron, mask=neuron < m, other=0.0)
-        inside = (neuron < m)[:, None] & (tile < tiles)[None, :]
-        tl.store(scores_ptr + at + neuron[:, None], by_tile * norms[:, None], mask=inside)
+        at = tile.to(tl.int64)[None, :] * m + neuron[:, None]
+        tl.store(
+            scores_ptr + at, by_tile * norms[:, None], mask=(tile < tiles)[None, :] & (neuron < m)[:, None]
+        )  # fmt: skip
 
 
 @triton.jit
@@ -265,8 +303,8 @@ def _keys(scores_ptr, start, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _count(keys, scores_ptr, least, m, BLOCK: tl.constexpr, HELD: tl.constexpr):
-    """How many neurons of a tile have at least this key."""
+def _reached(keys, least, scores_ptr, m, BLOCK: tl.constexpr, HELD: tl.constexpr):
+    """How many neurons of a tile have at least the key `least`; `keys` holds the first block, or all of them."""
     if HELD:
         reached = tl.sum((keys >= least).to(tl.int32), 0)
     else:
@@ -278,26 +316,25 @@ def _count(keys, scores_ptr, least, m, BLOCK: tl.constexpr, HELD: tl.constexpr):
 
 @triton.jit
 def _top(
-    scores_ptr, scores_stride, neurons_ptr, m, k, BLOCK: tl.constexpr, HELD: tl.constexpr
+    scores_ptr, scores_stride, neurons_ptr, m, k, BLOCK: tl.constexpr, GATHERED: tl.constexpr, HELD: tl.constexpr
 ):  # fmt: skip
     """The k most important neurons of one tile: bisect for the largest key that k neurons reach, then gather them."""
     scores_ptr += tl.program_id(0).to(tl.int64) * scores_stride
     neurons_ptr += tl.program_id(0).to(tl.int64) * k
     keys = _keys(scores_ptr, 0, m, BLOCK)
-    least = tl.where(_count(keys, scores_ptr, 0, m, BLOCK, HELD) >= k, 0, -0x80000000)
+    least = tl.where(_reached(keys, 0, scores_ptr, m, BLOCK, HELD) >= k, 0, -0x80000000)
     for bit in range(31):
         raised = least + (1 << (30 - bit))
-        least = tl.where(_count(keys, scores_ptr, raised, m, BLOCK, HELD) >= k, raised, least)
+        least = tl.where(_reached(keys, raised, scores_ptr, m, BLOCK, HELD) >= k, raised, least)
     # Of the neurons at the threshold itself the first are taken, as many as those above leave to take.
-    wanted = k - _count(keys, scores_ptr, least + 1, m, BLOCK, HELD)
+    wanted = k - _reached(keys, least + 1, scores_ptr, m, BLOCK, HELD)
     above_before, equal_before = 0, 0
-    for start in range(0, m, BLOCK):
-        if not HELD:
-            keys = _keys(scores_ptr, start, m, BLOCK)
-        above, equal = (keys > least).to(tl.int32), (keys == least).to(tl.int32)
+    for start in range(0, m, GATHERED):
+        block = _keys(scores_ptr, start, m, GATHERED)
+        above, equal = (block > least).to(tl.int32), (block == least).to(tl.int32)
         above_to, equal_to = above_before + tl.cumsum(above, 0), equal_before + tl.cumsum(equal, 0)
         taken = (above > 0) | ((equal > 0) & (equal_to <= wanted))
         place = above_to + tl.minimum(equal_to, wanted) - 1
-        tl.store(neurons_ptr + place, (start + tl.arange(0, BLOCK)).to(tl.int64), mask=taken)
+        tl.store(neurons_ptr + place, (start + tl.arange(0, GATHERED)).to(tl.int64), mask=taken)
         above_before += tl.sum(above, 0)
         equal_before += tl.sum(equal, 0)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 _POWER_ITERATIONS = tl.constexpr(2)  # as in `tiling.py`
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
-_LAST = tl.constexpr(0x7F800001)  # the key of NaN, one above infinity's
+_LAST = tl.constexpr(0x3FC00001)  # the key of NaN, above infinity's
+_NONE = tl.constexpr(0x3FFFFFFF)  # above all keys
 
 _HELD = 32768  # features of one group that one program holds in registers
 _SPLIT = 256  # entries whose moments one program sums: 32 programs for 8192 entries
@@ -82,10 +83,13 @@ def _features(features_ptr, order_ptr, begin, place, inside, tokens, r, WIDTH: t
 
 @triton.jit
 def _key(along):
-    """Integers that order as floats do, both zeros alike and NaN last."""
+    """Integers that order as floats do, both zeros alike and NaN last. Their differences fit in 32 bits.
+
+    For that they go without a float's last bit: projections so close count as equal.
+    """
     bits = tl.where(along == 0, 0.0, along).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(along == along, bits, _LAST)
+    return tl.where(along == along, bits >> 1, _LAST)
 
 
 @triton.jit
@@ -211,11 +215,11 @@ def _place(order_ptr, keys_ptr, target_ptr, group, BLOCK: tl.constexpr, RIVALS: 
     before = tl.zeros((BLOCK, RIVALS), tl.int32)
     for start in range(0, group, RIVALS):
         rival = start + tl.arange(0, RIVALS)
-        rivals = tl.load(keys_ptr + begin + rival, mask=rival < group, other=0x7FFFFFFF)
+        rivals = tl.load(keys_ptr + begin + rival, mask=rival < group, other=_NONE)
         wins_ties = (start + RIVALS <= first).to(tl.int32)  # all of these lie before the block
-        before += (rivals[None, :] < (key + wins_ties)[:, None]).to(tl.int32)
+        before -= (rivals[None, :] - (key + wins_ties)[:, None]) >> 31  # cheaper than to compare: -1 if it is less
     rival = first // RIVALS * RIVALS + tl.arange(0, RIVALS)  # the block lies among these
-    rivals = tl.load(keys_ptr + begin + rival, mask=rival < group, other=0x7FFFFFFF)
+    rivals = tl.load(keys_ptr + begin + rival, mask=rival < group, other=_NONE)
     before += ((rivals[None, :] == key[:, None]) & (rival[None, :] < place[:, None])).to(tl.int32)
     entry = tl.load(order_ptr + begin + place, mask=inside, other=0)
     tl.store(target_ptr + begin + tl.sum(before, 1), entry, mask=inside)
