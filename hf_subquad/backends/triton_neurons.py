@@ -5,6 +5,7 @@ importance that needs it; neither time are they written to memory. Nothing waits
 a fixed order: the same tokens always choose the same neurons.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,8 +36,23 @@ _SCORES = {"NEURONS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2}
 _THIRD = 168  # registers a thread if a multiprocessor is to run three programs of `_SCORES`, not two
 
 
+_names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weakref.WeakKeyDictionary()
+
+
 def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """Which of `ACTIVATIONS` a module or function computes, found by trying it on numbers; None if it is none."""
+    """Which of `ACTIVATIONS` a module or function computes; None if it is none of them, or has parameters.
+
+    Found by trying it on numbers, once.
+    """
+    try:
+        if activation not in _names:
+            _names[activation] = _recognised(activation)
+        return _names[activation]
+    except TypeError:  # one that cannot be a key
+        return _recognised(activation)
+
+
+def _recognised(activation: Callable[[Tensor], Tensor]) -> str | None:
     if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
         return None
     far = torch.tensor([-50.0, 50.0], device="cpu", dtype=torch.float32)
@@ -46,7 +62,7 @@ def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
             values = activation(points.clone())
         except Exception:  # whatever it cannot do with plain numbers, it is none of ours
             return None
-        if not isinstance(values, Tensor) or values.shape != points.shape or values.dtype != points.dtype:
+        if not isinstance(values, Tensor) or (values.shape, values.dtype) != (points.shape, points.dtype):
             return None
         for name, function in ACTIVATIONS.items():
             if torch.allclose(values.cpu(), function(points), rtol=1e-5, atol=1e-5):
@@ -92,7 +108,7 @@ def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: 
         _squares[squares_grid](*arguments, squares_span, **ranks, **_SQUARES)
         _scores[scores_grid](
             *arguments, scores_span, squares_grid[1], output_norms, scores,
-            ACTIVATION=activation, **ranks, **_SCORES, maxnreg=_THIRD if at_once == 3 else None,
+            SHARES=triton.next_power_of_2(squares_grid[1]), ACTIVATION=activation, **ranks, **_SCORES, maxnreg=_THIRD if at_once == 3 else None,
         )  # fmt: skip
     return scores
 
@@ -237,13 +253,12 @@ def _squares(
 
 
 @triton.jit
-def _spread(squares_ptr, length, shares, m, TOKENS: tl.constexpr):
+def _spread(squares_ptr, length, shares, m, SHARES: tl.constexpr, TOKENS: tl.constexpr):
     """Root mean square of a block of tokens' pre-activations over the m neurons, [1, TOKENS]."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    total = tl.zeros((TOKENS,), tl.float32)
-    for share in range(shares):
-        total += tl.load(squares_ptr + share * length + token)
-    return tl.sqrt(total / m)[None, :]
+    share = tl.arange(0, SHARES)[:, None]
+    squares = tl.load(squares_ptr + share * length + token[None, :], mask=share < shares, other=0.0)
+    return tl.sqrt(tl.sum(squares, 0) / m)[None, :]
 
 
 @triton.jit
@@ -253,18 +268,19 @@ def _scores(
     up_codes_ptr, up_codes_stride, up_low_ptr, up_low_tile_stride, up_low_token_stride, up_u_ptr, up_u_stride,
     up_bias_ptr, up_q,
     squares_ptr, length, span, shares, norms_ptr, scores_ptr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    SHARES: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
     NEURONS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Importance of a share of the neurons to the tiles of a block of tokens."""
     sketched, exists = _tokens(sketched_ptr, tile_stride, token_stride, tiles, sampled, r, SAMPLED, TOKENS, R)
     low, _ = _tokens(low_ptr, low_tile_stride, low_token_stride, tiles, sampled, q, SAMPLED, TOKENS, Q)
-    move = _MOVE * _spread(squares_ptr, length, shares, m, TOKENS)
+    move = _MOVE * _spread(squares_ptr, length, shares, m, SHARES, TOKENS)
     if GATED:
         up_low, _ = _tokens(
             up_low_ptr, up_low_tile_stride, up_low_token_stride, tiles, sampled, up_q, SAMPLED, TOKENS, Q
         )  # fmt: skip
-        up_move = _MOVE * _spread(squares_ptr + shares * length, length, shares, m, TOKENS)
+        up_move = _MOVE * _spread(squares_ptr + shares * length, length, shares, m, SHARES, TOKENS)
     tile = tl.program_id(0) * (TOKENS // SAMPLED) + tl.arange(0, TOKENS // SAMPLED)
     first = tl.program_id(1) * span
     for start in range(first, tl.minimum(first + span, m), NEURONS):
@@ -322,10 +338,16 @@ def _top(
     scores_ptr += tl.program_id(0).to(tl.int64) * scores_stride
     neurons_ptr += tl.program_id(0).to(tl.int64) * k
     keys = _keys(scores_ptr, 0, m, BLOCK)
-    least = tl.where(_reached(keys, 0, scores_ptr, m, BLOCK, HELD) >= k, 0, -0x80000000)
-    for bit in range(31):
-        raised = least + (1 << (30 - bit))
-        least = tl.where(_reached(keys, raised, scores_ptr, m, BLOCK, HELD) >= k, raised, least)
+    reached = _reached(keys, 0, scores_ptr, m, BLOCK, HELD)
+    least = tl.where(reached >= k, 0, -0x80000000)
+    reached = tl.where(reached >= k, reached, m)
+    bit = 30
+    while (bit >= 0) & (reached != k):
+        raised = least + (1 << bit)
+        fewer = _reached(keys, raised, scores_ptr, m, BLOCK, HELD)
+        least = tl.where(fewer >= k, raised, least)
+        reached = tl.where(fewer >= k, fewer, reached)
+        bit -= 1
     # Of the neurons at the threshold itself the first are taken, as many as those above leave to take.
     wanted = k - _reached(keys, least + 1, scores_ptr, m, BLOCK, HELD)
     above_before, equal_before = 0, 0

@@ -18,7 +18,7 @@ _LAST = tl.constexpr(0x3FC00001)  # the key of NaN, above infinity's
 _NONE = tl.constexpr(0x3FFFFFFF)  # above all keys
 
 _HELD = 32768  # features of one group that one program holds in registers
-_SPLIT = 256  # entries whose moments one program sums: 32 programs for 8192 entries
+_SPLIT, _SPLITS = 256, 32  # entries whose moments one program sums, at least; and into how many parts, at most
 _SUMMED = 16384  # values of partial moments added at a time
 _PROJECTED = 128  # entries projected by one program
 _RANKED, _RIVALS = 32, 256  # entries ranked by one program, and those they are compared with at a time
@@ -53,14 +53,15 @@ def bisect(features: Tensor, count: int, size: int) -> Tensor:
                     features, order, keys, tokens, r, group, held, width, num_warps=_warps(held * width)
                 )
             else:
-                splits, square = triton.cdiv(group, _SPLIT), max(width, 16)
+                split, square = max(_SPLIT, triton.next_power_of_2(triton.cdiv(group, _SPLITS))), max(width, 16)
+                splits = triton.cdiv(group, split)
                 sums = features.new_empty(groups, splits, square)
                 seconds = features.new_empty(groups, splits, square, square)
-                _moments[(groups, splits)](features, order, sums, seconds, tokens, r, group, _SPLIT, 64, square)
+                _moments[(groups, splits)](features, order, sums, seconds, tokens, r, group, split, 64, square)
                 summed = min(max(_SUMMED // square**2, 1), triton.next_power_of_2(splits))
                 _project[(groups, triton.cdiv(group, _PROJECTED))](
                     features, order, sums, seconds, keys, tokens, r, group, splits,
-                    _SPLIT, summed, _PROJECTED, square, num_warps=8,
+                    split, summed, _PROJECTED, square, num_warps=8,
                 )  # fmt: skip
             _place[(groups, triton.cdiv(group, _RANKED))](order, keys, target, group, _RANKED, _RIVALS)
             order, target = target, order
@@ -154,7 +155,7 @@ def _moments(
     tl.store(seconds_ptr + at * WIDTH * WIDTH + column[:, None] * WIDTH + column[None, :], second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _project(
     features_ptr, order_ptr, sums_ptr, seconds_ptr, keys_ptr, tokens, r, group, splits,
     SPLIT: tl.constexpr, SUMMED: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
