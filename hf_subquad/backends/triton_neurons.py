@@ -30,10 +30,18 @@ EstimatedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 _MOVE = tl.constexpr(0.5)  # as in `index.py`
 _ROW = 16384  # scores of a tile that one program holds in registers
 _GATHERED = 4096  # scores of a tile that one program looks at together when it writes what it chose
-# Blocks of pre-activations. Fewer tokens a block leave registers for more programs, but read codes more often.
-_SQUARES = {"NEURONS": 64, "TOKENS": 128, "num_warps": 8, "num_stages": 3}
-_SCORES = {"NEURONS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2}
-_THIRD = 168  # registers a thread if a multiprocessor is to run three programs of `_SCORES`, not two
+_Block = dict[str, int]
+# Blocks of pre-activations in the two passes over them, by the largest r + q (powers of two) that fits. With fewer
+# tokens more programs fit on a multiprocessor, or higher ranks into one, but codes are read more often.
+_BLOCKS: dict[int, tuple[_Block, _Block]] = {
+    96: (
+        {"NEURONS": 64, "TOKENS": 128, "num_warps": 8, "num_stages": 3},
+        {"NEURONS": 64, "TOKENS": 64, "num_warps": 4, "num_stages": 2},
+    ),
+    384: ({"NEURONS": 64, "TOKENS": 32, "num_warps": 8, "num_stages": 1},) * 2,
+    640: ({"NEURONS": 32, "TOKENS": 16, "num_warps": 8, "num_stages": 1},) * 2,
+}
+_THIRD = 168  # registers a thread if a multiprocessor is to run three programs of the second pass, not two
 
 
 _names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weakref.WeakKeyDictionary()
@@ -77,7 +85,8 @@ def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: 
     the squared norm of the neuron's output row.
 
     Args:
-        sketched: [n, t, r], t <= 16; coordinates x A^T of the sampled tokens in the sketch.
+        sketched: [n, t, r], t <= 16; coordinates x A^T of the sampled tokens in the sketch. Ranks r and q, rounded up
+            to powers of two, are at most 640 together.
         inputs: one input projection, or gate and up: (codes float32 [m, r], low [n, t, q] = x (s V)^T, u [m, q],
             bias [m] or None), with pre-activations codes x_sketched + u x_low + bias.
         activation: a name in `ACTIVATIONS`; of the gate, if there are two inputs.
@@ -89,26 +98,28 @@ def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: 
     (tiles, sampled, r), m = sketched.shape, len(output_norms)
     sketched, output_norms = _rows(sketched), output_norms.contiguous()
     padded, multiprocessors = triton.next_power_of_2(sampled), _multiprocessors(sketched.device)
-    # Operands of four bytes and the error function need more registers than a third.
-    at_once = 3 if sketched.element_size() == 2 and activation != "gelu" else 2
-    length = triton.cdiv(tiles * padded, _SQUARES["TOKENS"]) * _SQUARES["TOKENS"]
-    squares_grid, squares_span = _grid(tiles * padded, m, _SQUARES, multiprocessors)
-    scores_grid, scores_span = _grid(tiles * padded, m, _SCORES, at_once * multiprocessors)
-    squares = torch.empty(len(inputs), squares_grid[1], length, device=sketched.device, dtype=torch.float32)
-    scores = torch.empty(tiles, m, device=sketched.device, dtype=torch.float32)
-    gate, up = _described(*inputs[0]), _described(*inputs[-1])
-    arguments = (sketched, *sketched.stride()[:2], tiles, sampled, m, r, *gate, *up, squares, length)
     ranks = {
         "GATED": len(inputs) == 2,
         "SAMPLED": padded,
         "R": max(triton.next_power_of_2(r), 16),
         "Q": max(triton.next_power_of_2(max(u.shape[1] for _, _, u, _ in inputs)), 16),
     }
+    first, second = next(blocks for columns, blocks in _BLOCKS.items() if ranks["R"] + ranks["Q"] <= columns)
+    # Operands of four bytes, higher ranks and the error function need more registers than a third.
+    third = first is not second and sketched.element_size() == 2 and activation != "gelu"
+    squares_grid, squares_span = _grid(tiles * padded, m, first, multiprocessors)
+    scores_grid, scores_span = _grid(tiles * padded, m, second, (3 if third else 2) * multiprocessors)
+    length = squares_grid[0] * first["TOKENS"]
+    squares = torch.empty(len(inputs), squares_grid[1], length, device=sketched.device, dtype=torch.float32)
+    scores = torch.empty(tiles, m, device=sketched.device, dtype=torch.float32)
+    gate, up = _described(*inputs[0]), _described(*inputs[-1])
+    arguments = (sketched, *sketched.stride()[:2], tiles, sampled, m, r, *gate, *up, squares, length)
     with torch.cuda.device_of(sketched):
-        _squares[squares_grid](*arguments, squares_span, **ranks, **_SQUARES)
+        _squares[squares_grid](*arguments, squares_span, **ranks, **first)
         _scores[scores_grid](
             *arguments, scores_span, squares_grid[1], output_norms, scores,
-            SHARES=triton.next_power_of_2(squares_grid[1]), ACTIVATION=activation, **ranks, **_SCORES, maxnreg=_THIRD if at_once == 3 else None,
+            SHARES=triton.next_power_of_2(squares_grid[1]), ACTIVATION=activation,
+            **ranks, **second, maxnreg=_THIRD if third else None,
         )  # fmt: skip
     return scores
 
@@ -117,7 +128,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _grid(tokens: int, m: int, block: dict[str, int], programs: int) -> tuple[tuple[int, int], int]:
+def _grid(tokens: int, m: int, block: _Block, programs: int) -> tuple[tuple[int, int], int]:
     """Blocks of tokens by shares of the neurons, at most about `programs` in all; and the neurons of a share.
 
     A program keeps its tokens and walks through its neurons.
