@@ -1,0 +1,389 @@
+"""Do the Triton kernels choose the tiles and neurons that PyTorch would? Interpreted where there is no GPU."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from hf_subquad.backends import triton_neurons, triton_tiles
+from hf_subquad.backends.triton_neurons import ACTIVATIONS, EstimatedInput, name_of, tile_scores, top_neurons
+from hf_subquad.backends.triton_tiles import bisect
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAN, INF = float("nan"), float("inf")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+# Tiles
+
+
+def by_definition(features: Tensor, count: int, size: int) -> Tensor:
+    """Bisection as `tiling.py` describes it, in float64 with a stable sort."""
+    values = features.double()[torch.arange(count * size, device=features.device) % len(features)]
+    groups = [torch.arange(count * size, device=features.device)]
+    while len(groups) < count:
+        halves = []
+        for group in groups:
+            centred = values[group] - values[group].mean(0)
+            covariance = centred.t() @ centred
+            direction = covariance[:, covariance.diagonal().argmax()]
+            for _ in range(2):
+                direction = covariance @ (direction / direction.norm().clamp_min(1e-300))
+            along = centred @ (direction / direction.norm().clamp_min(1e-300))
+            halves += group[along.argsort(stable=True)].view(2, -1)
+        groups = halves
+    return torch.stack(groups)
+
+
+def check_permutation(entries: Tensor, count: int, size: int) -> None:
+    assert entries.shape == (count, size) and entries.dtype == torch.int64
+    assert torch.equal(entries.flatten().sort().values.cpu(), torch.arange(count * size))
+
+
+@pytest.fixture(params=["group in a program", "group in many"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small groups in both of the ways that groups are projected."""
+    if request.param == "group in many":
+        monkeypatch.setattr(triton_tiles, "_HELD", 64)
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize(
+    ("tokens", "r", "count", "size"),
+    [(600, 32, 2, 300), (611, 3, 4, 153), (90, 1, 8, 12), (99, 33, 4, 25), (61, 5, 32, 2), (64, 64, 8, 8)],
+)  # fmt: skip
+def test_tiles_are_those_of_the_definition(tokens: int, r: int, count: int, size: int) -> None:
+    features = normal(tokens, r) + 5 * normal(1, r, seed=1)
+    entries = bisect(features, count, size)
+    check_permutation(entries, count, size)
+    assert (entries == by_definition(features, count, size)).double().mean() > 0.99  # all but rounding
+    assert torch.equal(entries, bisect(features, count, size))
+
+
+def test_one_tile() -> None:
+    assert torch.equal(bisect(normal(7, 2), 1, 9).cpu(), torch.arange(9)[None])
+
+
+@pytest.mark.usefixtures("held")
+def test_a_mean_far_from_zero_costs_no_digits() -> None:
+    """Nor does one token far from the others."""
+    features = normal(512, 8) * torch.linspace(1, 3, 8, device=DEVICE) + 1e4
+    assert (bisect(features, 4, 128) == by_definition(features, 4, 128)).double().mean() > 0.97
+    features = normal(512, 8)
+    features[0] = 1e3
+    assert (bisect(features, 4, 128) == by_definition(features, 4, 128)).double().mean() > 0.97
+
+
+@pytest.mark.usefixtures("held")
+def test_ties_keep_their_order() -> None:
+    constant = bisect(torch.full((300, 5), 2.5, device=DEVICE), 4, 75)
+    assert torch.equal(constant.flatten().cpu(), torch.arange(300))
+    features = torch.randint(0, 3, (700, 1), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    features[features == 0] = -0.0
+    assert torch.equal(bisect(features, 2, 350).flatten(), features.flatten().argsort(stable=True))
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("spoil", [NAN, INF, 3e38])
+@pytest.mark.parametrize("rows", [slice(7, 8), slice(0, 1), slice(None)])
+def test_whatever_the_features_no_entry_is_lost(spoil: float, rows: slice) -> None:
+    features = normal(150, 6)
+    features[rows, 2] = spoil
+    check_permutation(bisect(features, 4, 38), 4, 38)
+
+
+# Scores
+
+
+def importance(sketched: Tensor, inputs: list[EstimatedInput], activation: str, output_norms: Tensor) -> Tensor:
+    """The formula of `ActivationIndex`, in float64."""
+    pre = []
+    for codes, low, u, bias in inputs:
+        estimate = sketched.double() @ codes.double().t() + low.double() @ u.double().t()
+        pre.append(estimate if bias is None else estimate + bias.double())
+    spread = [values.square().mean(-1, keepdim=True).sqrt() for values in pre]
+    activate = ACTIVATIONS[activation]
+    now, moved = activate(pre[0]), activate(pre[0] + 0.5 * spread[0])
+    if len(pre) == 1:
+        scores = now.square() + (moved - now).square()
+    else:
+        scores = (moved - now).square() * pre[1].square() + now.square() * (pre[1].square() + (0.5 * spread[1]) ** 2)
+    return scores.sum(1) * output_norms.double()
+
+
+def scoring(
+    n: int, t: int, r: int, q: int, m: int, gated: bool, bias: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[EstimatedInput], Tensor]:
+    """Of tensors that are slices of others, as those of stacked projections are."""
+    sketched, *lows = normal(n, t, r + 2 * q).to(dtype).split([r, q, q], dim=-1)
+    codes, u = (normal(2 * m, r, seed=1) / r**0.5).split(m), normal(2 * m, q, seed=2).split(m)
+    biases = normal(2 * m, seed=3).split(m) if bias else (None, None)
+    inputs = list(zip(codes, lows, u, biases, strict=True))[: 1 + gated]
+    return sketched, inputs, normal(m, seed=4).square()
+
+
+def relative_error(values: Tensor, reference: Tensor) -> float:
+    return ((values.double() - reference).norm() / reference.norm()).item()
+
+
+@pytest.fixture(params=[1, 12])
+def _multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All neurons in one share, or in several."""
+    monkeypatch.setattr(triton_neurons, "_multiprocessors", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("_multiprocessors")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("n", "t", "r", "q", "m"), [(5, 16, 64, 16, 301), (9, 5, 3, 3, 129), (130, 1, 32, 1, 77), (1, 12, 17, 20, 1)]
+)
+def test_scores(n: int, t: int, r: int, q: int, m: int, gated: bool, bias: bool) -> None:
+    sketched, inputs, norms = scoring(n, t, r, q, m, gated, bias)
+    scores = tile_scores(sketched, inputs, "silu", norms)
+    assert scores.shape == (n, m) and scores.dtype == torch.float32
+    assert relative_error(scores, importance(sketched, inputs, "silu", norms)) < (1e-5 if DEVICE == "cpu" else 2e-3)
+    assert torch.equal(scores, tile_scores(sketched, inputs, "silu", norms))
+
+
+@pytest.mark.parametrize(("r", "q"), [(128, 16), (64, 70), (512, 16)])
+def test_scores_with_high_ranks(r: int, q: int) -> None:
+    sketched, inputs, norms = scoring(3, 16, r, q, 70, True, True)
+    scores = tile_scores(sketched, inputs, "gelu", norms)
+    assert relative_error(scores, importance(sketched, inputs, "gelu", norms)) < (1e-5 if DEVICE == "cpu" else 2e-3)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_scores_of_every_activation(activation: str, gated: bool) -> None:
+    sketched, inputs, norms = scoring(3, 16, 8, 2, 40, gated, True)
+    scores = tile_scores(8 * sketched, inputs, activation, norms)  # far enough to saturate
+    reference = importance(8 * sketched, inputs, activation, norms)
+    assert relative_error(scores, reference) < (1e-5 if DEVICE == "cpu" else 5e-3)
+
+
+def test_scores_of_half_precision_tokens() -> None:
+    sketched, inputs, norms = scoring(3, 16, 32, 4, 100, True, True, torch.float16)
+    inputs = [(codes, low, u.half(), bias.half()) for codes, low, u, bias in inputs]
+    scores = tile_scores(sketched, inputs, "silu", norms)
+    assert relative_error(scores, importance(sketched, inputs, "silu", norms)) < 2e-3  # codes are rounded as well
+
+
+def test_a_token_that_is_not_a_number_spoils_its_own_tile_only() -> None:
+    sketched, inputs, norms = scoring(6, 5, 8, 2, 40, True, False)
+    whole = tile_scores(sketched, inputs, "silu", norms)
+    sketched[2, 3, 0] = NAN
+    spoilt = tile_scores(sketched, inputs, "silu", norms)
+    assert spoilt[2].isnan().all()
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(spoilt[others], whole[others])
+
+
+# Activations
+
+
+class Parametric(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + self.slope
+
+
+def raises(x: Tensor) -> Tensor:
+    raise RuntimeError
+
+
+def test_names_of_activations() -> None:
+    from transformers.activations import ACT2FN
+
+    named = {
+        "relu": [nn.ReLU(), nn.ReLU(inplace=True), torch.relu, ACT2FN["relu"]],
+        "silu": [nn.SiLU(inplace=True), ACT2FN["silu"], lambda x: x * x.sigmoid()],
+        "gelu": [nn.GELU(), ACT2FN["gelu"], nn.functional.gelu],
+        "gelu_tanh": [nn.GELU("tanh"), ACT2FN["gelu_new"], ACT2FN["gelu_fast"], ACT2FN["gelu_pytorch_tanh"]],
+        "quick_gelu": [ACT2FN["quick_gelu"]],
+        "relu_squared": [ACT2FN["relu2"]],
+        "sigmoid": [nn.Sigmoid()],
+        "tanh": [nn.Tanh(), torch.tanh],
+        None: [
+            Parametric(), nn.PReLU(), nn.LeakyReLU(), ACT2FN["gelu_10"], ACT2FN["relu6"], nn.ELU(), nn.Mish(),
+            nn.RReLU().train(), nn.Dropout(), nn.Identity(), raises, lambda x: x.double().relu(), lambda x: None,
+            lambda x: x.relu()[:3], lambda x: x.relu() * NAN,
+        ],
+    }  # fmt: skip
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        for name, activations in named.items():
+            for activation in activations:
+                assert name_of(activation) == name == name_of(activation), (activation, name)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.is_grad_enabled()
+
+
+# The largest scores
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """NaN first, then the larger, then the lower index."""
+    ranked = [sorted(range(len(row)), key=lambda j, row=row: (row[j] == row[j], -row[j])) for row in scores.tolist()]
+    return torch.tensor([sorted(order[:k]) for order in ranked])
+
+
+@pytest.fixture
+def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_neurons, "_ROW", 256)
+    monkeypatch.setattr(triton_neurons, "_GATHERED", 64)
+
+
+SHAPES = [(1, 1, 1), (3, 70, 1), (3, 70, 70), (5, 129, 33), (2, 1000, 411), (2, 1024, 1023)]
+
+
+@pytest.mark.parametrize(("n", "m", "k"), SHAPES)
+def test_largest(n: int, m: int, k: int) -> None:
+    scores = normal(n, m + 3)[:, :m]
+    chosen = top_neurons(scores, k)
+    assert chosen.shape == (n, k) and chosen.dtype == torch.int64
+    assert torch.equal(chosen.cpu(), largest(scores, k))
+
+
+@pytest.mark.usefixtures("_short_rows")
+@pytest.mark.parametrize(("n", "m", "k"), SHAPES)
+def test_largest_of_rows_longer_than_a_block(n: int, m: int, k: int) -> None:
+    scores = (normal(n, m) * 4).round() / 4  # with ties across blocks
+    assert torch.equal(top_neurons(scores, k).cpu(), largest(scores, k))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 7, 10, 15, 16])
+def test_largest_of_special_values(k: int) -> None:
+    rows = [
+        [0.0, -0.0] * 8,
+        [-0.0, 0.0, NAN, 1.0, -1.0, INF, -INF, 1e-45, -1e-45, NAN, INF, 3e38, -3e38, 0.0, -NAN, 2.0],
+        [NAN] * 16,
+        [-INF] * 15 + [NAN],
+        [-float(j) for j in range(16)],
+        [INF] * 16,
+    ]
+    scores = torch.tensor(rows, device=DEVICE)
+    assert torch.equal(top_neurons(scores, k).cpu(), largest(scores, k))
+
+
+# On a GPU, at the sizes of a large model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "r", "count"), [(8192, 32, 64), (8001, 32, 64), (16384, 64, 128), (50000, 32, 512)])
+def test_tiles_at_full_size(tokens: int, r: int, count: int) -> None:
+    size = -(-tokens // count)
+    features = normal(tokens, r) * torch.linspace(1, 4, r, device=DEVICE)
+    entries = bisect(features, count, size)
+    check_permutation(entries, count, size)
+    reference = by_definition(features, count, size)
+    shared = [len(set(a) & set(b)) for a, b in zip(entries.tolist(), reference.tolist(), strict=True)]
+    assert sum(shared) / (count * size) > 0.98
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_neurons_at_full_size(dtype: torch.dtype, gated: bool, activation: str) -> None:
+    sketched, inputs, norms = scoring(64, 16, 64, 16, 14336, gated, False, dtype)
+    scores = tile_scores(sketched, inputs, activation, norms)
+    reference = importance(sketched, inputs, activation, norms)
+    assert relative_error(scores, reference) < 2e-2
+    chosen = top_neurons(scores, 2112)
+    rows = torch.arange(64, device=DEVICE)[:, None]
+    assert torch.equal(scores[rows, chosen].sort(dim=1).values, scores.topk(2112, dim=1).values.flip(1))
+    assert (reference[rows, chosen].sum() / reference.topk(2112, dim=1).values.sum()) > 0.999
+
+
+@pytest.mark.gpu
+def test_selection_in_a_graph() -> None:
+    """Captured, and replayed on other tokens: nothing waits for the device or depends on what was captured."""
+    features = normal(8192, 32)
+    sketched, inputs, norms = scoring(64, 16, 64, 16, 14336, True, False, torch.bfloat16)
+
+    def select() -> tuple[Tensor, Tensor]:
+        return bisect(features, 64, 128), top_neurons(tile_scores(sketched, inputs, "silu", norms), 2112)
+
+    select()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = select()
+    features.copy_(normal(8192, 32, seed=8))
+    sketched.copy_(normal(64, 16, 64, seed=9).bfloat16())
+    for _ in range(20):
+        graph.replay()
+        for replayed, direct in zip(captured, select(), strict=True):
+            assert torch.equal(replayed, direct)
+
+
+COMPILE = """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hf_subquad.backends import triton_neurons as neurons
+    from hf_subquad.backends import triton_tiles as tiles
+
+    TYPES = {"order_ptr": "*i64", "target_ptr": "*i64", "keys_ptr": "*i32", "neurons_ptr": "*i64"}
+
+    def compiled(kernel, capability, constants, x="bf16", **options):
+        types = TYPES | {name: "*" + x for name in ("sketched_ptr", "low_ptr", "up_low_ptr")}
+        signature, attrs = {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            pointer = name.endswith("_ptr")
+            signature[name] = "constexpr" if name in constants else types.get(name, "*fp32" if pointer else "i32")
+            if name not in constants:
+                attrs[i,] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attrs)
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        limit = {80: 163, 90: 227}[capability] * 1024
+        assert result.metadata.shared <= limit, (kernel, capability, options, result.metadata.shared)
+        return result.asm["ptx"]
+
+    for capability, multiplication in ((80, "mma.sync"), (90, "wgmma.mma_async")):
+        for width in (32, 64):
+            compiled(tiles._project_group, capability, {"HELD": tiles._HELD // width, "WIDTH": width}, num_warps=16)
+            compiled(tiles._moments, capability, {"SPLIT": 256, "BLOCK": 64, "WIDTH": width})
+            constants = {"SPLIT": 256, "SUMMED": tiles._SUMMED // width**2, "BLOCK": tiles._PROJECTED, "WIDTH": width}
+            compiled(tiles._project, capability, constants, num_warps=8)
+        compiled(tiles._place, capability, {"BLOCK": tiles._RANKED, "RIVALS": tiles._RIVALS})
+        for held in (True, False):
+            constants = {"BLOCK": neurons._ROW, "GATHERED": neurons._GATHERED, "HELD": held}
+            compiled(neurons._top, capability, constants, num_warps=16)
+        for columns, (r, q) in {96: (64, 32), 384: (256, 128), 640: (512, 128)}.items():
+            ranks = {"GATED": True, "SAMPLED": 16, "R": r, "Q": q, "bias_ptr": None, "up_bias_ptr": None}
+            second_pass = {"SHARES": 16, "ACTIVATION": "silu"}
+            kernels = ((neurons._squares, {}), (neurons._scores, second_pass))
+            for (kernel, more), block in zip(kernels, neurons._BLOCKS[columns], strict=True):
+                options = {name: value for name, value in block.items() if name.islower()}
+                sizes = {name: value for name, value in block.items() if name.isupper()}
+                for x in ("bf16", "fp32"):
+                    ptx = compiled(kernel, capability, ranks | more | sizes, x, **options)
+                    assert columns > 384 or multiplication in ptx, (kernel, capability, columns, x)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus() -> None:
+    """Without one, at the sizes of a large model; shared memory suffices."""
+    triton = pytest.importorskip("triton", minversion="3.3")  # whose compiler takes these arguments
+    assert triton
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], env=environment, check=True)
