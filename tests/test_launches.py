@@ -1,0 +1,51 @@
+"""Would a GPU take the kernels? All of a launch happens but the run: arguments, specialisation, compilation, limits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = {
+    *("_moments", "_project", "_project_group", "_place"),  # tiles
+    *("_squares", "_scores", "_top"),  # their neurons
+    *("_dot_rows", "_sum_rows", "_per_neuron"),
+}
+
+
+def rehearsed(*arguments: Any) -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.rehearsal", *map(str, arguments)],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_one_forward_and_backward() -> None:
+    launched = rehearsed(90, "bfloat16", "gated", 256, 1024)
+    assert set(launched) == KERNELS
+    launches = {name: found["launches"] for name, found in launched.items()}
+    assert launches["_dot_rows"] == 2  # gate and up in one, and the gradient out of the MLP
+    assert launches["_sum_rows"] == 5  # out, into gate and up in one, and the products with U of three matrices
+    assert launches["_per_neuron"] == 3
+    assert launches["_squares"] == launches["_scores"] == launches["_top"] == 1
+    assert sum(launches.values()) < 35
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("kind", "d", "m"), [("plain", 256, 1024), ("stacked", 256, 1024), ("conv1d", 250, 1001)], ids=str
+)
+def test_devices_dtypes_and_shapes(capability: int, dtype: str, kind: str, d: int, m: int) -> None:
+    """What exceeds a device's shared memory is an error of Triton's."""
+    assert set(rehearsed(capability, dtype, kind, d, m)) == KERNELS
