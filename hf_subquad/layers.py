@@ -7,57 +7,25 @@ activation, gate product and dropout; the output projection consumes the result 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .compensation import Compensation
-from .config import SubquadConfig
 from .errors import EmptyBatchError, InactivePatchError, SubquadError
 from .gathered import dot_rows, sum_rows
 from .index import ActivationIndex, Selection
-from .plan import Plan
 from .projection import NeuronProjection, compute_dtype
+from .runtime import Runtime
 from .tiling import TokenTiles, tile_shape
-
-Forward = Literal["auto", "dense", "sparse"]
 
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
 
 _numbers = itertools.count()
 _by_number: WeakValueDictionary[int, "SparseMLP"] = WeakValueDictionary()  # a compiled graph holds numbers only
-
-
-@dataclass
-class Runtime:
-    """What all sparse MLPs of a model share.
-
-    Attributes:
-        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); the others force it.
-        dense_step: the coming training step runs dense (`dense_share`).
-        sync_seconds: time spent keeping in sync so far.
-        synced_step: the step that was synced last.
-        seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
-        last_report: what the latest sync measured, for logs.
-        plan: where the budgets come from, if they were planned; kept up to date as they change.
-    """
-
-    config: SubquadConfig
-    forward: Forward = "auto"
-    dense_step: bool = False
-    sync_seconds: float = 0.0
-    synced_step: int | None = None
-    seen_calls: int = 0
-    last_report: Any = field(default=None, repr=False)
-    plan: Plan | None = None
-
-    def sparse(self, training: bool) -> bool:
-        if self.forward != "auto":
-            return self.forward == "sparse"
-        return not self.dense_step if training else self.config.sparse_eval
 
 
 class SparseMLP:

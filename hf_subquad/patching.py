@@ -19,8 +19,9 @@ from .errors import (
 )
 from .families import Match, find_activations, find_mlps
 from .index import ActivationIndex
-from .layers import Forward, InputProjection, OutputProjection, Runtime, SparseMLP
+from .layers import InputProjection, OutputProjection, SparseMLP
 from .plan import Plan
+from .runtime import Forward, Runtime
 from .self_test import self_test
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

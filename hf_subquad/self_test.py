@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .errors import UnsupportedModuleError
 from .index import Selection
-from .layers import Forward, SparseMLP
+from .layers import SparseMLP
+from .runtime import Forward
 from .tiling import make_tiles
 
 _BATCH, _TOKENS = 2, 9

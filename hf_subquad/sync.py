@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .errors import InactivePatchError, WeightsError
-from .layers import Runtime, SparseMLP, current_forward
+from .layers import SparseMLP, current_forward
 from .patching import patched_parts, require_patched
 from .projection import NeuronProjection
+from .runtime import Runtime
 from .watch import Audit, BudgetChange, audit_live, review
 
 
