@@ -164,8 +164,9 @@ def _described(codes: Tensor, low: Tensor, u: Tensor, bias: Tensor | None) -> tu
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def _times_sigmoid(x, y):
+    """x sigmoid(y)."""
+    return x / (1 + tl.exp2(-1.4426950408889634 * y))
 
 
 @triton.jit
@@ -174,20 +175,20 @@ def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x > 0, x, 0.0)
     elif ACTIVATION == "silu":
-        return x * _sigmoid(x)
+        return _times_sigmoid(x, x)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1 + tl.erf(0.7071067811865476 * x))
     elif ACTIVATION == "gelu_tanh":  # 1 + tanh(y) = 2 sigmoid(2 y)
-        return x * _sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+        return _times_sigmoid(x, 1.5957691216057308 * x * (1 + 0.044715 * x * x))
     elif ACTIVATION == "quick_gelu":
-        return x * _sigmoid(1.702 * x)
+        return _times_sigmoid(x, 1.702 * x)
     elif ACTIVATION == "relu_squared":
         return tl.where(x > 0, x * x, 0.0)
     elif ACTIVATION == "sigmoid":
-        return _sigmoid(x)
+        return _times_sigmoid(1, x)
     else:
         tl.static_assert(ACTIVATION == "tanh")
-        return 2 * _sigmoid(2 * x) - 1
+        return _times_sigmoid(2, 2 * x) - 1
 
 
 @triton.jit
