@@ -183,11 +183,12 @@ def test_scores_of_half_precision_tokens() -> None:
     assert relative_error(scores, importance(sketched, inputs, "silu", norms)) < 2e-3  # codes are rounded as well
 
 
-def test_a_token_that_is_not_a_number_spoils_its_own_tile_only() -> None:
-    sketched, inputs, norms = scoring(6, 5, 8, 2, 40, True, False)
-    whole = tile_scores(sketched, inputs, "silu", norms)
+@pytest.mark.parametrize("activation", ["relu", "silu", "relu_squared"])
+def test_a_token_that_is_not_a_number_spoils_its_own_tile_only(activation: str) -> None:
+    sketched, inputs, norms = scoring(6, 5, 8, 2, 40, False, False)
+    whole = tile_scores(sketched, inputs, activation, norms)
     sketched[2, 3, 0] = NAN
-    spoilt = tile_scores(sketched, inputs, "silu", norms)
+    spoilt = tile_scores(sketched, inputs, activation, norms)
     assert spoilt[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     assert torch.equal(spoilt[others], whole[others])

@@ -43,7 +43,6 @@ _BLOCKS: dict[int, tuple[_Block, _Block]] = {
 }
 _THIRD = 168  # registers a thread if a multiprocessor is to run three programs of the second pass, not two
 
-
 _names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weakref.WeakKeyDictionary()
 
 
@@ -173,7 +172,7 @@ def _times_sigmoid(x, y):
 def _activate(x, ACTIVATION: tl.constexpr):
     """The function of that name in `ACTIVATIONS`, of float32."""
     if ACTIVATION == "relu":
-        return tl.where(x > 0, x, 0.0)
+        return tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "silu":
         return _times_sigmoid(x, x)
     elif ACTIVATION == "gelu":
@@ -183,7 +182,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "quick_gelu":
         return _times_sigmoid(x, 1.702 * x)
     elif ACTIVATION == "relu_squared":
-        return tl.where(x > 0, x * x, 0.0)
+        return tl.where(x < 0, 0.0, x * x)
     elif ACTIVATION == "sigmoid":
         return _times_sigmoid(1, x)
     else:
