@@ -129,7 +129,7 @@ def scoring(
 ) -> tuple[Tensor, list[EstimatedInput], Tensor]:
     """Of tensors that are slices of others, as those of stacked projections are."""
     sketched, *lows = normal(n, t, r + 2 * q).to(dtype).split([r, q, q], dim=-1)
-    codes, u = (normal(2 * m, r + 3, seed=1)[:, :r] / r**0.5).split(m), normal(2 * m, q + 1, seed=2)[:, :q].split(m)
+    codes, u = (normal(2 * m, r + 3, seed=1) / r**0.5)[:, :r].split(m), normal(2 * m, q + 1, seed=2)[:, :q].split(m)
     biases = normal(2 * m, seed=3).split(m) if bias else (None, None)
     inputs = list(zip(codes, lows, u, biases, strict=True))[: 1 + gated]
     return sketched, inputs, normal(m, seed=4).square()
