@@ -46,9 +46,8 @@ def bisect(features: Tensor, count: int, size: int) -> Tensor:
     group = entries
     with torch.cuda.device_of(features):
         while group > size:
-            groups = entries // group
-            if triton.next_power_of_2(group) * width <= _HELD:
-                held = triton.next_power_of_2(group)
+            groups, held = entries // group, triton.next_power_of_2(group)
+            if held * width <= _HELD:
                 _project_group[(groups,)](
                     features, order, keys, tokens, r, group, held, width, num_warps=_warps(held * width)
                 )
@@ -101,9 +100,7 @@ def _unit(direction):
 
 
 @triton.jit
-def _project_group(
-    features_ptr, order_ptr, keys_ptr, tokens, r, group, HELD: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _project_group(features_ptr, order_ptr, keys_ptr, tokens, r, group, HELD: tl.constexpr, WIDTH: tl.constexpr):
     """Keys of one group's entries. The covariance C^T C of its features is only ever applied, never written out."""
     begin = tl.program_id(0) * group
     place = tl.arange(0, HELD)
