@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from hf_subquad.backends import triton_neurons, triton_tiles
-from hf_subquad.backends.triton_neurons import ACTIVATIONS, EstimatedInput, name_of, tile_scores, top_neurons
+from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, name_of, tile_scores, top_neurons
 from hf_subquad.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +108,7 @@ def test_whatever_the_features_no_entry_is_lost(spoil: float, rows: slice) -> No
 # Scores
 
 
-def importance(sketched: Tensor, inputs: list[EstimatedInput], activation: str, output_norms: Tensor) -> Tensor:
+def importance(sketched: Tensor, inputs: list[ProjectedInput], activation: str, output_norms: Tensor) -> Tensor:
     """The formula of `ActivationIndex`, in float64."""
     pre = []
     for codes, low, u, bias in inputs:
@@ -126,7 +126,7 @@ def importance(sketched: Tensor, inputs: list[EstimatedInput], activation: str, 
 
 def scoring(
     n: int, t: int, r: int, q: int, m: int, gated: bool, bias: bool, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, list[EstimatedInput], Tensor]:
+) -> tuple[Tensor, list[ProjectedInput], Tensor]:
     """Of tensors that are slices of others, as those of stacked projections are."""
     sketched, *lows = normal(n, t, r + 2 * q).to(dtype).split([r, q, q], dim=-1)
     codes, u = (normal(2 * m, r + 3, seed=1) / r**0.5)[:, :r].split(m), normal(2 * m, q + 1, seed=2)[:, :q].split(m)

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_POWER_ITERATIONS = tl.constexpr(2)  # as in `tiling.py`
+from ..tiling import POWER_ITERATIONS
+
+_POWER_ITERATIONS = tl.constexpr(POWER_ITERATIONS)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LAST = tl.constexpr(0x3FC00001)  # the key of NaN, above infinity's
 _NONE = tl.constexpr(0x3FFFFFFF)  # above all keys
