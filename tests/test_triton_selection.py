@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from hf_subquad.backends import triton_neurons, triton_tiles
-from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, name_of, tile_scores, top_neurons
+from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, covers, name_of, tile_scores, top_neurons
 from hf_subquad.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,8 +159,9 @@ def test_scores(n: int, t: int, r: int, q: int, m: int, gated: bool, bias: bool)
     assert torch.equal(scores, tile_scores(sketched, inputs, "silu", norms))
 
 
-@pytest.mark.parametrize(("r", "q"), [(128, 16), (64, 70), (512, 16)])
+@pytest.mark.parametrize(("r", "q"), [(128, 16), (64, 70), (256, 16), (16, 130)])
 def test_scores_with_high_ranks(r: int, q: int) -> None:
+    assert covers(torch.float32, r, q) and not covers(torch.float32, 4 * r + 400, q) and not covers(torch.float64, r, q)
     sketched, inputs, norms = scoring(3, 16, r, q, 70, True, True)
     scores = tile_scores(sketched, inputs, "gelu", norms)
     assert relative_error(scores, importance(sketched, inputs, "gelu", norms)) < (1e-5 if DEVICE == "cpu" else 2e-3)
