@@ -1,4 +1,4 @@
-"""Triton kernels for float32 and 16-bit floats; what they do not cover (float64, other activations) PyTorch computes."""
+"""Triton kernels for 16 and 32-bit floats; what they do not cover (float64, other activations) is left to PyTorch."""
 
 from collections.abc import Sequence
 
