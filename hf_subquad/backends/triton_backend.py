@@ -56,7 +56,7 @@ class TritonBackend(TorchBackend):
         if a[0].dtype not in _DTYPES:
             return super().sum_rows(a, tiles, neurons, matrices)
         lows = [
-            triton_products.per_token(values, tiles.entries, neurons, matrix.u)
+            triton_products.per_token(values, tiles.entries, neurons, matrix.u, tiles.tokens)
             for values, matrix in zip(a, matrices, strict=True)
         ]
         rows, vs = [matrix.rows for matrix in matrices], [matrix.v for matrix in matrices]
