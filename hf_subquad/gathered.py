@@ -87,25 +87,25 @@ def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[T
     "hf_subquad::dot_rows", mutates_args=(), schema=f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]"
 )
 def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    """By matrix h [n, T, k], then by matrix x (s V)^T [N, q]."""
+    """By matrix h [n, T, k], then x (s V)^T [N, q], those of two matrices side by side."""
     with torch.autocast(x.device.type, enabled=False):
-        compact, lows = backend_for(backend, x.device).dot_rows(
+        compact, low = backend_for(backend, x.device).dot_rows(
             x, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
         )
-    return [*(h.data for h in compact), *lows]  # no views to autograd, so that an activation may work in place
+    return [*(h.data for h in compact), low]  # no views to autograd, so that an activation may work in place
 
 
 @torch.library.custom_op(
     "hf_subquad::sum_rows", mutates_args=(), schema=f"(Tensor[] a, {_TILES}, {_MATRICES}) -> Tensor[]"
 )
 def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    """y [N, d], summed over the matrices, then by matrix a_t U_S [N, q]."""
+    """y [N, d], summed over the matrices, then a_t U_S [N, q], those of two matrices side by side."""
     device = a[0].device
     with torch.autocast(device.type, enabled=False):
-        y, lows = backend_for(backend, device).sum_rows(
+        y, low = backend_for(backend, device).sum_rows(
             a, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
         )
-    return [y.data, *lows]  # no view to autograd, so that a residual may be added in place
+    return [y.data, low]  # no view to autograd, so that a residual may be added in place
 
 
 @torch.library.custom_op(
@@ -128,12 +128,12 @@ def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, token
 def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
     made_by = backend_for(backend, x.device)
     compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
-    return [*compact, *(x.new_empty(tokens, len(v)) for v in vs)]
+    return [*compact, x.new_empty(tokens, sum(len(v) for v in vs))]
 
 
 @_sum_rows.register_fake
 def _(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    return [a[0].new_empty(tokens, rows[0].shape[1]), *(a[0].new_empty(tokens, len(v)) for v in vs)]
+    return [a[0].new_empty(tokens, rows[0].shape[1]), a[0].new_empty(tokens, sum(len(v) for v in vs))]
 
 
 @_update_gradients.register_fake
@@ -149,32 +149,30 @@ def _(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backen
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     values, *tiling, tokens, rows, biases, us, vs, scale, backend = inputs
     ctx.count, ctx.biases, ctx.tokens, ctx.how = len(rows), len(biases), tokens, (scale, backend)
-    lows = output[-len(rows) :]
-    ctx.save_for_backward(*tiling, *rows, *us, *vs, *lows, *(values if isinstance(values, list) else [values]))
+    ctx.save_for_backward(*tiling, *rows, *us, *vs, output[-1], *(values if isinstance(values, list) else [values]))
 
 
-def _kept(ctx: Any) -> tuple[list[Tensor], list[list[Tensor]], list[Tensor]]:
-    """Tiling and neurons; rows, Us, Vs and lows by matrix; and what was multiplied."""
+def _kept(ctx: Any) -> tuple[list[Tensor], tuple[list[Tensor], ...], Tensor, list[Tensor]]:
+    """Tiling and neurons; rows, Us and Vs by matrix; what was multiplied with one factor, and what was multiplied."""
     saved = list(ctx.saved_tensors)  # checkpointing lets them be unpacked once
-    tiling, by_matrix, values = saved[:4], saved[4 : 4 + 4 * ctx.count], saved[4 + 4 * ctx.count :]
-    return tiling, [by_matrix[i : i + ctx.count] for i in range(0, len(by_matrix), ctx.count)], values
+    tiling, matrices, (low, *values) = saved[:4], saved[4 : 4 + 3 * ctx.count], saved[4 + 3 * ctx.count :]
+    return tiling, tuple(matrices[i : i + ctx.count] for i in range(0, len(matrices), ctx.count)), low, values
 
 
 def _dot_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tiling, (rows, us, vs, x_lows), (x,) = _kept(ctx)
+    tiling, (rows, us, vs), x_low, (x,) = _kept(ctx)
     grad_h = grads[: ctx.count]
-    grad_x, *grad_lows = torch.ops.hf_subquad.sum_rows(grad_h, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
-    updates = _factor_gradients(ctx, grad_h, grad_lows, [x] * ctx.count, x_lows, tiling, us, vs)
-    return grad_x, *_constants(ctx), *updates, None, None
+    grad_x, grad_low = torch.ops.hf_subquad.sum_rows(grad_h, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
+    factors = _factor_gradients(ctx, grad_h, grad_low, x, x_low, tiling, us, vs)
+    return grad_x, *_constants(ctx), *factors, None, None
 
 
 def _sum_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tiling, (rows, us, vs, a_lows), a = _kept(ctx)
+    tiling, (rows, us, vs), a_low, a = _kept(ctx)
     grad_y = grads[0]
-    both = torch.ops.hf_subquad.dot_rows(grad_y, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
-    grad_a, grad_lows = both[: ctx.count], both[ctx.count :]
-    updates = _factor_gradients(ctx, a, a_lows, [grad_y] * ctx.count, grad_lows, tiling, us, vs)
-    return grad_a, *_constants(ctx), *updates, None, None
+    *grad_a, grad_low = torch.ops.hf_subquad.dot_rows(grad_y, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
+    factors = _factor_gradients(ctx, a, a_low, grad_y, grad_low, tiling, us, vs)
+    return grad_a, *_constants(ctx), *factors, None, None
 
 
 def _constants(ctx: Any) -> tuple[Any, ...]:
@@ -182,13 +180,14 @@ def _constants(ctx: Any) -> tuple[Any, ...]:
     return (None,) * 5 + ([None] * ctx.count, [None] * ctx.biases)
 
 
-def _factor_gradients(ctx, a, a_lows, x, x_lows, tiling, us, vs):  # type: ignore[no-untyped-def]
+def _factor_gradients(ctx, a, a_low, x, x_low, tiling, us, vs):  # type: ignore[no-untyped-def]
     """By matrix the gradients of U, and those of V."""
     scale, backend = ctx.how
     grad_us, grad_vs = [], []
-    for a_i, a_low, x_i, x_low, u, v in zip(a, a_lows, x, x_lows, us, vs, strict=True):
+    lows = zip(a_low.chunk(ctx.count, dim=1), x_low.chunk(ctx.count, dim=1), strict=True)
+    for a_i, (a_low_i, x_low_i), u, v in zip(a, lows, us, vs, strict=True):
         grad_u, grad_v = torch.ops.hf_subquad.update_gradients(
-            a_i, a_low, x_i, x_low, *tiling, ctx.tokens, len(u), backend
+            a_i, a_low_i, x, x_low_i, *tiling, ctx.tokens, len(u), backend
         )
         grad_us.append(grad_u.to(u.dtype))
         grad_vs.append((scale * grad_v).to(v.dtype))

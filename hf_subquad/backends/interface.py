@@ -98,7 +98,7 @@ class Backend(ABC):
     @abstractmethod
     def dot_rows(
         self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], Tensor]:
         """h_t = x_t (R_S + U_S V)^T + b_S, for every tile t and its neurons S.
 
         Args:
@@ -107,21 +107,21 @@ class Backend(ABC):
             matrices: one, or gate and up, which share x.
 
         Returns:
-            By matrix: h [n, T, k], where spare slots hold what a token of zeros gives; and x V^T [N, q]. Both in the
-            compute dtype.
+            By matrix h [n, T, k], where spare slots hold what a token of zeros gives; and x V^T [N, q], those of two
+            matrices side by side. Both in the compute dtype.
         """
 
     @abstractmethod
     def sum_rows(
         self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         """y_t = a_t (R_S + U_S V) + b, summed over the matrices, back in token order.
 
         Args:
             a: by matrix [n, T, k], in the compute dtype.
 
         Returns:
-            y [N, d]; and by matrix a_t U_S [N, q]. Both in the compute dtype.
+            y [N, d]; and a_t U_S [N, q], those of two matrices side by side. Both in the compute dtype.
         """
 
     @abstractmethod

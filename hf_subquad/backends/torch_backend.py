@@ -50,15 +50,15 @@ class TorchBackend(Backend):
 
     def dot_rows(
         self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], Tensor]:
         (count, size), width, active = tiles.shape, x.shape[1], neurons.shape[1]
-        lows = [x @ matrix.v.to(x.dtype).t() for matrix in matrices]
-        per_row, per_token = [matrix.u.to(x.dtype) for matrix in matrices], lows
+        low = x @ torch.cat([matrix.v.to(x.dtype) for matrix in matrices]).t()
+        per_row, per_token = [matrix.u.to(x.dtype) for matrix in matrices], list(low.chunk(len(matrices), dim=1))
         if any(matrix.bias is not None for matrix in matrices):
             ones, zeros = x.new_ones(len(x), 1), x.new_zeros(len(per_row[0]))
             biases = [zeros if matrix.bias is None else matrix.bias.to(x.dtype) for matrix in matrices]
             per_row = [torch.cat([u, bias.unsqueeze(1)], 1) for u, bias in zip(per_row, biases, strict=True)]
-            per_token = [torch.cat([low, ones], 1) for low in lows]
+            per_token = [torch.cat([part, ones], 1) for part in per_token]
         compact = [self.new_compact(x, count, size, active) for _ in matrices]
         right = _scratch("rows", x, active, width + per_row[0].shape[1])
         left = _scratch("tile", x, size, width + per_row[0].shape[1])
@@ -74,11 +74,11 @@ class TorchBackend(Backend):
             for matrix, h in zip(matrices, compact, strict=True):
                 zero = 0 if matrix.bias is None else matrix.bias.to(x.dtype)[neurons[spare // size]]
                 h[spare // size, spare % size] = zero
-        return compact, lows
+        return compact, low
 
     def sum_rows(
         self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         (count, size), active, like = tiles.shape, neurons.shape[1], a[0]
         width = matrices[0].rows.shape[1]
         us, vs = (
@@ -86,7 +86,9 @@ class TorchBackend(Backend):
             for factors in zip(*((m.u, m.v) for m in matrices), strict=True)
         )
         chosen = neurons.reshape(-1)
-        lows = [torch.bmm(a_i, u.index_select(0, chosen).view(count, active, -1)) for a_i, u in zip(a, us, strict=True)]
+        low = torch.cat(
+            [torch.bmm(a_i, u.index_select(0, chosen).view(count, active, -1)) for a_i, u in zip(a, us, strict=True)], 2
+        )
         biases = [matrix.bias.to(like.dtype).unsqueeze(0) for matrix in matrices if matrix.bias is not None]
         shared = torch.cat([*vs, *biases])
         split, depth = len(matrices) * active, len(matrices) * active + len(shared)
@@ -94,7 +96,6 @@ class TorchBackend(Backend):
         left = _scratch("tile", like, size, depth)
         right[split:] = shared
         left[:, split:] = 1  # what stays of it are the biases' columns
-        lows_of = torch.cat(lows, 2)
         y_t = _scratch("output", like, size, width)
         y = like.new_empty(count * size, width)  # the rows past N take the spare slots' output
         for t in range(count):
@@ -102,9 +103,9 @@ class TorchBackend(Backend):
                 part = slice(i * active, (i + 1) * active)
                 torch.index_select(matrix.rows, 0, neurons[t], out=right[part])
                 left[:, part] = a[i][t]
-            left[:, split : split + lows_of.shape[2]] = lows_of[t]
+            left[:, split : split + low.shape[2]] = low[t]
             y.index_copy_(0, tiles.entries[t], torch.mm(left, right, out=y_t))
-        return y[: tiles.tokens], [tiles.to_tokens(low) for low in lows]
+        return y[: tiles.tokens], tiles.to_tokens(low)
 
     def update_gradients(
         self, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int

@@ -42,17 +42,17 @@ class TritonBackend(TorchBackend):
 
     def dot_rows(
         self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], Tensor]:
         if x.dtype not in _DTYPES:
             return super().dot_rows(x, tiles, neurons, matrices)
-        factors = torch.cat([matrix.v for matrix in matrices]).to(x.dtype)
-        lows = list((x @ factors.t()).split([len(matrix.v) for matrix in matrices], dim=1))
+        low = x @ torch.cat([matrix.v for matrix in matrices]).to(x.dtype).t()
         rows, biases, us = ([getattr(m, name) for m in matrices] for name in ("rows", "bias", "u"))
-        return triton_products.dot_rows(x, tiles.entries, neurons, rows, biases, us, lows), lows
+        lows = low.chunk(len(matrices), dim=1)
+        return triton_products.dot_rows(x, tiles.entries, neurons, rows, biases, us, lows), low
 
     def sum_rows(
         self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows]
-    ) -> tuple[Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor]:
         if a[0].dtype not in _DTYPES:
             return super().sum_rows(a, tiles, neurons, matrices)
         lows = [
@@ -62,7 +62,7 @@ class TritonBackend(TorchBackend):
         rows, vs = [matrix.rows for matrix in matrices], [matrix.v for matrix in matrices]
         biases = [matrix.bias for matrix in matrices if matrix.bias is not None]
         y = triton_products.sum_rows(a, tiles.entries, neurons, rows, lows, vs, sum(biases) if biases else None)
-        return y, lows
+        return y, lows[0] if len(lows) == 1 else torch.cat(lows, 1)
 
     def update_gradients(
         self, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int
