@@ -1,0 +1,57 @@
+"""What was hoped for, beside what was measured. Light to import."""
+
+from typing import Any
+
+Row = dict[str, Any]
+
+LAYER_SPEEDUP = 3.5
+SELECTION_SHARE = 0.08
+DENSE_RATE = 0.6
+STEP_SPEEDUP = 1.8
+
+_PRODUCTS = ("dot_rows", "dot_rows, two matrices", "sum_rows", "sum_rows, two matrices")
+
+
+def targets(sections: Row) -> list[Row]:
+    """One row a target: target, wanted, measured (or None) and reached (or None)."""
+    layer = next((row for row in _rows(sections, "layers") if row.get("main")), {})
+    kernels = {row["kernel"]: row for row in _rows(sections, "kernels") if row.get("main")}
+    steps = {row["method"]: row for row in _rows(sections, "step") if "over_subquad" in row}
+    point = f" ({layer['shape']}, {layer['tokens']} tokens, {layer['share']:.1%}, T = {layer['tile']})" if layer else ""
+    selection = layer.get("selection_graph_share") or layer.get("selection_share")
+    return [
+        _at_least("MLP forward and backward over dense with LoRA" + point, LAYER_SPEEDUP, layer.get("lora_over_subquad")),
+        {
+            "target": "selection's share of that MLP (replayed as a CUDA graph)",
+            "wanted": f"at most {SELECTION_SHARE:.0%}",
+            "measured": selection and f"{selection:.1%}",
+            "reached": None if selection is None else selection <= SELECTION_SHARE,
+        },
+        *(_rate(name, kernels.get(name, {}).get("of_dense_rate")) for name in _PRODUCTS),
+        *(
+            _at_least(f"Trainer step over PEFT's: {name}", STEP_SPEEDUP, steps.get(name, {}).get("over_subquad"))
+            for name in ("lora", "lora_same_dtype")
+        ),
+    ]
+
+
+def _rows(sections: Row, name: str) -> list[Row]:
+    return sections.get(name, {}).get("rows", [])
+
+
+def _at_least(target: str, wanted: float, measured: float | None) -> Row:
+    return {
+        "target": target,
+        "wanted": f"at least {wanted}x",
+        "measured": measured and f"{measured:.2f}x",
+        "reached": None if measured is None else measured >= wanted,
+    }
+
+
+def _rate(name: str, measured: float | None) -> Row:
+    return {
+        "target": f"{name}: share of the dense GEMM's FLOP/s",
+        "wanted": f"at least {DENSE_RATE:.0%}",
+        "measured": measured and f"{measured:.0%}",
+        "reached": None if measured is None else measured >= DENSE_RATE,
+    }
