@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from environment import provenance
+from gpu.report import head, markdown
 from gpu.settings import SHARES, Settings
 from gpu.supervisor import Supervisor, Unusable
 
@@ -32,14 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     if why := _unusable(settings):
         print(why, file=sys.stderr)
         return 2
-    supervisor = Supervisor(settings, provenance)
+    supervisor = Supervisor(settings, provenance())
     try:
         supervisor.run()
     except Unusable as error:
         print(error, file=sys.stderr)
         return 2
     supervisor.save()
-    print(supervisor.path.with_name(supervisor.path.name + ".md").read_text(encoding="utf-8"))
+    print(markdown(supervisor.results))
+    print(head(supervisor.results))  # again, where it is seen
     return 1 if supervisor.results["problems"] else 0
 
 
@@ -64,7 +66,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     # To try what happens then: SECTION=raise, exit or hang.
-    parser.add_argument("--broken", type=lambda text: text.split("="), action="append", default=[], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--broken", type=lambda text: text.split("="), action="append", default=[], help=argparse.SUPPRESS
+    )
     return parser.parse_args(argv)
 
 

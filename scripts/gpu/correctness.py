@@ -4,6 +4,7 @@ An error is ||got - expected|| / ||expected||, the largest of an operation's res
 """
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -76,7 +77,7 @@ def _operations(bench: Bench, size: ProblemSize, dtype: torch.dtype) -> Iterator
         error = _error(operation(triton, problem), expected)
         beside = _error(operation(pytorch, problem), expected)
         tolerance = (SCORES if "scores" in name else PRODUCTS)[dtype]
-        yield _judged({"check": name, **about}, error, tolerance) | {"pytorch_error": beside}
+        yield _judged({"check": name, **about}, error, tolerance) | {"pytorch_error": _written(beside)}
     yield {"check": "top_neurons", **about} | _top_neurons(triton, pytorch, problem)
     yield {"check": "bisect", **about} | _bisect(triton, pytorch, problem)
 
@@ -123,7 +124,8 @@ def _mlp(bench: Bench, dtype: torch.dtype) -> Iterator[Row]:
             error, other = (_error([values[name]], [expected[name]]) for values in (got, beside))
             about = {"check": f"MLP: {name}", "shape": shape.name, "dtype": dtype_name(dtype)}
             # Near zero a ReLU turns rounding into gradients that are there or not, in PyTorch as well.
-            yield _judged(about, error, max(LAYER[dtype], 1.5 * other)) | {"pytorch_error": other}
+            tolerance = max(LAYER[dtype], 1.5 * other if math.isfinite(other) else 0.0)
+            yield _judged(about, error, tolerance) | {"pytorch_error": _written(other)}
 
 
 def _determinism(bench: Bench) -> Iterator[Row]:
@@ -259,7 +261,12 @@ def _backends(bench: Bench) -> tuple[Any, Any]:
 
 
 def _judged(row: Row, error: float, tolerance: float) -> Row:
-    return {**row, "passed": error <= tolerance, "error": error, "tolerance": tolerance}  # NaN does not pass
+    return {**row, "passed": error <= tolerance, "error": _written(error), "tolerance": tolerance}
+
+
+def _written(error: float) -> float | str:
+    """As JSON holds it, which knows neither NaN nor infinity."""
+    return error if math.isfinite(error) else str(error)
 
 
 def _error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

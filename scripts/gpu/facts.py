@@ -12,7 +12,7 @@ from .bench import Bench, Case, Row, dtype_name
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Name, capability, memory, and versions of what runs on it."""
-    found: dict[str, Any] = {"name": "CPU", "torch": torch.__version__, "triton": _version("triton")}
+    found: dict[str, Any] = {"name": "CPU", "torch": str(torch.__version__), "triton": _version("triton")}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         found |= {

@@ -13,7 +13,6 @@ from .problem import Problem, ProblemSize, dot_rows, make, sum_rows
 from .shapes import Shape
 
 
-
 @dataclass(frozen=True)
 class Kernel:
     """Attributes:

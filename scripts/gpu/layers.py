@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from bench_layer import peak_bytes, saved_bytes
 from torch import Tensor, nn
 
@@ -12,7 +13,6 @@ from .bench import Bench, Case, Row, dtype_name
 from .clock import Work
 from .mlps import forward_backward, mlp, sparse, tokens
 from .shapes import Shape
-
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ def _point(bench: Bench, shape: Shape, count: int) -> Iterator[Row]:
             "what": "MLP forward and backward", "shape": shape.name, "tokens": count,
             "hidden": shape.hidden, "intermediate": shape.intermediate, "gated": shape.gated,
             "dtype": dtype_name(bench.dtype), "rank": bench.sizes.rank, **_asked(bench, shape, budget),
-            **_speed(times, budget), **_selection(bench, _with(subquad, budget), x, times[budget]),
+            **_speed(times, budget),
+            **_selection(bench, _with(subquad, budget), x, times[budget], replay=budget.active == shape.paper_active),
+            **(_replayed(bench, {"lora": lora, "subquad": subquad}, x, grad) if budget == budgets[0] else {}),
             "subquad_host_ms": bench.clock.host_ms(works[budget]),
             **memory, **{f"subquad_{key}": value for key, value in _memory(subquad, x, grad).items()},
             "main": shape == bench.sizes.main and count == bench.sizes.tokens[0] and budget == budgets[0],
@@ -103,7 +105,7 @@ def _speed(times: dict[object, list[float]], budget: Budget) -> Row:
     return row
 
 
-def _selection(bench: Bench, layer: nn.Module, x: Tensor, whole: list[float]) -> Row:
+def _selection(bench: Bench, layer: nn.Module, x: Tensor, whole: list[float], replay: bool) -> Row:
     """Selection by itself: launched, and replayed as a CUDA graph."""
     mlp, config = sparse(layer), sparse(layer).runtime.config
     held, layer_ms = x.detach(), statistics.median(whole)
@@ -112,7 +114,7 @@ def _selection(bench: Bench, layer: nn.Module, x: Tensor, whole: list[float]) ->
         return mlp.index.select(held, mlp.k, config.tile_size, config.tile_order)
 
     launched = bench.clock.median(select, total_ms=50)
-    graph, why_not = bench.clock.device_ms(select, total_ms=50)
+    graph, why_not = bench.clock.device_ms(select, total_ms=50) if replay else (None, None)  # capturing takes a while
     return {
         "selection_ms": launched,
         "selection_share": launched / layer_ms,
@@ -120,6 +122,20 @@ def _selection(bench: Bench, layer: nn.Module, x: Tensor, whole: list[float]) ->
         "selection_graph_share": graph and graph / layer_ms,
         "selection_graph_note": why_not,
     }
+
+
+def _replayed(bench: Bench, layers: dict[str, nn.Module], x: Tensor, grad: Tensor) -> Row:
+    """Forward and backward as CUDA graphs: what is left where launching takes no time."""
+    row: Row = {}
+    for name, layer in layers.items():
+        wanted = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
+        work = partial(_gradients, layer, wanted, grad)
+        row[f"{name}_graph_ms"], row[f"{name}_graph_note"] = bench.clock.device_ms(work, total_ms=100)
+    return row
+
+
+def _gradients(layer: nn.Module, wanted: list[Tensor], grad: Tensor) -> object:
+    return torch.autograd.grad(layer(wanted[0]), wanted, grad)
 
 
 def _memory(layer: nn.Module, x: Tensor, grad: Tensor) -> Row:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
@@ -79,7 +78,7 @@ class _ProfiledStep(TrainerCallback):
 
 def _trainer_step(bench: Bench) -> Iterator[Row]:
     steps = 2 if bench.tiny else 5
-    each = bench.once("candidate", lambda: step.candidate(bench, "subquad"))
+    each = bench.once("candidate subquad", lambda: step.candidate(bench, "subquad"))
     callback = _ProfiledStep(bench, steps)
     trainer = step.train(bench, each, steps, [callback])
     wall_ms = 1000 * trainer.measured.steps[-2]["seconds"]
@@ -103,7 +102,8 @@ def _rows(bench: Bench, what: str, profiler: Any, host_ms: float, wall_ms: float
     launches = sum(map(len, times.values()))
     yield {
         "what": what, "row": "summary", "launches": launches, "device_ms": total, "host_ms": host_ms,
-        "wall_ms": wall_ms, "launch_bound": host_ms > total, "measured": "kernels" if bench.on_gpu else "CPU operations",
+        "wall_ms": wall_ms, "launch_bound": host_ms > total if bench.on_gpu else None,
+        "measured": "kernels" if bench.on_gpu else "CPU operations",
     }  # fmt: skip
     for name, each in sorted(times.items(), key=lambda item: -sum(item[1]))[:_SHOWN]:
         yield {

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .targets import targets
+from .targets import step_summary, targets
 
 Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
@@ -24,16 +24,22 @@ def problems(results: Row) -> list[str]:
 
 
 def markdown(results: Row) -> str:
+    parts = [head(results)]
+    for name, section in results["sections"].items():
+        if section["rows"]:
+            parts += [f"## {name}", *_TABLES[name](section["rows"])]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def head(results: Row) -> str:
+    """What ran, what failed, and the targets."""
     device, sections = results["device"], results["sections"]
     about = ", ".join(f"{key} {value}" for key, value in device.items() if key != "name" and value is not None)
     parts = [f"# {device.get('name', 'unknown device')}", f"{about}. {results['seconds']:.0f} s in all."]
     if results["settings"]["tiny"]:
         parts.append("**Tiny shapes, to try the script: no time here means anything.**")
     parts += [_summary(sections), _problems(results["problems"]), "## Targets", _targets(sections)]
-    for name, section in sections.items():
-        if section["rows"]:
-            parts += [f"## {name}", *_TABLES[name](section["rows"])]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part for part in parts if part)
 
 
 def _summary(sections: Row) -> str:
@@ -42,13 +48,15 @@ def _summary(sections: Row) -> str:
         ("state", lambda r: r["state"]),
         ("seconds", lambda r: f"{r['seconds']:.0f}"),
         ("rows", lambda r: str(len(r["rows"]))),
-        ("skipped", lambda r: ", ".join(r["skipped"]) or ("all" if r["state"] == "skipped" else "")),
+        ("skipped", lambda r: "; ".join(r["skipped"]) or ("all" if r["state"] == "skipped" else "")),
     ]
     return _table([{"name": name, **section} for name, section in sections.items()], columns)
 
 
 def _problems(found: list[str]) -> str:
-    return "\n".join(["**Problems** (tracebacks are in the JSON):", "", *(f"- {each}" for each in found)]) if found else ""
+    return (
+        "\n".join(["**Problems** (tracebacks are in the JSON):", "", *(f"- {each}" for each in found)]) if found else ""
+    )
 
 
 def _targets(sections: Row) -> str:
@@ -71,8 +79,8 @@ def _device(rows: list[Row]) -> Iterable[str]:
 
 def _correctness(rows: list[Row]) -> Iterable[str]:
     yield (
-        "Errors are relative, in the Frobenius norm, against PyTorch in float64 on the same values (or against what the "
-        "check names); beside them those of PyTorch's own operations in the same dtype."
+        "Errors are relative, in the Frobenius norm, against PyTorch in float64 on the same values (or against what "
+        "the check names); beside them those of PyTorch's own operations in the same dtype."
     )
     known = ("case", "check", "shape", "dtype", "passed", "error", "tolerance", "pytorch_error", "note")
     yield _table(
@@ -94,7 +102,8 @@ def _layers(rows: list[Row]) -> Iterable[str]:
     rows = [row for row in rows if "subquad_ms" in row]
     yield (
         "Forward and backward of one MLP, milliseconds: medians of interleaved rounds. Ratios above 1 are in favour of "
-        "subquad, below 1 **dense wins**. Selection is part of subquad's time; 'graph' is its share replayed as a CUDA graph."
+        "subquad, below 1 **dense wins**. Selection is part of subquad's time, 'graph' its share replayed as a CUDA "
+        "graph; 'host' is the time until all of subquad's is launched. The last two are whole layers as CUDA graphs."
     )
     yield _table(
         rows,
@@ -111,6 +120,8 @@ def _layers(rows: list[Row]) -> Iterable[str]:
             ("selection", lambda r: f"{r['selection_share']:.1%}"),
             ("graph", lambda r: _percent(r["selection_graph_share"])),
             ("host", lambda r: _number(r["subquad_host_ms"])),
+            ("LoRA graph", lambda r: _number(r.get("lora_graph_ms"))),
+            ("subquad graph", lambda r: _number(r.get("subquad_graph_ms"))),
         ],
     )
     yield "Memory, in MiB: kept for the backward pass, and the peak beyond what is held before."
@@ -159,14 +170,16 @@ def _step(rows: list[Row]) -> Iterable[str]:
         f"Steps of `transformers.Trainer` on {first['layers']} layers ({first['hidden']} x {first['intermediate']}, "
         f"vocabulary {first['vocabulary']}, {first['dtype']}, {first['batch']} tokens a batch), in turns."
     )
+    summary = step_summary(rows)
+    absent = {row["method"]: row for row in rows if "method" in row and row["method"] not in summary}
     yield _table(
-        [row for row in rows if "method" in row],
+        [*summary.values(), *absent.values()],
         [
             ("method", lambda r: r["method"]),
             ("ms", lambda r: _number(r.get("ms"))),
             ("range", lambda r: " to ".join(map(_number, r.get("range_ms", [])))),
             ("over subquad", lambda r: _ratio(r.get("over_subquad"))),
-            ("peak MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in r else ""),
+            ("peak MiB", lambda r: f"{r['peak_bytes'] / 2**20:.0f}" if r.get("peak_bytes") else ""),
             ("what", lambda r: "; ".join(filter(None, [r.get("how"), r.get("note")]))),
         ],
     )
@@ -175,10 +188,12 @@ def _step(rows: list[Row]) -> Iterable[str]:
 def _profile(rows: list[Row]) -> Iterable[str]:
     for row in rows:
         if row.get("row") == "summary":
-            bound = "the host is slower: launch-bound" if row["launch_bound"] else "the device is slower"
+            bound = {True: ": launch-bound, the host is slower", False: ": the device is slower"}.get(
+                row["launch_bound"], ""
+            )
             yield (
                 f"**{row['what']}**: {row['launches']} {row['measured']}, device {_number(row['device_ms'])} ms, "
-                f"host {_number(row['host_ms'])} ms until all is launched, {_number(row['wall_ms'])} ms in all: {bound}."
+                f"host {_number(row['host_ms'])} ms until all is launched, {_number(row['wall_ms'])} ms in all{bound}."
             )
             kernels = [each for each in rows if each.get("row") == "kernel" and each["what"] == row["what"]]
             yield _table(
@@ -238,8 +253,8 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
 
 
-def _scientific(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+def _scientific(value: float | str | None) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.1e}"
 
 
 def _short(value: Any) -> str:

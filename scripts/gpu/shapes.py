@@ -55,7 +55,5 @@ class Sizes:
     rank: int
 
 
-FULL = Sizes(
-    LLAMA_8B, (LLAMA_1B, OPT_7B), (8192, 4096, 16384, 2048), (0.25, 0.165, 0.125, 0.06), TILE, (64, 256), RANK
-)
+FULL = Sizes(LLAMA_8B, (LLAMA_1B, OPT_7B), (8192, 4096, 16384, 2048), (0.25, 0.165, 0.125, 0.06), TILE, (64, 256), RANK)
 TINY = Sizes(TINY_GATED, (TINY_RELU,), (40,), (0.25,), 16, (32,), 4)

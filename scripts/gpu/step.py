@@ -3,10 +3,10 @@
 import copy
 import gc
 import importlib.util
-import statistics
 import tempfile
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, def
 from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps
 
 from .bench import Bench, Case, Row, dtype_name
-
 
 
 @dataclass(frozen=True)
@@ -43,26 +42,27 @@ FULL = Work()
 TINY = Work(1, 32, 96, 2, 2, 2, 12, 1, 1, 1)
 
 METHODS = {
-    "vanilla": "full fine-tuning",
-    "lora": "PEFT LoRA on all linear layers",
-    "lora_same_dtype": "PEFT LoRA on all linear layers, adapters in the model's dtype instead of fp32",
     "subquad": "sparse MLPs, PEFT LoRA on attention",
+    "lora": "PEFT LoRA on all linear layers",
+    "vanilla": "full fine-tuning",
+    "lora_same_dtype": "PEFT LoRA on all linear layers, adapters in the model's dtype instead of fp32",
 }
 
 
 @dataclass
 class Candidate:
-    """A prepared model and what was measured of it.
+    """A prepared model.
 
     Attributes:
-        ms: by round, of the timed steps.
+        held_bytes: of device memory, without gradients and optimizer; None on a CPU.
+        prepared_seconds: patching or adding adapters.
     """
 
     model: nn.Module
     callbacks: list[TrainerCallback]
-    note: str
-    ms: list[list[float]] = field(default_factory=list)
-    peak_bytes: int = 0
+    note: str = ""
+    held_bytes: int | None = None
+    prepared_seconds: float = 0.0
 
 
 class _Alone:
@@ -76,54 +76,51 @@ class _Alone:
 
 
 def cases(bench: Bench) -> list[Case]:
-    return [("Trainer steps", lambda: _steps(bench))]
-
-
-def _steps(bench: Bench) -> Iterator[Row]:
-    work = TINY if bench.tiny else FULL
-    about = {
-        "what": "Trainer step", "layers": work.layers, "hidden": work.hidden, "intermediate": work.intermediate,
-        "vocabulary": bench.vocabulary, "batch": f"{work.batch_size} x {work.seq_length}",
-        "dtype": dtype_name(bench.dtype),
-    }  # fmt: skip
-    candidates = {}
-    for method in METHODS:
-        if method.startswith("lora") and not peft_installed():
-            yield {**about, "method": method, "note": "peft is not installed"}
-        else:
-            candidates[method] = candidate(bench, method)
-    for number in range(work.rounds):
-        names = list(candidates)
+    """Each turn of each method is a case: one that fails leaves the others."""
+    found: list[Case] = []
+    for number in range(_work(bench).rounds):
+        names = list(METHODS)
         for name in names[number % len(names) :] + names[: number % len(names)]:  # nobody always follows the same
-            _turn(bench, candidates[name], work, number)
-    for name, each in candidates.items():
-        yield {**about, "method": name, "how": METHODS[name], "note": each.note, **_measured(each, candidates)}
-    bench.kept |= {"candidate": candidates["subquad"]}
+            found.append((f"{name}, round {number}", partial(_turn, bench, name, number)))
+    return found
 
 
-def _measured(each: Candidate, candidates: dict[str, Candidate]) -> Row:
-    """Median step, and how many times as long as subquad's: the median of the rounds' ratios."""
-    ours = [statistics.median(turn) for turn in candidates["subquad"].ms]
-    steps = [ms for turn in each.ms for ms in turn]
-    return {
-        "ms": statistics.median(steps),
-        "range_ms": [min(steps), max(steps)],
-        "steps": len(steps),
-        "over_subquad": statistics.median(statistics.median(a) / b for a, b in zip(each.ms, ours, strict=True)),
-        "peak_bytes": each.peak_bytes,
+def _turn(bench: Bench, method: str, number: int) -> Iterator[Row]:
+    work = _work(bench)
+    about = {
+        "what": "Trainer steps", "method": method, "how": METHODS[method], "round": number, "layers": work.layers,
+        "hidden": work.hidden, "intermediate": work.intermediate, "vocabulary": bench.vocabulary,
+        "batch": f"{work.batch_size} x {work.seq_length}", "dtype": dtype_name(bench.dtype),
+    }  # fmt: skip
+    if method.startswith("lora") and not peft_installed():
+        yield {**about, "note": "peft is not installed"}
+        return
+    each = bench.once(f"candidate {method}", lambda: candidate(bench, method))
+    before = _allocated(bench)
+    trainer = train(bench, each, work.untimed + work.steps, [])
+    yield {
+        **about,
+        "note": each.note,
+        "ms": [1000 * row["seconds"] for row in trainer.measured.steps[work.untimed :]],
+        # What the other models hold does not count.
+        "peak_bytes": None if before is None else trainer.memory.bytes - before + each.held_bytes,
         "trained_parameters": sum(w.numel() for w in each.model.parameters() if w.requires_grad),
+        "prepared_seconds": each.prepared_seconds,
     }
 
 
-def _turn(bench: Bench, each: Candidate, work: Work, number: int) -> None:
-    measured = train(bench, each, work.untimed + work.steps, [])
-    each.ms.append([1000 * row["seconds"] for row in measured.measured.steps[work.untimed :]])
-    each.peak_bytes = max(each.peak_bytes, measured.memory.bytes)
+def _work(bench: Bench) -> Work:
+    return TINY if bench.tiny else FULL
+
+
+def _allocated(bench: Bench) -> int | None:
+    gc.collect()
+    return torch.cuda.memory_allocated() if bench.on_gpu else None
 
 
 def train(bench: Bench, each: Candidate, steps: int, callbacks: list[TrainerCallback]) -> TimedTrainer:
     """Train for so many steps, with an optimizer of its own; what trained, done."""
-    work = TINY if bench.tiny else FULL
+    work = _work(bench)
     settings = RunSettings(
         method="subquad", learning_rate=1e-5, steps=steps, batch_size=work.batch_size, seq_length=work.seq_length,
         device="cuda" if bench.on_gpu else "cpu", turn_steps=steps,
@@ -143,14 +140,25 @@ def train(bench: Bench, each: Candidate, steps: int, callbacks: list[TrainerCall
 
 def candidate(bench: Bench, method: str) -> Candidate:
     transformers.utils.logging.set_verbosity_error()
-    base = bench.once("slice", partial(_slice, bench, TINY if bench.tiny else FULL))
-    model, rank = copy.deepcopy(base), bench.sizes.rank
+    base = bench.once("slice", lambda: _slice(bench, _work(bench)))
+    before = _allocated(bench)
+    model = copy.deepcopy(base)
+    started = time.perf_counter()
+    each = _prepared(bench, method, model)
+    bench.clock.wait()
+    each.prepared_seconds = time.perf_counter() - started
+    each.held_bytes = None if before is None else _allocated(bench) - before
+    return each
+
+
+def _prepared(bench: Bench, method: str, model: nn.Module) -> Candidate:
+    rank = bench.sizes.rank
     if method == "vanilla":
-        return Candidate(model, [], "")
+        return Candidate(model, [])
     if method == "lora":
-        return Candidate(_with_lora(model, rank), [], "")
+        return Candidate(_with_lora(model, rank), [])
     if method == "lora_same_dtype":
-        return Candidate(_with_lora(model, rank, autocast_adapter_dtype=False), [], "")
+        return Candidate(_with_lora(model, rank, autocast_adapter_dtype=False), [])
     # Its first layer stands for one from the middle of the model, so all are patched.
     neurons = model.config.intermediate_size
     config = SubquadConfig(

@@ -6,8 +6,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class Supervisor:
     results: all that is known so far, as it is written.
     """
 
-    def __init__(self, settings: Settings, provenance: Callable[[], dict[str, Any]]) -> None:
-        self.settings, self.provenance = settings, provenance
+    def __init__(self, settings: Settings, provenance: dict[str, Any]) -> None:
+        self.settings = settings
         self.started = time.monotonic()
         self.until = self.started + 60 * settings.minutes - min(_TO_FINISH, 6 * settings.minutes)
         self.worker: _Worker | None = None
@@ -46,6 +46,7 @@ class Supervisor:
                 name: {"state": "skipped", "seconds": 0.0, "cases": [], "rows": [], "skipped": [], "errors": []}
                 for name in settings.sections
             },
+            "provenance": provenance,
         }  # fmt: skip
 
     def run(self) -> None:
@@ -55,6 +56,7 @@ class Supervisor:
         """
         try:
             self._start()
+            self.ready = time.monotonic()
             for name in self.settings.sections:
                 started = time.monotonic()
                 self._section(name)
@@ -74,8 +76,9 @@ class Supervisor:
 
     def save(self) -> None:
         """Write all that is known, whole or not at all."""
-        self.results |= {"seconds": time.monotonic() - self.started, "provenance": self.provenance()}
+        self.results["seconds"] = time.monotonic() - self.started
         self.results["problems"] = problems(self.results)
+        self.results["provenance"]["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
         _write(self.path.with_name(self.path.name + ".json"), json.dumps(self.results, indent=1))
         _write(self.path.with_name(self.path.name + ".md"), markdown(self.results))
 
@@ -90,15 +93,16 @@ class Supervisor:
         self.results["device"] = message[1]
 
     def _section(self, name: str) -> None:
+        """At least the first case, if there is time at all; the others while there is time for the section."""
         section, first = self.results["sections"][name], 0
-        while time.monotonic() < self.until:
+        ends = self.ready + (self.until - self.ready) * self.settings.share_until(name)
+        while time.monotonic() < (ends if first else self.until):
             if self.worker is None:
                 try:
                     self._start()
                 except Unusable as error:
                     section["errors"].append({"case": None, "traceback": str(error)})
                     break
-            ends = self.started + (self.until - self.started) * self.settings.share_until(name)
             self.worker.send((name, first, ends - time.monotonic()))
             over, last = self._listen(section)
             if over:
@@ -129,7 +133,9 @@ class Supervisor:
                 return False, number
             kind, *content = message
             if kind == "cases" and not section["cases"]:
-                section["cases"] = [{"name": case, "begun": False, "stopped": False, "seconds": None} for case in content[0]]
+                section["cases"] = [
+                    {"name": case, "begun": False, "stopped": False, "seconds": None} for case in content[0]
+                ]
             elif kind == "begin":
                 number, running = content[0], True
                 section["cases"][number]["begun"] = True
@@ -201,7 +207,9 @@ class _Worker:
         code = self.process.exitcode
         if code is None:
             return f"stopped: it sent nothing for {patience:.0f} s"
-        return f"the process was killed by {signal.Signals(-code).name}" if code < 0 else f"the process ended with {code}"
+        return (
+            f"the process was killed by {signal.Signals(-code).name}" if code < 0 else f"the process ended with {code}"
+        )
 
     def stop(self) -> None:
         """Never waits long: a process that the device does not let go of is left behind."""

@@ -52,7 +52,9 @@ def _prepare(settings: Settings) -> tuple[Any, dict[str, Any]]:
     import torch
 
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise _Unusable("PyTorch finds no CUDA device; without one only --tiny --device cpu runs, with TRITON_INTERPRET=1")
+        raise _Unusable(
+            "PyTorch finds no CUDA device; without one only --tiny --device cpu runs, with TRITON_INTERPRET=1"
+        )
     if importlib.util.find_spec("triton") is None:
         raise _Unusable("triton is not installed: pip install triton")
     faiss = _stand_in_for_faiss()
@@ -77,9 +79,7 @@ def _stand_in_for_faiss() -> str:
     return "not installed; an empty module stands in for it"
 
 
-def _section(
-    bench: Any, settings: Settings, connection: Connection, name: str, first: int, seconds: float
-) -> None:
+def _section(bench: Any, settings: Settings, connection: Connection, name: str, first: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     try:
         module = importlib.import_module(f"gpu.{_MODULES.get(name, name)}")
@@ -93,7 +93,7 @@ def _section(
     for number, (_, run) in enumerate(cases):
         if number < first:
             continue
-        if time.monotonic() >= until:
+        if number > first and time.monotonic() >= until:
             break
         connection.send(("begin", number))
         started = time.monotonic()
