@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     supervisor.save()
-    print(markdown(supervisor.results))
-    print(head(supervisor.results))  # again, where it is seen
+    print(supervisor.text(markdown))
+    print(supervisor.text(head))  # again, where it is seen
     return 1 if supervisor.results["problems"] else 0
 
 

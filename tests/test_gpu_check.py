@@ -37,7 +37,7 @@ def tiny(folder: Path, *options: str) -> tuple[subprocess.CompletedProcess[str],
     done = call(folder, "--tiny", "--device", "cpu", *options)
     written = folder / "cpu-tiny.json"
     assert written.is_file(), done.stderr
-    assert (folder / "cpu-tiny.md").read_text() in done.stdout
+    assert (folder / "cpu-tiny.md").read_text() in done.stdout and done.stdout.count("## Targets") == 2
     assert sorted(path.name for path in folder.iterdir()) == ["cpu-tiny.json", "cpu-tiny.md"]
     return done, json.loads(written.read_text())
 
@@ -96,7 +96,8 @@ def test_markdown(whole: Any) -> None:
         lines = table.splitlines()
         if lines[0].startswith("|"):
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1, table
-    assert "at least 3.5x" in text and "not measured" not in text
+    assert "at least 3.5x" in text
+    assert text.count("not measured") == 1  # selection in a CUDA graph
 
 
 def test_a_section_that_fails_leaves_the_others(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -79,14 +81,21 @@ class Supervisor:
         self.results["seconds"] = time.monotonic() - self.started
         self.results["problems"] = problems(self.results)
         self.results["provenance"]["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        _write(self.path.with_name(self.path.name + ".json"), json.dumps(self.results, indent=1))
-        _write(self.path.with_name(self.path.name + ".md"), markdown(self.results))
+        _write(self.path.with_name(self.path.name + ".json"), json.dumps(self.results, indent=1, default=str))
+        _write(self.path.with_name(self.path.name + ".md"), self.text(markdown))
 
-    def _start(self) -> None:
+    def text(self, report: Callable[[Results], str]) -> str:
+        """Results as text; if rows are not what a report expects, why, as measuring is to go on."""
+        try:
+            return report(self.results)
+        except Exception:
+            return f"The tables could not be made; the JSON holds everything.\n\n{traceback.format_exc()}"
+
+    def _start(self, seconds: float = _TO_START) -> None:
         self.worker = _Worker(self.settings)
-        message = self.worker.receive(_TO_START)
+        message = self.worker.receive(seconds)
         if message is None or message[0] != "ready":
-            why = message[1] if message else f"the process ended, or took more than {_TO_START:.0f} s to start"
+            why = message[1] if message else f"the process ended, or took more than {seconds:.0f} s to start"
             self.worker.stop()
             self.worker = None
             raise Unusable(why)
@@ -99,7 +108,7 @@ class Supervisor:
         while time.monotonic() < (ends if first else self.until):
             if self.worker is None:
                 try:
-                    self._start()
+                    self._start(min(_TO_START, self.until - time.monotonic()))
                 except Unusable as error:
                     section["errors"].append({"case": None, "traceback": str(error)})
                     break
