@@ -36,9 +36,9 @@ def _configurations(bench: Bench, name: str) -> list[Blocks]:
     """Outputs are neurons in `dot_rows` and features in `sum_rows`; the step goes along the other."""
     if bench.tiny:
         return [Blocks(16, 32, 32, group=2), Blocks(32, 32, 32, group=2)]
-    grid = itertools.product((128, 64), (256, 128), (64, 128, 32), (4, 3), (8, 4), (16, 8, 32))
+    grid = itertools.product((16, 8, 32), (128, 64), (256, 128), (64, 128, 32), (4, 3), (8, 4))
     found = []
-    for tokens, outputs, step, stages, warps, group in grid:
+    for group, tokens, outputs, step, stages, warps in grid:
         if stages * (tokens + outputs) * step * 2 > 227 * 1024 or tokens * outputs > 4096 * warps:
             continue  # beyond shared memory, or registers
         neurons, features = (outputs, step) if name == "dot_rows" else (step, outputs)
