@@ -47,6 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
     return tiny(tmp_path_factory.mktemp("gpu"))
 
 
+@pytest.mark.slow
 def test_every_section_runs(whole: Any) -> None:
     done, results = whole
     assert done.returncode == 0, done.stderr
@@ -59,6 +60,7 @@ def test_every_section_runs(whole: Any) -> None:
         assert all(case["begun"] and case["seconds"] is not None for case in section["cases"])
 
 
+@pytest.mark.slow
 def test_every_operation_is_checked(whole: Any) -> None:
     rows = whole[1]["sections"]["correctness"]["rows"]
     for dtype in ("fp32", "fp16"):
@@ -70,6 +72,7 @@ def test_every_operation_is_checked(whole: Any) -> None:
         assert any(part in row["check"] or part in row["case"] for row in rows)
 
 
+@pytest.mark.slow
 def test_rows_of_times(whole: Any) -> None:
     sections = whole[1]["sections"]
     layers = sections["layers"]["rows"]
@@ -89,6 +92,7 @@ def test_rows_of_times(whole: Any) -> None:
     assert any(row["heuristic"] for row in sections["sweep"]["rows"])
 
 
+@pytest.mark.slow
 def test_markdown(whole: Any) -> None:
     text = markdown(whole[1])
     assert all(f"\n## {name}\n" in text for name in SHARES)
