@@ -12,6 +12,8 @@ PYTHON_OLDEST ?= python3.10
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= recipes,plots,tests,trl,quality
 BIN := $(VENV)/bin
+# A worker for each core, with one thread each: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-slow test-oldest lint setup clean
@@ -20,10 +22,10 @@ demo: $(READY)
 	$(BIN)/python scripts/demo.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 test-oldest:
 	$(MAKE) test PYTHON=$(PYTHON_OLDEST) VENV=.venv-oldest TORCH=torch==2.6.0 \
