@@ -179,7 +179,8 @@ def _check_trainable(mlps: list[SparseMLP]) -> None:
         if not all(p.update.U.requires_grad and p.update.V.requires_grad for p in mlp.projections):
             raise InactivePatchError(
                 f"the low-rank updates of {mlp.name} are frozen (get_peft_model freezes all but its own): "
-                "call patch_model after get_peft_model, or pass SubquadCallback to the Trainer, which thaws them"
+                "call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
+                "SubquadCallback, which thaws them"
             )
 
 
