@@ -107,6 +107,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     Raises:
         NoMatchError: none, or a name or layer number in `config` that the model does not have.
     """
+    model = _bare(model)
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
     if not found:
         raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
@@ -119,6 +120,12 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
             f"{[match.name for match in in_layers]}; layers_to_transform='all' takes every layer"
         )
     return kept
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped if isinstance(unwrapped, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:

@@ -32,7 +32,7 @@ class SparseMLP:
     """One MLP: its projections, its index, and the selection between its first and its last projection.
 
     Attributes:
-        name: path of the MLP in the model.
+        name: path of the MLP in the model, that of the bare one if it was patched inside PEFT's wrapper.
         parent: the module whose forward calls the projections; its own code runs unchanged.
         sources: the modules that the projections replaced, by path below the parent.
         trainable: which of their parameters were trainable.
@@ -85,8 +85,8 @@ class SparseMLP:
 
     @property
     def bare_name(self) -> str:
-        """Name in the bare model, also if the MLP was patched inside PEFT's wrapper."""
-        return self.name.removeprefix("base_model.model.")
+        """`name`."""
+        return self.name
 
     @property
     def active(self) -> int:

@@ -95,7 +95,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises what `apply_plan` would, and changes nothing."""
     runtime, mlps = patched_parts(model)
     wanted = [(layer.name, layer.neurons) for layer in plan.layers]
-    found = [(mlp.bare_name, mlp.index.neurons) for mlp in mlps]
+    found = [(mlp.name, mlp.index.neurons) for mlp in mlps]
     if wanted != found:
         odd = sorted(set(wanted) ^ set(found))[:4]
         raise PlanError(
