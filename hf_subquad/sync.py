@@ -133,7 +133,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         if current_forward(mlp.parent) is not mlp.parent_forward:
             raise InactivePatchError(
                 f"the forward of {mlp.name} ({type(mlp.parent).__name__}) was rebound after patch_model (Liger?): "
-                "turn off use_liger_kernel, or patch after what rebinds it"
+                "turn off use_liger_kernel, or its kernels for MLPs, or patch after what rebinds it"
             )
     _check_trainable(mlps)
     if optimizer is not None:
