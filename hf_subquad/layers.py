@@ -155,7 +155,10 @@ class SparseMLP:
     def _select(self, x: Tensor, training: bool) -> Selection:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
-            raise EmptyBatchError(f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model")
+            raise EmptyBatchError(
+                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model chose "
+                "no tokens of it for this MLP, leave such MLPs out with exclude_modules"
+            )
         if self.forced is not None:
             self.calls += 1
             return self.forced
