@@ -32,6 +32,7 @@ test-oldest:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 setup: $(READY)
 

@@ -126,8 +126,9 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
 
 def _bare(model: nn.Module) -> nn.Module:
     """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return unwrapped if isinstance(unwrapped, nn.Module) else model
+    unwrap = getattr(model, "get_base_model", None)
+    bare = unwrap() if callable(unwrap) else model
+    return bare if isinstance(bare, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
@@ -227,12 +228,13 @@ def _by_layer(found: list[Match], config: SubquadConfig) -> list[Match]:
         return found
     places = [_layer_of(match) for match in found]
     if layers == "all_but_first":
-        first = {stack: min(n for s, n in places if s == stack) for stack, n in places if n is not None}
+        numbered = [(stack, n) for stack, n in places if n is not None]
+        first = {stack: min(n for s, n in numbered if s == stack) for stack, _ in numbered}
         return [m for m, (stack, n) in zip(found, places, strict=True) if n is None or n > first[stack]]
-    there = {n for _, n in places}
+    there = {n for _, n in places if n is not None}
     missing = [n for n in layers if n not in there]
     if missing:
-        raise NoMatchError(f"layers_to_transform: no MLP in layers {missing}; there are {sorted(there - {None})}")
+        raise NoMatchError(f"layers_to_transform: no MLP in layers {missing}; there are {sorted(there)}")
     return [m for m, (_, n) in zip(found, places, strict=True) if n in layers]
 
 

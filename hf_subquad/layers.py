@@ -76,7 +76,8 @@ class SparseMLP:
         self.forced: Selection | None = None
         self._call: _Call | None = None
         self._enroll()
-        for place, projection in enumerate((*self.inputs, output)):
+        by_place: list[InputProjection | OutputProjection] = [*self.inputs, output]
+        for place, projection in enumerate(by_place):
             projection.mlp, projection.place = self, place
 
     @property
@@ -156,8 +157,8 @@ class SparseMLP:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
             raise EmptyBatchError(
-                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model chose "
-                "no tokens of it for this MLP, leave such MLPs out with exclude_modules"
+                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model "
+                "chose no tokens of it for this MLP, leave such MLPs out with exclude_modules"
             )
         if self.forced is not None:
             self.calls += 1
@@ -167,8 +168,8 @@ class SparseMLP:
         size = 1 if not training and _FEW * len(tokens) <= size else size
         if not torch.compiler.is_compiling():
             return self.select(tokens, self.k, size, training)
-        *tiling, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
-        return Selection(TokenTiles(*tiling, len(tokens)), neurons)
+        entries, slots, places, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
+        return Selection(TokenTiles(entries, slots, places, len(tokens)), neurons)
 
     def select(self, tokens: Tensor, k: int, tile_size: int, training: bool) -> Selection:
         """Select for tokens [N, d], and keep what an audit of it needs."""

@@ -58,7 +58,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     matches = find_mlps(model, config)
     for match in matches:
         check_projections(match, config)
-    size = sum(match.projection(path).weight.numel() for match in matches for path in match.paths)
+    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
     runtime = Runtime(config)
     patched: list[SparseMLP] = []
     try:
@@ -228,7 +228,8 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
         projection.store_as_saved()
-        source.weight, source.bias = projection.weight, projection.bias  # `model.to` may have replaced them
+        for name in ("weight", "bias"):  # which `model.to` may have replaced
+            setattr(source, name, getattr(projection, name))
         source.train(projection.training)
         for name, trainable in mlp.trainable[path].items():
             getattr(source, name).requires_grad_(trainable)

@@ -105,8 +105,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         mlp.index.build()
         device = mlp.index.output_norms.device
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
-        saved = {part: tensors.get(f"{mlp.name}.compensation.{part}") for part in _COMPENSATION}
-        mlp.compensation = None if saved["basis"] is None else Compensation(**saved).to(device)
+        fit = [tensors[name] for part in _COMPENSATION if (name := f"{mlp.name}.compensation.{part}") in tensors]
+        mlp.compensation = Compensation(*fit).to(device) if fit else None
     if plan is not None:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
