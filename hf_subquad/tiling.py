@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import TileOrder
 
-_POWER_ITERATIONS = 2  # a split need not be exact: eight were measured to choose no better neurons than one
+POWER_ITERATIONS = 2  # a split need not be exact: eight were measured to choose no better neurons than one
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _leading_direction(centred: Tensor) -> Tensor:
     # random numbers: the same tokens always give the same tiles.
     heaviest = covariance.diagonal(dim1=1, dim2=2).argmax(1)
     direction = covariance.gather(2, heaviest[:, None, None].expand(-1, covariance.shape[1], 1))
-    for _ in range(_POWER_ITERATIONS):
+    for _ in range(POWER_ITERATIONS):
         direction = torch.bmm(covariance, direction)
         direction = direction / direction.abs().amax(1, keepdim=True).clamp_min(torch.finfo(centred.dtype).tiny)
     return direction

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "faiss-cpu", "hf-subquad")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "faiss-cpu", "hf-subquad")
 # Settings of the process that change speed.
 VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "ATEN_CPU_CAPABILITY", "GLIBC_TUNABLES")
 

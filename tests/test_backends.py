@@ -151,6 +151,18 @@ def test_selection(kind: Kind, activation: nn.Module | None, device: str) -> Non
     assert torch.equal(other.neurons, other.neurons.sort(dim=1).values)
 
 
+def test_ranks_that_no_block_holds() -> None:
+    """Are left to PyTorch."""
+    x = torch.randn(N, 20)
+    found = []
+    for backend in ("torch", "triton"):
+        _, mlp, _ = patched("plain", 20, M, dtype=torch.float32, rank=20, backend=backend)
+        estimate = mlp.index.sketch
+        mlp.index.sketch = replace(estimate, basis=estimate.basis.repeat(40, 1), codes=estimate.codes.repeat(1, 40))
+        found.append(mlp.index.select(x, 16, T, "similar").neurons)
+    assert torch.equal(*found)
+
+
 def test_neurons_are_rounded_up_to_whole_steps() -> None:
     for wanted, computed in ((1, 64), (64, 64), (65, 128), (129, 150)):
         _, mlp, _ = patched("gated", D, 150, dtype=torch.float32, backend="triton")

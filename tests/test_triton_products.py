@@ -348,6 +348,7 @@ def test_products_in_a_cuda_graph() -> None:
 LIMITS = {80: 163 * 1024, 90: 227 * 1024}
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
     """In production's blocks: within shared memory, on tensor cores, with asynchronous copies 16 bytes wide."""
     pytest.importorskip("triton.backends.nvidia")

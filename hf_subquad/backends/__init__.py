@@ -17,9 +17,9 @@ __all__ = ["Backend", "EstimatedInput", "LiveRows", "Scoring", "backend_for"]
 def backend_for(name: BackendName, device: torch.device) -> Backend:
     """The backend that computes on a device.
 
-    Triton on CUDA devices that have tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch' or,
-    with 'auto', Triton is not installed; PyTorch elsewhere, so that a model can be patched before it is moved. With
-    TRITON_INTERPRET=1 in the environment, 'triton' is Triton's interpreter elsewhere: slow, and good for tests.
+    Triton on NVIDIA devices that have tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch'
+    or, with 'auto', Triton is not installed; PyTorch elsewhere, so that a model can be patched before it is moved.
+    With TRITON_INTERPRET=1 in the environment, 'triton' is Triton's interpreter elsewhere: slow, and good for tests.
 
     Raises:
         BackendError: 'triton' was asked for and is not installed.
@@ -40,7 +40,8 @@ def _triton_installed() -> bool:
 
 @functools.cache
 def _has_tensor_cores(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    # PyTorch calls AMD's devices cuda, too; the kernels ask for registers in a way that only NVIDIA's compiler takes.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache

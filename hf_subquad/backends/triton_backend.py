@@ -21,10 +21,10 @@ class TritonBackend(TorchBackend):
         return triton_tiles.bisect(features, count, size)
 
     def tile_scores(self, sample: Tensor, scoring: Scoring) -> Tensor:
-        activation = triton_neurons.name_of(scoring.activation)
-        if activation is None or sample.dtype not in _DTYPES:
+        activation, dtype = triton_neurons.name_of(scoring.activation), sample.dtype
+        ranks = len(scoring.basis), max(estimated.u.shape[1] for estimated in scoring.inputs)
+        if activation is None or not triton_neurons.covers(dtype, *ranks):
             return super().tile_scores(sample, scoring)
-        dtype = sample.dtype
         sizes = [len(scoring.basis), *(len(estimated.v) for estimated in scoring.inputs)]
         directions = torch.cat([scoring.basis.to(dtype), *(estimated.v.to(dtype) for estimated in scoring.inputs)])
         sketched, *lows = (sample @ directions.t()).split(sizes, dim=-1)

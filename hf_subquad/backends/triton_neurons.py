@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from ..importance import MOVE
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
@@ -25,14 +27,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }  # the activations that `_activate` knows, by name
 
-EstimatedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
+ProjectedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
-_MOVE = tl.constexpr(0.5)  # as in `index.py`
+_MOVE = tl.constexpr(MOVE)
 _ROW = 16384  # scores of a tile that one program holds in registers
 _GATHERED = 4096  # scores of a tile that one program looks at together when it writes what it chose
 _Block = dict[str, int]
-# Blocks of pre-activations in the two passes over them, by the largest r + q (powers of two) that fits. With fewer
-# tokens more programs fit on a multiprocessor, or higher ranks into one, but codes are read more often.
+# Blocks of pre-activations in the two passes over them, by the largest r + q (powers of two, counted twice in float32)
+# that fits. With fewer tokens more programs fit on a multiprocessor, or higher ranks into one, but codes are read more
+# often.
 _BLOCKS: dict[int, tuple[_Block, _Block]] = {
     96: (
         {"NEURONS": 64, "TOKENS": 128, "num_warps": 8, "num_stages": 3},
@@ -42,7 +45,6 @@ _BLOCKS: dict[int, tuple[_Block, _Block]] = {
     640: ({"NEURONS": 32, "TOKENS": 16, "num_warps": 8, "num_stages": 1},) * 2,
 }
 _THIRD = 168  # registers a thread if a multiprocessor is to run three programs of the second pass, not two
-
 
 _names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weakref.WeakKeyDictionary()
 
@@ -78,15 +80,28 @@ def _recognised(activation: Callable[[Tensor], Tensor]) -> str | None:
     return None
 
 
-def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: str, output_norms: Tensor) -> Tensor:
+def covers(dtype: torch.dtype, r: int, q: int) -> bool:
+    """Whether `tile_scores` takes tokens of this dtype, a sketch of rank r and updates of rank q."""
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and _columns(dtype, r, q) <= max(_BLOCKS)
+
+
+def _columns(dtype: torch.dtype, r: int, q: int) -> int:
+    return (_padded(r) + _padded(q)) * dtype.itemsize // 2
+
+
+def _padded(rank: int) -> int:
+    return max(triton.next_power_of_2(rank), 16)
+
+
+def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: str, output_norms: Tensor) -> Tensor:
     """Importance of every neuron to every tile, from a sample of its tokens.
 
     A token's share of it is the squared activation, plus its squared change if pre-activations move a little, times
     the squared norm of the neuron's output row.
 
     Args:
-        sketched: [n, t, r], t <= 16; coordinates x A^T of the sampled tokens in the sketch. Ranks r and q, rounded up
-            to powers of two, are at most 640 together.
+        sketched: [n, t, r], t <= 16; coordinates x A^T of the sampled tokens in the sketch. `covers` says which dtypes
+            and ranks.
         inputs: one input projection, or gate and up: (codes float32 [m, r], low [n, t, q] = x (s V)^T, u [m, q],
             bias [m] or None), with pre-activations codes x_sketched + u x_low + bias.
         activation: a name in `ACTIVATIONS`; of the gate, if there are two inputs.
@@ -98,13 +113,10 @@ def tile_scores(sketched: Tensor, inputs: Sequence[EstimatedInput], activation: 
     (tiles, sampled, r), m = sketched.shape, len(output_norms)
     sketched, output_norms = _rows(sketched), output_norms.contiguous()
     padded, multiprocessors = triton.next_power_of_2(sampled), _multiprocessors(sketched.device)
-    ranks = {
-        "GATED": len(inputs) == 2,
-        "SAMPLED": padded,
-        "R": max(triton.next_power_of_2(r), 16),
-        "Q": max(triton.next_power_of_2(max(u.shape[1] for _, _, u, _ in inputs)), 16),
-    }
-    first, second = next(blocks for columns, blocks in _BLOCKS.items() if ranks["R"] + ranks["Q"] <= columns)
+    q = max(u.shape[1] for _, _, u, _ in inputs)
+    ranks = {"GATED": len(inputs) == 2, "SAMPLED": padded, "R": _padded(r), "Q": _padded(q)}
+    columns = _columns(sketched.dtype, r, q)
+    first, second = next(blocks for most, blocks in _BLOCKS.items() if columns <= most)
     # Operands of four bytes, higher ranks and the error function need more registers than a third.
     third = first is not second and sketched.element_size() == 2 and activation != "gelu"
     squares_grid, squares_span = _grid(tiles * padded, m, first, multiprocessors)
@@ -164,30 +176,31 @@ def _described(codes: Tensor, low: Tensor, u: Tensor, bias: Tensor | None) -> tu
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1 / (1 + tl.exp(-x))
+def _times_sigmoid(x, y):
+    """x sigmoid(y)."""
+    return x / (1 + tl.exp2(-1.4426950408889634 * y))
 
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
     """The function of that name in `ACTIVATIONS`, of float32."""
     if ACTIVATION == "relu":
-        return tl.where(x > 0, x, 0.0)
+        return tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "silu":
-        return x * _sigmoid(x)
+        return _times_sigmoid(x, x)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1 + tl.erf(0.7071067811865476 * x))
     elif ACTIVATION == "gelu_tanh":  # 1 + tanh(y) = 2 sigmoid(2 y)
-        return x * _sigmoid(1.5957691216057308 * x * (1 + 0.044715 * x * x))
+        return _times_sigmoid(x, 1.5957691216057308 * x * (1 + 0.044715 * x * x))
     elif ACTIVATION == "quick_gelu":
-        return x * _sigmoid(1.702 * x)
+        return _times_sigmoid(x, 1.702 * x)
     elif ACTIVATION == "relu_squared":
-        return tl.where(x > 0, x * x, 0.0)
+        return tl.where(x < 0, 0.0, x * x)
     elif ACTIVATION == "sigmoid":
-        return _sigmoid(x)
+        return _times_sigmoid(1, x)
     else:
         tl.static_assert(ACTIVATION == "tanh")
-        return 2 * _sigmoid(2 * x) - 1
+        return _times_sigmoid(2, 2 * x) - 1
 
 
 @triton.jit

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_POWER_ITERATIONS = tl.constexpr(2)  # as in `tiling.py`
+from ..tiling import POWER_ITERATIONS
+
+_POWER_ITERATIONS = tl.constexpr(POWER_ITERATIONS)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _LAST = tl.constexpr(0x3FC00001)  # the key of NaN, above infinity's
 _NONE = tl.constexpr(0x3FFFFFFF)  # above all keys
@@ -46,9 +48,8 @@ def bisect(features: Tensor, count: int, size: int) -> Tensor:
     group = entries
     with torch.cuda.device_of(features):
         while group > size:
-            groups = entries // group
-            if triton.next_power_of_2(group) * width <= _HELD:
-                held = triton.next_power_of_2(group)
+            groups, held = entries // group, triton.next_power_of_2(group)
+            if held * width <= _HELD:
                 _project_group[(groups,)](
                     features, order, keys, tokens, r, group, held, width, num_warps=_warps(held * width)
                 )
@@ -101,9 +102,7 @@ def _unit(direction):
 
 
 @triton.jit
-def _project_group(
-    features_ptr, order_ptr, keys_ptr, tokens, r, group, HELD: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
+def _project_group(features_ptr, order_ptr, keys_ptr, tokens, r, group, HELD: tl.constexpr, WIDTH: tl.constexpr):
     """Keys of one group's entries. The covariance C^T C of its features is only ever applied, never written out."""
     begin = tl.program_id(0) * group
     place = tl.arange(0, HELD)
