@@ -33,8 +33,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
         if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
-                "floating point can be patched; load the model unquantised, or leave the MLP out with target_modules "
-                "or layers_to_transform"
+                "floating point can be patched; load the model unquantised, or leave the MLP out with exclude_modules"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(

@@ -54,8 +54,9 @@ class SubquadCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         check_engine(args)  # for a callback that came by add_callback
+        folder = _run_folder(sys._getframe(1), args)
         if state.global_step:
-            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(args, state)
+            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(folder, state)
             resume(model, Path(resumed_from), state.global_step, optimizer, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
@@ -65,8 +66,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         runtime = runtime_of(model)
         if runtime.plan is not None and state.is_world_process_zero:
             print(runtime.plan.table(), flush=True)
-            os.makedirs(args.output_dir, exist_ok=True)
-            runtime.plan.save(Path(args.output_dir) / PLAN_NAME)
+            folder.mkdir(parents=True, exist_ok=True)
+            runtime.plan.save(folder / PLAN_NAME)
         sync_model(model, state.global_step)
 
     def on_step_end(
@@ -109,7 +110,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
         if args.should_save:
-            save_sidecar(model, _checkpoint_folder(args, state), state.global_step)
+            folder = _checkpoint_folder(_run_folder(sys._getframe(1), args), state)
+            save_sidecar(model, folder, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -148,13 +150,26 @@ def _states(state: TrainerState) -> dict[str, Any]:
 
 def _resumed_from(frame: FrameType | None) -> str | None:
     """The checkpoint folder that `Trainer.train` resumes from, which callbacks are not told: from its own frame."""
+    _, folder = _trainer_and("resume_from_checkpoint", frame)
+    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+
+
+def _run_folder(frame: FrameType | None, args: TrainingArguments) -> Path:
+    """Where the Trainer puts the checkpoints of this run: a trial of a hyperparameter search has a folder of its own,
+    which callbacks are not told."""
+    trainer, trial = _trainer_and("trial", frame)
+    return Path(trainer._get_output_dir(trial) if trainer else args.output_dir or "")
+
+
+def _trainer_and(name: str, frame: FrameType | None) -> tuple[Trainer | None, Any]:
+    """The Trainer whose method is the nearest caller that has a variable of that name, and its value."""
     while frame is not None:
-        if isinstance(frame.f_locals.get("self"), Trainer) and "resume_from_checkpoint" in frame.f_locals:
-            folder = frame.f_locals["resume_from_checkpoint"]
-            return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and name in frame.f_locals:
+            return trainer, frame.f_locals[name]
         frame = frame.f_back
-    return None
+    return None, None
 
 
-def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+def _checkpoint_folder(run: Path, state: TrainerState) -> Path:
+    return run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

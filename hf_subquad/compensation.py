@@ -1,6 +1,7 @@
 """A linear stand-in for what skipped neurons would have added to an MLP's output."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ class CompensationFit:
         self._tokens = 0
         size = len(basis) + 1
         self._gram = basis.new_zeros(size, size)
-        self._moment: Tensor | float = 0.0
+        self._moment: Any = 0.0  # a tensor once tokens were added
 
     @torch.no_grad()
     def add(self, x: Tensor, missed: Tensor) -> None:

@@ -53,6 +53,10 @@ class SubquadConfig:
         None,
         "Names of the projections to patch (e.g. ['fc1', 'fc2']), or null for every known MLP.",
     )
+    exclude_modules: list[str] | None = _setting(
+        None,
+        "Names, or ends of paths, of modules to leave out with all that they hold (e.g. ['vision_tower']), or null.",
+    )
     sketch_rank: int = _setting(64, "Rank r of the activation index.")
     seed: int = _setting(0, "Seed of the index and of the factors; the global random state is left alone.")
     fold_steps: int = _setting(0, "Fold U V into the base weight every so many steps; 0: never.")
@@ -94,11 +98,12 @@ class SubquadConfig:
             raise ConfigError(f"sparse_eval must be true or false, got {self.sparse_eval!r}")
         if not isinstance(self.index_factory, str) or not self.index_factory:
             raise ConfigError(f"index_factory must be a faiss factory string, got {self.index_factory!r}")
-        targets = self.target_modules
-        if targets is not None and not (
-            isinstance(targets, list) and targets and all(isinstance(name, str) and name for name in targets)
-        ):
-            raise ConfigError(f"target_modules must be a list of module names or null, got {targets!r}")
+        for name in ("target_modules", "exclude_modules"):
+            modules = getattr(self, name)
+            if modules is not None and not (
+                isinstance(modules, list) and modules and all(isinstance(module, str) and module for module in modules)
+            ):
+                raise ConfigError(f"{name} must be a list of module names or null, got {modules!r}")
 
     def _check_active(self) -> None:
         active = self.active

@@ -6,16 +6,20 @@ from transformers import TrainingArguments
 
 from .errors import InactivePatchError, ParallelismError
 
+_LIGER_MLP_KERNELS = ("swiglu", "geglu")  # a model has one of them; were it the one left on, `check_active` would see
+
 
 def check_engine(args: TrainingArguments) -> None:
     """
     Raises:
-        InactivePatchError: Liger kernels would bypass the patch.
+        InactivePatchError: Liger's kernels for MLPs would bypass the patch.
         ParallelismError: FSDP, DeepSpeed, Megatron-LM or `torch.nn.DataParallel` would split or copy patched layers.
     """
-    if args.use_liger_kernel:
+    liger = {kernel: on for kernel, on in (args.liger_kernel_config or {}).items() if kernel in _LIGER_MLP_KERNELS}
+    if args.use_liger_kernel and (not liger or any(liger.values())):
         raise InactivePatchError(
-            "use_liger_kernel=True rebinds the MLPs' forward and would bypass the patch: set it to False"
+            "use_liger_kernel=True rebinds the MLPs' forward and would bypass the patch: set it to False, or leave "
+            'the MLPs out of it: liger_kernel_config={"swiglu": False, "geglu": False}'
         )
     engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
     asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else None

@@ -107,18 +107,28 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     Raises:
         NoMatchError: none, or a name or layer number in `config` that the model does not have.
     """
+    model = _bare(model)
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
     if not found:
         raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
     named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
-    kept = [match for match in named if match in in_layers]
+    not_excluded = _not_excluded(found, config.exclude_modules)
+    kept = [match for match in named if match in in_layers and match in not_excluded]
     if not kept:
         raise NoMatchError(
             f"nothing is left to patch: target_modules={config.target_modules} names MLPs in "
             f"{[match.name for match in named]}, layers_to_transform={config.layers_to_transform!r} takes those in "
-            f"{[match.name for match in in_layers]}; layers_to_transform='all' takes every layer"
+            f"{[match.name for match in in_layers]}, exclude_modules={config.exclude_modules} leaves those in "
+            f"{[match.name for match in not_excluded]}; layers_to_transform='all' takes every layer"
         )
     return kept
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    bare = unwrap() if callable(unwrap) else model
+    return bare if isinstance(bare, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
@@ -166,12 +176,8 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     if targets is None:
         return found
     names = {match.full_name(path): match for match in found for path in match.paths}
-
-    def wanted(full_name: str, target: str) -> bool:
-        return full_name == target or full_name.endswith("." + target)
-
     for target in targets:
-        if not any(wanted(name, target) for name in names):
+        if not any(_is_named(name, target) for name in names):
             near = difflib.get_close_matches(target, sorted({path for m in found for path in m.paths}), cutoff=0.4)
             raise NoMatchError(
                 f"target_modules: no MLP projection is named {target!r}; "
@@ -179,7 +185,7 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
             )
     kept = []
     for match in found:
-        hits = [any(wanted(match.full_name(path), target) for target in targets) for path in match.paths]
+        hits = [any(_is_named(match.full_name(path), target) for target in targets) for path in match.paths]
         if any(hits) and not all(hits):
             raise NoMatchError(
                 f"target_modules names a part of {match.name or 'the MLP'} only: the projections of an MLP are patched "
@@ -190,18 +196,45 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     return kept
 
 
+def _not_excluded(found: list[Match], excluded: list[str] | None) -> list[Match]:
+    kept = found
+    for name in excluded or []:
+        hit = [match for match in found if any(_is_named(path, name) for path in _paths_to(match))]
+        if not hit:
+            names = sorted({part for m in found for path in _paths_to(m) for part in path.split(".")})
+            names = [part for part in names if not part.isdigit()]
+            near = difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.4)
+            raise NoMatchError(
+                f"exclude_modules: there is no wide MLP in a module named {name!r}; nearest are {near}, all are {names}"
+            )
+        kept = [match for match in kept if match not in hit]
+    return kept
+
+
+def _paths_to(match: Match) -> set[str]:
+    """Paths of an MLP's projections and of all modules that hold them."""
+    parts = [match.full_name(path).split(".") for path in match.paths]
+    return {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Whether a name is a path or the end of it, as PEFT matches names."""
+    return path == name or path.endswith("." + name)
+
+
 def _by_layer(found: list[Match], config: SubquadConfig) -> list[Match]:
     layers = config.layers_to_transform
     if layers == "all":
         return found
     places = [_layer_of(match) for match in found]
     if layers == "all_but_first":
-        first = {stack: min(n for s, n in places if s == stack) for stack, n in places if n is not None}
+        numbered = [(stack, n) for stack, n in places if n is not None]
+        first = {stack: min(n for s, n in numbered if s == stack) for stack, _ in numbered}
         return [m for m, (stack, n) in zip(found, places, strict=True) if n is None or n > first[stack]]
-    there = {n for _, n in places}
+    there = {n for _, n in places if n is not None}
     missing = [n for n in layers if n not in there]
     if missing:
-        raise NoMatchError(f"layers_to_transform: no MLP in layers {missing}; there are {sorted(there - {None})}")
+        raise NoMatchError(f"layers_to_transform: no MLP in layers {missing}; there are {sorted(there)}")
     return [m for m, (_, n) in zip(found, places, strict=True) if n in layers]
 
 

@@ -74,10 +74,8 @@ def _columns(matrices: Sequence[LiveRows]) -> tuple[list[Tensor], ...]:
 
 
 def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor], scale: float) -> list[LiveRows]:
-    return [
-        LiveRows(r, u, scale * v, bias)
-        for r, u, v, bias in zip(rows, us, vs, biases or [None] * len(rows), strict=True)
-    ]
+    by_matrix: Sequence[Tensor | None] = biases or [None] * len(rows)
+    return [LiveRows(r, u, scale * v, bias) for r, u, v, bias in zip(rows, us, vs, by_matrix, strict=True)]
 
 
 # What the operators do -------------------------------------------------------------------------------------------
@@ -126,8 +124,8 @@ def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, token
 
 @_dot_rows.register_fake
 def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    made_by = backend_for(backend, x.device)
-    compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
+    (count, size), active = entries.shape, neurons.shape[1]
+    compact = [backend_for(backend, x.device).new_compact(x, count, size, active) for _ in rows]
     return [*compact, x.new_empty(tokens, sum(len(v) for v in vs))]
 
 

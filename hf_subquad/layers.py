@@ -32,7 +32,7 @@ class SparseMLP:
     """One MLP: its projections, its index, and the selection between its first and its last projection.
 
     Attributes:
-        name: path of the MLP in the model.
+        name: path of the MLP in the model, that of the bare one if it was patched inside PEFT's wrapper.
         parent: the module whose forward calls the projections; its own code runs unchanged.
         sources: the modules that the projections replaced, by path below the parent.
         trainable: which of their parameters were trainable.
@@ -76,7 +76,8 @@ class SparseMLP:
         self.forced: Selection | None = None
         self._call: _Call | None = None
         self._enroll()
-        for place, projection in enumerate((*self.inputs, output)):
+        by_place: list[InputProjection | OutputProjection] = [*self.inputs, output]
+        for place, projection in enumerate(by_place):
             projection.mlp, projection.place = self, place
 
     @property
@@ -85,8 +86,8 @@ class SparseMLP:
 
     @property
     def bare_name(self) -> str:
-        """Name in the bare model, also if the MLP was patched inside PEFT's wrapper."""
-        return self.name.removeprefix("base_model.model.")
+        """`name`."""
+        return self.name
 
     @property
     def active(self) -> int:
@@ -155,7 +156,10 @@ class SparseMLP:
     def _select(self, x: Tensor, training: bool) -> Selection:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):
-            raise EmptyBatchError(f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model")
+            raise EmptyBatchError(
+                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model "
+                "chose no tokens of it for this MLP, leave such MLPs out with exclude_modules"
+            )
         if self.forced is not None:
             self.calls += 1
             return self.forced
@@ -164,8 +168,8 @@ class SparseMLP:
         size = 1 if not training and _FEW * len(tokens) <= size else size
         if not torch.compiler.is_compiling():
             return self.select(tokens, self.k, size, training)
-        *tiling, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
-        return Selection(TokenTiles(*tiling, len(tokens)), neurons)
+        entries, slots, places, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
+        return Selection(TokenTiles(entries, slots, places, len(tokens)), neurons)
 
     def select(self, tokens: Tensor, k: int, tile_size: int, training: bool) -> Selection:
         """Select for tokens [N, d], and keep what an audit of it needs."""

@@ -58,7 +58,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     matches = find_mlps(model, config)
     for match in matches:
         check_projections(match, config)
-    size = sum(match.projection(path).weight.numel() for match in matches for path in match.paths)
+    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
     runtime = Runtime(config)
     patched: list[SparseMLP] = []
     try:
@@ -95,7 +95,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Raises what `apply_plan` would, and changes nothing."""
     runtime, mlps = patched_parts(model)
     wanted = [(layer.name, layer.neurons) for layer in plan.layers]
-    found = [(mlp.bare_name, mlp.index.neurons) for mlp in mlps]
+    found = [(mlp.name, mlp.index.neurons) for mlp in mlps]
     if wanted != found:
         odd = sorted(set(wanted) ^ set(found))[:4]
         raise PlanError(
@@ -228,7 +228,8 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
         projection.store_as_saved()
-        source.weight, source.bias = projection.weight, projection.bias  # `model.to` may have replaced them
+        for name in ("weight", "bias"):  # which `model.to` may have replaced
+            setattr(source, name, getattr(projection, name))
         source.train(projection.training)
         for name, trainable in mlp.trainable[path].items():
             getattr(source, name).requires_grad_(trainable)

@@ -119,10 +119,11 @@ class Plan:
             raise PlanError(f"this is not a plan of format {_FORMAT}")
         try:
             rest = {name: value for name, value in values.items() if name not in ("format", "layers")}
-            layers = tuple(LayerPlan(**layer) for layer in values["layers"])
+            layers = tuple(LayerPlan(**fields) for fields in values["layers"])
             plan = cls(**rest, layers=layers)
-            for part in (plan, *layers):
-                _check(part)
+            _check(plan)
+            for layer in layers:
+                _check(layer)
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"this is not a plan: {error}") from error
         if not layers or not all(1 <= layer.active <= layer.neurons for layer in layers):

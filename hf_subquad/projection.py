@@ -1,6 +1,6 @@
 """One weight matrix of an MLP, seen as rows by neuron, with its low-rank update."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +41,13 @@ class NeuronProjection(nn.Module):
 
     def __init__(self, source: nn.Module, config: SubquadConfig, seed: int) -> None:
         super().__init__()
-        self.weight: nn.Parameter = source.weight
-        self.bias: nn.Parameter | None = source.bias
+        self.weight = source.get_parameter("weight")
+        self.bias = source._parameters["bias"]
         # Linear stores [out, in], Conv1D [in, out]; neurons are the outputs of an input projection.
         self.weight_is_rows = self.into_neurons != isinstance(source, Conv1D)
         self.source_class = type(source).__name__
         neurons, width = self.weight.shape if self.weight_is_rows else self.weight.shape[::-1]
-        zero = "U" if self.into_neurons else "V"
+        zero: Literal["U", "V"] = "U" if self.into_neurons else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
         self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
 

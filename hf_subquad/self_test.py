@@ -106,8 +106,7 @@ def _attempt(mlp: SparseMLP, run: Run, x: Tensor, otherwise: str) -> Tensor:
 
 def _refusal(mlp: SparseMLP, why: str) -> UnsupportedModuleError:
     return UnsupportedModuleError(
-        f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: {why}. "
-        "Leave it out with target_modules or layers_to_transform"
+        f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: {why}. Leave it out with exclude_modules"
     )
 
 

@@ -47,10 +47,10 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         if not merged and (update.restarts or config.fold_steps):
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     for mlp in require_patched(model):
-        tensors[f"{mlp.bare_name}.norms"] = mlp.index.output_norms
+        tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
         if mlp.compensation is not None:
             for part, values in vars(mlp.compensation).items():
-                tensors[f"{mlp.bare_name}.compensation.{part}"] = values
+                tensors[f"{mlp.name}.compensation.{part}"] = values
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": _FORMAT,
@@ -104,9 +104,9 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     for mlp in require_patched(model):
         mlp.index.build()
         device = mlp.index.output_norms.device
-        mlp.index.output_norms = tensors[f"{mlp.bare_name}.norms"].to(device)
-        saved = {part: tensors.get(f"{mlp.bare_name}.compensation.{part}") for part in _COMPENSATION}
-        mlp.compensation = None if saved["basis"] is None else Compensation(**saved).to(device)
+        mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
+        fit = [tensors[name] for part in _COMPENSATION if (name := f"{mlp.name}.compensation.{part}") in tensors]
+        mlp.compensation = Compensation(*fit).to(device) if fit else None
     if plan is not None:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
@@ -136,7 +136,7 @@ def _other_files(folder: Path) -> dict[str, str]:
 def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
     """Patched projections by their name in the bare model."""
     return {
-        f"{mlp.bare_name}.{path}": projection
+        f"{mlp.name}.{path}": projection
         for mlp in require_patched(model)
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
     }
@@ -157,8 +157,8 @@ def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> No
     projections, found = _projections(model), set(tensors)
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
     for mlp in require_patched(model):
-        fit = {f"{mlp.bare_name}.compensation.{part}" for part in _COMPENSATION}
-        wanted |= {f"{mlp.bare_name}.norms"} | (fit if fit & found else set())
+        fit = {f"{mlp.name}.compensation.{part}" for part in _COMPENSATION}
+        wanted |= {f"{mlp.name}.norms"} | (fit if fit & found else set())
     odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
     if odd:
         raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")

@@ -133,7 +133,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         if current_forward(mlp.parent) is not mlp.parent_forward:
             raise InactivePatchError(
                 f"the forward of {mlp.name} ({type(mlp.parent).__name__}) was rebound after patch_model (Liger?): "
-                "turn off use_liger_kernel, or patch after what rebinds it"
+                "turn off use_liger_kernel, or its kernels for MLPs, or patch after what rebinds it"
             )
     _check_trainable(mlps)
     if optimizer is not None:
@@ -179,7 +179,8 @@ def _check_trainable(mlps: list[SparseMLP]) -> None:
         if not all(p.update.U.requires_grad and p.update.V.requires_grad for p in mlp.projections):
             raise InactivePatchError(
                 f"the low-rank updates of {mlp.name} are frozen (get_peft_model freezes all but its own): "
-                "call patch_model after get_peft_model, or pass SubquadCallback to the Trainer, which thaws them"
+                "call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
+                "SubquadCallback, which thaws them"
             )
 
 

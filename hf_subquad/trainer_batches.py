@@ -27,7 +27,8 @@ def sample_batches(dataloader: DataLoader[Any], rows: int, count: int, device: t
 
 def _copied(collate: Any) -> Any:
     """A copy of a collator, which may hold a random state of its own; a model that it holds is not copied."""
-    held, memo = [collate], {}
+    memo: dict[int, Any] = {}
+    held = [collate]
     for _ in range(3):  # the Trainer may wrap the user's collator
         held = [value for thing in held for value in getattr(thing, "__dict__", {}).values()]
         memo |= {id(value): value for value in held if isinstance(value, nn.Module)}

@@ -61,7 +61,7 @@ SECTIONS = {
     "refused": Section(
         "Refused",
         "`patch_model` raises `UnsupportedModuleError` for the first MLP that cannot be made sparse. Where others can, "
-        "`target_modules` or `layers_to_transform` choose them.",
+        "`exclude_modules` leaves it out.",
         ("reason",),
     ),
     "none": Section(

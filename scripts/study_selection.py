@@ -117,7 +117,7 @@ def allocation_study(options: argparse.Namespace, inputs: Inputs) -> dict[str, A
 
 def _measurements(measured: MeasuredMLP) -> dict[str, Any]:
     return {
-        "name": measured.mlp.bare_name,
+        "name": measured.mlp.name,
         "neurons": measured.mlp.index.neurons,
         "sensitivity": measured.sensitivity,
         "full_ms": measured.timing.full,

@@ -152,7 +152,7 @@ def test_plans_keep_to_the_tolerance(name: str) -> None:
 def test_the_plan_is_that_of_the_model_and_the_batches() -> None:
     plan = calibrate(opt(), TEXTS, PLANNED)
     mlps = sparse_mlps(patch_model(opt(), PLANNED))
-    assert [layer.name for layer in plan.layers] == [mlp.bare_name for mlp in mlps]
+    assert [layer.name for layer in plan.layers] == [mlp.name for mlp in mlps]
     assert (plan.tokens, plan.dtype, plan.device) == (3 * LENGTH, "float32", "cpu")
     assert (plan.tile_size, plan.tile_order, plan.tolerance) == (5, "similar", PLANNED.tolerance)
     assert plan.step_ms == STEP_MS

@@ -29,6 +29,14 @@ def test_plan_lists_the_mlps_that_would_be_patched(tmp_path: Path, capsys: pytes
         assert (int(neurons), int(active), int(width)) == (model.config.intermediate_size, 5, model.config.hidden_size)
 
 
+def test_plan_leaves_out_excluded_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("t5").save_pretrained(tmp_path)
+    (tmp_path / "settings.json").write_text('{"exclude_modules": ["decoder"]}')
+    assert main(["plan", str(tmp_path), "--config", str(tmp_path / "settings.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    assert lines and all(line.startswith("encoder.") for line in lines)
+
+
 @pytest.mark.parametrize("settings", ['{"rnak": 3}', '{"active": 100000}', "not json"])
 def test_plan_reports_bad_settings_in_one_line(
     tmp_path: Path, settings: str, capsys: pytest.CaptureFixture[str]

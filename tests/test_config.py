@@ -21,7 +21,7 @@ WRONG: list[tuple[str, Any]] = [
     *(("active", value) for value in (0, -3, 0.0, 1.0001, -0.5, math.nan, True, "half")),
     *((name, value) for name in ("tile_order", "backend") for value in ("random", None, 1)),
     *(("layers_to_transform", value) for value in ("first", [], [-1], [1.0], [True], (1, 2), 3, None, ["1"])),
-    *(("target_modules", value) for value in ([], "fc1", [1], [""], ("fc1",))),
+    *((name, value) for name in ("target_modules", "exclude_modules") for value in ([], "fc1", [1], [""], ("fc1",))),
     *(("sparse_eval", value) for value in (1, "yes", None)),
     *(("index_factory", value) for value in ("", None, 4)),
 ]
@@ -43,7 +43,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 def test_every_field_explains_itself_and_there_are_few() -> None:
     fields = dataclasses.fields(SubquadConfig)
-    assert len(fields) <= 16
+    assert len(fields) <= 17
     assert all(len(f.metadata["help"]) > 10 for f in fields)
 
 
@@ -55,6 +55,7 @@ def test_every_field_explains_itself_and_there_are_few() -> None:
         {"active": 1},
         {"active": 1.0},
         {"active": 0.25, "alpha": 3, "layers_to_transform": [0, 2], "target_modules": ["fc1", "fc2"]},
+        {"exclude_modules": ["vision_tower", "layers.3"]},
         {"tile_order": "consecutive", "sparse_eval": True, "index_factory": "IVF4,Flat", "seed": 2**31},
     ],
 )
@@ -72,7 +73,8 @@ CONFIGS = st.builds(
     SubquadConfig, rank=COUNTS, alpha=POSITIVE | COUNTS, active=st.none() | COUNTS | st.floats(1e-9, 1),
     tolerance=POSITIVE, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
     layers_to_transform=st.sampled_from(["all", "all_but_first"]) | st.lists(st.integers(0, 99), min_size=1),
-    target_modules=st.none() | st.lists(st.text(min_size=1), min_size=1), sketch_rank=COUNTS,
+    target_modules=st.none() | st.lists(st.text(min_size=1), min_size=1),
+    exclude_modules=st.none() | st.lists(st.text(min_size=1), min_size=1), sketch_rank=COUNTS,
     seed=st.integers(0, 2**63 - 1), fold_steps=st.integers(0, 10**9), refresh_steps=st.integers(0, 10**9),
     dense_share=st.floats(0, 1), sparse_eval=st.booleans(), index_factory=st.text(min_size=1),
 )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import fill_updates, llama, opt, tokens
-from helpers.training import TRAIN, factors, trainer
+from helpers.training import TRAIN, Texts, arguments, factors, trainer
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -21,9 +21,10 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
+from transformers import Trainer
 from transformers.utils import logging
 
-from hf_subquad import InactivePatchError, PatchError, load_sidecar, patch_model, save_sidecar
+from hf_subquad import InactivePatchError, PatchError, SubquadCallback, load_sidecar, patch_model, save_sidecar
 
 ATTENTION: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "v_proj"]}
 
@@ -84,6 +85,20 @@ def test_prompt_tuning_puts_more_tokens_into_the_tiles(tmp_path: Path) -> None:
     assert all(not torch.equal(updates[name], value) for name, value in factors(model).items())
 
 
+@pytest.mark.parametrize("method", ["LoRA", "prompt tuning"])
+@pytest.mark.parametrize("first", ORDERS)
+def test_resumes_in_the_other_order(tmp_path: Path, method: str, first: str) -> None:
+    """MLPs have the same names, and factors the same start, whichever of PEFT and the patch comes first."""
+    config = METHODS.get(method, lambda: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    model, again = both(first, config()), both(next(order for order in ORDERS if order != first), config())
+    assert factors(model).keys() == factors(again).keys() == factors(patch_model(opt(), TRAIN)).keys()
+    assert all(torch.equal(value, factors(again)[name]) for name, value in factors(model).items())
+    trainer(model, tmp_path, max_steps=3, save_strategy="steps", save_steps=2).train()
+    trainer(again, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in factors(model).items():
+        torch.testing.assert_close(factors(again)[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_alone_are_not_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`save_model` beside PEFT writes adapters; the end of training says what to do instead."""
     said: list[str] = []
@@ -118,6 +133,14 @@ def test_peft_on_what_is_patched(tmp_path: Path, config: LoraConfig) -> None:
     model = both("patch first", config)
     with pytest.raises(InactivePatchError, match=r"layers\.1\.fc1"):
         trainer(model, tmp_path).train()
+
+
+def test_peft_after_the_patch_in_model_init(tmp_path: Path) -> None:
+    """The callback sees the model that is trained too late to thaw its updates."""
+    run = Trainer(model_init=lambda: both("patch first", METHODS["LoRA"]()), args=arguments(tmp_path),
+                  train_dataset=Texts(), callbacks=[SubquadCallback()])  # fmt: skip
+    with pytest.raises(InactivePatchError, match=r"frozen.*after get_peft_model.*model_init"):
+        run.train()
 
 
 def test_whole_mlps_in_modules_to_save(tmp_path: Path) -> None:

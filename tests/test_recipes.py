@@ -261,8 +261,9 @@ def test_missing_settings_are_named() -> None:
 def test_sparse_settings_are_checked_by_the_library_and_reach_it() -> None:
     with pytest.raises(ValueError, match="tile_size must be an integer of at least 1, got 0"):
         lm_settings(method="subquad", tile_size=0)
-    config = lm_settings(method="subquad", tile_size=32, rank=4, seed=7, layers_to_transform=[1]).subquad_config()
-    assert (config.tile_size, config.rank, config.seed, config.layers_to_transform) == (32, 4, 7, [1])
+    values = {"tile_size": 32, "rank": 4, "seed": 7, "layers_to_transform": [1], "exclude_modules": ["vision_tower"]}
+    config = lm_settings(method="subquad", **values).subquad_config()
+    assert {name: getattr(config, name) for name in values} == values
     assert type(config).__name__ == "SubquadConfig"
 
 

@@ -181,7 +181,7 @@ def test_importance_is_of_the_neurons_that_are_active() -> None:
     mlp.projections[0].bias.data.fill_(-1e3)  # ReLU: all off ...
     mlp.projections[0].bias.data[5] = 1e3  # ... but one
     batch = {"input_ids": torch.randint(4, 4096, (2, 9))}
-    importance = token_importance(model, [batch])[mlp.bare_name]
+    importance = token_importance(model, [batch])[mlp.name]
     assert importance.argmax() == 5 and importance[5] > 1000 * importance.sum().sub(importance[5])
 
 
@@ -192,7 +192,7 @@ def test_an_installed_selection_is_used_and_taken_out_again() -> None:
     seen = []
 
     def logits(name: str) -> torch.Tensor:
-        install(model, Method.parse(name), {mlp.bare_name: torch.rand(NEURONS) for mlp in mlps}, 2)
+        install(model, Method.parse(name), {mlp.name: torch.rand(NEURONS) for mlp in mlps}, 2)
         handles = [m.output.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape)) for m in mlps]
         with torch.no_grad(), sparse_forward(model):
             found = model(**batch).logits

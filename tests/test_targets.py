@@ -2,9 +2,11 @@
 
 import pytest
 from helpers.models import CONFIG, assert_same, build, llama, opt, snapshot
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from hf_subquad import NoMatchError, PatchError, SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import NoMatchError, PatchError, SubquadConfig, WeightsError, patch_model, sparse_mlps
 
 
 def config(**values: object) -> SubquadConfig:
@@ -46,6 +48,65 @@ def test_first_named_layer_of_a_request_is_not_dropped() -> None:
     """all_but_first leaves out the first layer of the stack, not the first of what the names left over."""
     values = {"target_modules": ["layers.1.fc1", "layers.1.fc2", "layers.2.fc1", "layers.2.fc2"]}
     assert patched_names(patch_model(opt(), config(**values))) == layers(1, 2)
+
+
+def two_towers() -> nn.Module:
+    """LLaVA: a CLIP vision tower, a language model, and a projector between them that has the shape of an MLP."""
+    sizes = {"hidden_size": 20, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    text = LlamaConfig(**sizes, vocab_size=61, num_key_value_heads=1)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
+
+
+VISION = [name.removesuffix(".fc1") for name, _ in two_towers().named_modules() if name.endswith(".fc1")]
+LANGUAGE = [f"model.language_model.layers.{n}.mlp" for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("excluded", "expected"),
+    [
+        (None, VISION[1:] + LANGUAGE[1:]),
+        (["vision_tower"], LANGUAGE[1:]),
+        (["model.vision_tower"], LANGUAGE[1:]),
+        (["vision_tower", "language_model.layers.2"], LANGUAGE[1:2]),
+        (["layers.1"], [VISION[2], LANGUAGE[2]]),
+        (["fc1"], LANGUAGE[1:]),  # projections of an MLP are left out together
+        ([f"{LANGUAGE[1]}.up_proj", "model.language_model.layers.2.mlp"], VISION[1:]),
+        (["encoder.layers.0"], VISION[1:] + LANGUAGE[1:]),  # the first layer stays the first
+    ],
+)
+def test_excluded_modules_stay_as_they_are(excluded: list[str] | None, expected: list[str]) -> None:
+    model = patch_model(two_towers(), config(exclude_modules=excluded))
+    assert patched_names(model) == expected
+    patched = {f"{name}.{path}" for mlp in sparse_mlps(model) for path in mlp.sources for name in [mlp.name]}
+    assert all((name in patched) == ("Projection" in type(m).__name__) for name, m in model.named_modules()
+               if name.endswith(("fc1", "fc2", "_proj")) and ".mlp." in name)  # fmt: skip
+
+
+@pytest.mark.parametrize("excluded", [["lower"], ["tower"], ["vision_tower", "lm_head"], ["ayers.1"]])
+def test_an_excluded_name_that_is_not_there(excluded: list[str]) -> None:
+    with pytest.raises(NoMatchError, match=rf"exclude_modules.*{excluded[-1]!r}; nearest are.*all are.*vision_tower"):
+        patch_model(two_towers(), config(exclude_modules=excluded))
+
+
+def test_all_is_excluded() -> None:
+    with pytest.raises(NoMatchError, match=r"nothing is left.*exclude_modules=\['model'\] leaves those in \[\]"):
+        patch_model(two_towers(), config(exclude_modules=["model"]))
+    with pytest.raises(NoMatchError, match="nothing is left"):
+        patch_model(opt(), config(target_modules=["layers.1.fc1", "layers.1.fc2"], exclude_modules=["layers.1"]))
+
+
+def test_excluding_what_cannot_be_patched() -> None:
+    model = two_towers()
+    model.get_parameter(f"{VISION[1]}.fc1.weight").data[3, 4] = float("nan")
+    with pytest.raises(WeightsError, match="vision_tower"):
+        patch_model(model, config())
+    assert patched_names(patch_model(model, config(exclude_modules=["vision_tower"]))) == LANGUAGE[1:]
+
+
+def test_names_are_excluded_inside_peft_alike() -> None:
+    adapted = get_peft_model(two_towers(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert patched_names(patch_model(adapted, config(exclude_modules=["vision_tower"]))) == LANGUAGE[1:]
 
 
 @pytest.mark.parametrize(

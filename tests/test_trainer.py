@@ -264,12 +264,32 @@ def test_frozen_before_the_trainer_is_thawed(tmp_path: Path) -> None:
     )
 
 
-def test_liger_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kernels", [None, {}, {"rope": False}, {"swiglu": True}, {"swiglu": False, "geglu": True}], ids=str
+)
+def test_liger_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: dict[str, bool] | None) -> None:
     monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *args: None)  # as if it were installed
-    args = arguments(tmp_path)
-    args.use_liger_kernel = True
-    with pytest.raises(InactivePatchError, match="use_liger_kernel"):
+    args = arguments(tmp_path, use_liger_kernel=True, liger_kernel_config=kernels)
+    with pytest.raises(InactivePatchError, match=r"use_liger_kernel.*swiglu.*geglu"):
         Trainer(model=patched_opt(), args=args, train_dataset=Texts(), callbacks=[SubquadCallback()])
+
+
+@pytest.mark.parametrize("kernels", [{"swiglu": False}, {"geglu": False, "swiglu": False, "rope": True}], ids=str)
+def test_liger_without_its_kernels_for_mlps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: dict[str, bool]
+) -> None:
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", lambda *args: None)
+    settings = {"use_liger_kernel": True, "liger_kernel_config": kernels, "max_steps": 1}
+    run = trainer(patched_opt(), tmp_path, **settings)
+    run.train()
+    assert all(mlp.calls for mlp in sparse_mlps(run.model))
+
+    def rebind(model: nn.Module, _: object) -> None:
+        sparse_mlps(model)[0].parent.forward = lambda *args, **kwargs: None
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", rebind)  # the kernel left on is the model's
+    with pytest.raises(InactivePatchError, match="rebound"):
+        trainer(patched_opt(), tmp_path, **settings).train()
 
 
 def test_unpatched_model_is_an_error(tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """Does the patch go along with what else the Trainer can do, one feature a test?"""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import CONFIG, NEURONS, batch, build, llama, opt, tokens
-from helpers.planning import budgets_of, set_times, trained_head
+from helpers.planning import budgets_of, hand_plan, set_times, trained_head
 from helpers.training import TRAIN, Texts, Watch, arguments, factors, losses, patched_opt, trainer
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS, HyperParamSearchBackendBase
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_subquad import (
+    Plan,
     SubquadCallback,
     SubquadConfig,
+    apply_plan,
     dense_forward,
     last_whole_checkpoint,
     patch_model,
@@ -275,6 +280,47 @@ def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
 
 
 # Saving
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_trials_of_a_hyperparameter_search_keep_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
+) -> None:
+    """Plan and checkpoints of a trial are in its own folder, and training goes on from there."""
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, TwoTrials)
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+
+    def planned(trial: Any) -> nn.Module:
+        model = patched_opt(active=None, refresh_steps=0)
+        apply_plan(model, hand_plan(model, [52, 26 if trial and trial.number else 13]))
+        return model
+
+    run = Trainer(model_init=planned, args=arguments(tmp_path, **SAVING), train_dataset=Texts(),
+                  callbacks=[SubquadCallback()])  # fmt: skip
+    run.hyperparameter_search(lambda trial: trial.params, backend="optuna", n_trials=2,
+                              hp_name=(lambda trial: f"trial {trial.number}") if named else None)  # fmt: skip
+    names = ["trial 0", "trial 1"] if named else ["run-0", "run-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name, active in zip(names, (13, 26), strict=True):
+        assert Plan.load(tmp_path / name / "subquad_plan.json").layers[1].active == active
+        whole = last_whole_checkpoint(tmp_path / name)
+        assert whole == str(tmp_path / name / "checkpoint-4")
+        again = trainer(patched_opt(active=None, refresh_steps=0), tmp_path / name, max_steps=5)
+        again.train(resume_from_checkpoint=whole)
+        assert budgets_of(again.model) == [52, active]
+
+
+class TwoTrials(HyperParamSearchBackendBase):
+    """Stands in for optuna, which need not be installed: trains with one learning rate after the other."""
+
+    name = "optuna"
+
+    def ensure_available(self) -> None:
+        pass
+
+    def run(self, trainer: Trainer, n_trials: int, direction: str, **_: Any) -> None:
+        for number in range(n_trials):
+            trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": 10.0 ** -(2 + number)}))
 
 
 def test_checkpoints_without_an_optimizer(tmp_path: Path) -> None:

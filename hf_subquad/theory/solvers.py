@@ -92,7 +92,7 @@ def make_solver(name: str, damping: float) -> Solver:
     kinds = {"tensor_sketch": TensorSketch, "tensor_srht": TensorSRHT}
     if name not in kinds:
         raise ConfigError(f"solver must be one of 'cholesky', {', '.join(map(repr, kinds))}, got {name!r}")
-    return SketchedCG(kinds[name], damping)  # type: ignore[arg-type]
+    return SketchedCG(kinds[name], damping)
 
 
 def gram(state: MaintainedState) -> Tensor:

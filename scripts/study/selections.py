@@ -126,7 +126,7 @@ def install(model: nn.Module, method: Method, importance: Mapping[str, Tensor], 
     for mlp in sparse_mlps(model):
         vars(mlp.index).pop("select", None)
         if method.sharing == "fixed":
-            mlp.index.select = FixedSet(importance[mlp.bare_name])
+            mlp.index.select = FixedSet(importance[mlp.name])
         elif method.sharing == "sequence":
             mlp.index.select = WholeSequences(mlp.index, sequences)
 
@@ -140,7 +140,7 @@ def token_importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Te
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
         scores = mlp.index.exact_importance(tokens).sum(0) * mlp.index.output_norms
-        sums[mlp.bare_name] = sums.get(mlp.bare_name, 0) + scores
+        sums[mlp.name] = sums.get(mlp.name, 0) + scores
 
     with undisturbed(model), seeing_tokens(model, sparse_mlps(model), see):
         for batch in batches:

@@ -43,7 +43,7 @@ def hand_plan(model: nn.Module, active: Sequence[int], **of_layers: Any) -> Plan
         m = mlp.index.neurons
         values = {"error": 0.0 if k == m else 0.3, "sensitivity": 0.1, "break_even": m, "full_ms": 3.0 * m,
                   "dense_ms": 2.0 * m, "sparse_ms": 2.0 * m if k == m else 1.0 * k}  # fmt: skip
-        layers.append(LayerPlan(name=mlp.bare_name, neurons=m, active=k, **{**values, **of_layers}))
+        layers.append(LayerPlan(name=mlp.name, neurons=m, active=k, **{**values, **of_layers}))
     config = mlps[0].runtime.config
     return Plan(
         tolerance=0.02, loss_increase=0.0123, step_ms=STEP_MS, tokens=15, dtype="float32", device="cpu",

@@ -74,7 +74,7 @@ def patched_opt(**values: Any) -> nn.Module:
 def factors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of every U and V by name."""
     return {
-        f"{mlp.name.removeprefix('base_model.model.')}.{path}.{name}": factor.detach().clone()
+        f"{mlp.name}.{path}.{name}": factor.detach().clone()
         for mlp in sparse_mlps(model)
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
         for name, factor in projection.update.named_parameters()
