@@ -218,7 +218,7 @@ def _choose(measured: Sequence[MeasuredMLP], dense: Predictions, tolerance: floa
 def _layer_plan(measured: MeasuredMLP, chosen: Option) -> LayerPlan:
     neurons, timing = measured.mlp.index.neurons, measured.timing
     return LayerPlan(
-        name=measured.mlp.bare_name,
+        name=measured.mlp.name,
         neurons=neurons,
         active=chosen.active,
         break_even=next(option.active for option in measured.options() if option.ms >= timing.dense),

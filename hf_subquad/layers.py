@@ -85,11 +85,6 @@ class SparseMLP:
         return [*self.inputs, self.output]
 
     @property
-    def bare_name(self) -> str:
-        """`name`."""
-        return self.name
-
-    @property
     def active(self) -> int:
         """Neurons that a token costs in training: k, or all m."""
         return self.index.neurons if self.dense else self.k

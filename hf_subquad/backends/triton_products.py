@@ -103,7 +103,7 @@ def _add_update(
         right = tl.load(
             u + neuron[:, None] * u_stride + q[None, :], mask=mine[:, None] & (q < rank)[None, :], other=0.0
         )
-        acc = _dot(acc, left, right.T, PRECISION)
+        acc = _dot(acc, left, tl.trans(right), PRECISION)
     if bias is not None:
         acc += tl.load(bias + neuron, mask=mine, other=0.0).to(tl.float32)[None, :]
     return acc
@@ -137,7 +137,7 @@ def _dot_rows(
     acc = tl.zeros((BLOCK_T, MATRICES * BLOCK_K), tl.float32)
     for start in range(0, width, BLOCK_D):
         within = (feature < width - start)[None, :]
-        acc = _dot(acc, _load(x_pointers, within, WHOLE_D), _load(row_pointers, within, WHOLE_D).T, PRECISION)
+        acc = _dot(acc, _load(x_pointers, within, WHOLE_D), tl.trans(_load(row_pointers, within, WHOLE_D)), PRECISION)
         x_pointers += BLOCK_D
         row_pointers += BLOCK_D
     acc = tl.where(real[:, None], acc, 0.0)
@@ -260,7 +260,7 @@ def _per_neuron(
         right = tl.load(
             low + token[:, None] * low_stride + q[None, :], mask=real[:, None] & in_rank[None, :], other=0.0
         )
-        acc = _dot(acc, left.T, right, PRECISION)
+        acc = _dot(acc, tl.trans(left), right, PRECISION)
     neuron = tl.load(neurons + tile * active + j, mask=there, other=0)
     tl.atomic_add(out + neuron[:, None] * rank + q[None, :], acc, mask=there[:, None] & in_rank[None, :], sem="relaxed")
 
