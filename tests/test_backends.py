@@ -20,7 +20,7 @@ from hf_subquad import backends as choice
 from hf_subquad.backends import LiveRows, backend_for
 from hf_subquad.tiling import make_tiles
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 from hf_subquad.backends import triton_backend, triton_neurons, triton_products, triton_tiles
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def test_without_triton(capability: list[int], monkeypatch: pytest.MonkeyPatch) 
     assert type(backend_for("auto", torch.device("cuda"))).__name__ == "TorchBackend"
     model = opt()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(BackendError, match="pip install triton"):
+    with pytest.raises(BackendError, match="3.3 or newer"):
         patch_model(model, replace(CONFIG, backend="triton"))
     assert not sparse_mlps(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 KERNELS = {
     *("_moments", "_project", "_project_group", "_place"),  # tiles

@@ -19,7 +19,7 @@ from torch import Tensor
 GPU = torch.cuda.is_available()
 if __name__ != "__main__" and not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_products as products  # noqa: E402
 from hf_subquad.backends.triton_products import Blocks  # noqa: E402

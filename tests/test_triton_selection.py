@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_neurons, triton_tiles
 from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, covers, name_of, tile_scores, top_neurons

@@ -1,8 +1,8 @@
 """What computes the sparse layers on a device: PyTorch operations anywhere, Triton kernels on GPUs."""
 
 import functools
-import importlib.util
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -22,10 +22,13 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
     With TRITON_INTERPRET=1 in the environment, 'triton' is Triton's interpreter elsewhere: slow, and good for tests.
 
     Raises:
-        BackendError: 'triton' was asked for and is not installed.
+        BackendError: 'triton' was asked for and is not installed, or too old.
     """
     if name == "triton" and not _triton_installed():
-        raise BackendError('backend="triton" needs the package triton: pip install triton, or leave backend at "auto"')
+        raise BackendError(
+            'backend="triton" needs the package triton, 3.3 or newer, which comes with PyTorch 2.7: install it, or leave '
+            'backend at "auto"'
+        )
     if device.type == "cuda":
         runs = name != "torch" and _triton_installed() and _has_tensor_cores(device)
     else:
@@ -35,7 +38,12 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
 
 @functools.cache
 def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """A version that compiles the kernels; 3.2 does not."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 3)
 
 
 @functools.cache

@@ -157,7 +157,7 @@ def top_neurons(scores: Tensor, k: int) -> Tensor:
     """
     (tiles, m), scores = scores.shape, _rows(scores)
     neurons = torch.empty(tiles, k, device=scores.device, dtype=torch.int64)
-    block = min(triton.next_power_of_2(m), _ROW)
+    block = min(max(triton.next_power_of_2(m), 16), _ROW)
     gathered, warps = min(block, _GATHERED), min(max(block // 1024, 1), 16)
     with torch.cuda.device_of(scores):
         _top[(tiles,)](scores, scores.stride(0), neurons, m, k, block, gathered, m <= block, num_warps=warps)
