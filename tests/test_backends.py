@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,13 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Of the CUDA device that there seems to be."""
     found = [9, 0]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(found))
-    choice._has_tensor_cores.cache_clear()
+    caches = choice._has_tensor_cores, choice._triton_installed
+    for cache in caches:
+        cache.cache_clear()
     yield found
-    choice._has_tensor_cores.cache_clear()
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def test_choice_by_device_and_name(capability: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,12 +68,19 @@ def test_choice_by_device_and_name(capability: list[int], monkeypatch: pytest.Mo
     assert name("auto", "cuda:1") == name("triton", "cuda:1") == "TorchBackend"  # asked anew on another device
 
 
-def test_without_triton(capability: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_triton_installed", lambda: False)
+@pytest.mark.parametrize("found", [None, "3.2.0"])
+def test_without_triton(found: str | None, capability: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(choice, "version", version)
+    choice._triton_installed.cache_clear()
     assert type(backend_for("auto", torch.device("cuda"))).__name__ == "TorchBackend"
     model = opt()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(BackendError, match="3.3 or newer"):
+    with pytest.raises(BackendError, match=r"3\.3 or newer"):
         patch_model(model, replace(CONFIG, backend="triton"))
     assert not sparse_mlps(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

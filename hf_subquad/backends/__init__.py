@@ -26,8 +26,8 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
     """
     if name == "triton" and not _triton_installed():
         raise BackendError(
-            'backend="triton" needs the package triton, 3.3 or newer, which comes with PyTorch 2.7: install it, or leave '
-            'backend at "auto"'
+            'backend="triton" needs the package triton, 3.3 or newer, which comes with PyTorch 2.7: install it, or '
+            'leave backend at "auto"'
         )
     if device.type == "cuda":
         runs = name != "torch" and _triton_installed() and _has_tensor_cores(device)
