@@ -5,7 +5,7 @@ grows as the square of its output error, so one forward pass gives the factor, i
 several sparse MLPs the effects add up but for a common factor, which one pass with all of them gives.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -107,7 +107,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     with undisturbed(model), _restored(mlps):
         measured, dense = measure_mlps(model, batches)
-        step_ms = 1000 * min(_step_seconds(model, batches[-1]) for _ in range(2))
+        step_ms = 1000 * _step_seconds(model, batches[-1])
         with sparse_forward(model):
             chosen, loss_increase = _choose(measured, dense, tolerance)
     return Plan(
@@ -172,23 +172,39 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     for mlp in mlps:
         mlp.compensation = outputs[mlp.name].compensation(1)  # of any budget: it is to be timed too
         times.of(mlp)
-    with sparse_forward(model):
-        measured = [
-            MeasuredMLP(mlp, times.tokens_of(mlp), seen, times.of(mlp), _sensitivity(mlps, seen, dense))
-            for mlp, seen in zip(mlps, outputs.values(), strict=True)
-        ]
+    sensitivities = _sensitivities(model, [*outputs.values()], dense.some_rows())
+    measured = [
+        MeasuredMLP(mlp, times.tokens_of(mlp), seen, times.of(mlp), sensitivity)
+        for mlp, seen, sensitivity in zip(mlps, outputs.values(), sensitivities, strict=True)
+    ]
     return measured, dense
 
 
-def _sensitivity(mlps: Sequence[SparseMLP], outputs: MLPMeasurements, dense: Predictions) -> float:
-    """Nats per squared output error, of one MLP sparse among dense ones."""
-    for mlp in mlps:
-        mlp.dense = True
+def _sensitivities(model: nn.Module, outputs: Sequence[MLPMeasurements], batch: Batch) -> list[float]:
+    """Nats per squared output error, of each MLP sparse among dense ones, both on these rows: the fewer tokens there
+    are, the less those of a tile resemble each other, and the greater is the error."""
+    errors: dict[str, dict[int, float]] = {}
+    by_name = {one.mlp.name: one for one in outputs}
+
+    def see(mlp: SparseMLP, tokens: Tensor) -> None:
+        errors[mlp.name] = by_name[mlp.name].errors_on(tokens)
+
+    for one in outputs:
+        one.mlp.dense = True
+    with seeing_tokens(model, [one.mlp for one in outputs], see):
+        dense = Predictions(model, batch)
+    with sparse_forward(model):
+        return [_sensitivity(one, errors[one.mlp.name], dense) for one in outputs]
+
+
+def _sensitivity(outputs: MLPMeasurements, errors: Mapping[int, float], dense: Predictions) -> float:
     for share in _REFERENCES:
         k = share_of(outputs.mlp, share)
-        if error := outputs.error(k):
+        if errors[k]:
             _run_with(outputs, k)
-            return dense.divergence() / error**2
+            divergence = dense.divergence()
+            outputs.mlp.dense = True
+            return divergence / errors[k] ** 2
     return 0.0
 
 

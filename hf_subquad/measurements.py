@@ -18,6 +18,7 @@ from .projection import compute_dtype
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TIMED_SHARES = (1 / 8, 1 / 2)
+_SAMPLED_TOKENS = int(__import__('os').environ.get('SAMPLED','1024'))  # of a batch
 _TILES_AT_ONCE = 8
 
 
@@ -46,6 +47,10 @@ class MLPMeasurements:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
         self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
+        self._errors = self.errors_on(tokens)
+
+    def errors_on(self, tokens: Tensor) -> dict[int, float]:
+        """By measured k, the error on other tokens yet, after `judge`."""
         whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
         for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
             whole += added.square().sum().item()
@@ -53,7 +58,7 @@ class MLPMeasurements:
                 missing[k] += (missed[k] - compensation(x.float())).square().sum().item()
         if not math.isfinite(whole):
             raise CalibrationError(f"the output of {self.mlp.name} is too large to be measured: the model has diverged")
-        self._errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
+        return {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
 
     def error(self, k: int) -> float:
         """Relative error of the MLP's output with k neurons, compensated."""
@@ -109,19 +114,20 @@ def share_of(mlp: SparseMLP, share: float) -> int:
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and by k
-    what those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
-    config, rows = mlp.runtime.config, mlp.output.live_rows().float()
+    """On some tiles, a few at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and
+    by k what those do that a selection of k skips, [S, d_out], both float32.
+
+    Each neuron is computed once a tile: with the others between two consecutive k.
+    """
+    config, ks = mlp.runtime.config, sorted(ks)
     tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
-    for slots in tiles.slots.split(_TILES_AT_ONCE):
-        neurons, x = mlp.index.ranked(tokens[slots], max(ks)), tokens[slots].flatten(0, 1)
-        activations = mlp.index.exact_activations(x).view(*slots.shape, -1)
-        whole, missed = (activations @ rows).flatten(0, 1), {}
-        for k in sorted(ks):  # each masks more of the same activations
-            chosen = torch.zeros(len(slots), mlp.index.neurons, dtype=torch.bool, device=x.device)
-            activations.masked_fill_(chosen.scatter_(1, neurons[:, :k], True).unsqueeze(1), 0)
-            missed[k] = (activations @ rows).flatten(0, 1)
-        yield x, whole, missed
+    some = tiles.slots[:: max(1, len(tokens) // _SAMPLED_TOKENS)]
+    for slots in some.split(_TILES_AT_ONCE):
+        tile_tokens = tokens[slots]
+        ranked = mlp.index.ranked(tile_tokens, mlp.index.neurons)
+        kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in ranked.tensor_split(ks, 1)]
+        missed = dict(zip(reversed(ks), itertools.accumulate(reversed(skipped)), strict=True))
+        yield tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
 
 
 @contextmanager

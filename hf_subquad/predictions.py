@@ -29,9 +29,19 @@ class Predictions:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model, self._batch = model, batch
         logits = logits_of(model, batch)
-        self._positions = _counted(model, logits, batch)
+        counted = _counted(model, logits, batch)
+        self._positions = counted[:: -(-len(counted) // _JUDGED)]
+        self._rows, self._every = len(logits), max(1, round(len(counted) / _JUDGED))
         self._before = _scores(logits, self._positions)
         self._scale = max(1.0, 1 / max(_information(self._before), _LEAST))
+
+    def some_rows(self) -> Batch:
+        """The batch, or rows of it, spread evenly, that have about as many predictions as are judged of it; all where
+        something in it is not by row."""
+        values = {name: value for name, value in self._batch.items() if isinstance(value, Tensor)}
+        if any(value.shape[:1] != (self._rows,) for value in values.values()):
+            return self._batch
+        return {**self._batch, **{name: value[:: self._every] for name, value in values.items()}}
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
@@ -66,7 +76,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
-    """Row numbers of some predictions that count for the loss, spread evenly."""
+    """Row numbers of the predictions that count for the loss."""
     shape = logits.shape[:-1] if logits.dim() > 1 else logits.shape
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
@@ -81,7 +91,7 @@ def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     rows = counted.nonzero().squeeze(1)
     if not len(rows):
         raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
-    return rows[:: -(-len(rows) // _JUDGED)]
+    return rows
 
 
 def _information(scores: Tensor) -> float:
