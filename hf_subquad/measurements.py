@@ -26,13 +26,16 @@ class MLPMeasurements:
     """One MLP's output errors, and the compensations they count on: fitted to some batches, judged on another.
 
     Both lie on straight lines against log k between the shares that were measured, and are zero at k = m.
+
+    Attributes:
+        errors: by measured k.
     """
 
     def __init__(self, mlp: SparseMLP) -> None:
         self.mlp = mlp
         self._fits = {share_of(mlp, share): CompensationFit(mlp.index.sketch.basis) for share in _SHARES}
         self._compensations: dict[int, Compensation] = {}
-        self._errors: dict[int, float] = {}
+        self.errors: dict[int, float] = {}
 
     def fit(self, tokens: Tensor) -> None:
         """Fit to the MLP's input tokens [N, d] of a batch."""
@@ -47,7 +50,7 @@ class MLPMeasurements:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
         self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
-        self._errors = self.errors_on(tokens)
+        self.errors = self.errors_on(tokens)
 
     def errors_on(self, tokens: Tensor) -> dict[int, float]:
         """By measured k, the error on other tokens yet, after `judge`."""
@@ -63,7 +66,7 @@ class MLPMeasurements:
     def error(self, k: int) -> float:
         """Relative error of the MLP's output with k neurons, compensated."""
         low, high, share = self._between(k)
-        return self._errors[low] * (1 - share) + self._errors.get(high, 0.0) * share
+        return self.errors[low] * (1 - share) + self.errors.get(high, 0.0) * share
 
     def compensation(self, k: int) -> Compensation:
         low, high, share = self._between(k)
@@ -72,7 +75,7 @@ class MLPMeasurements:
 
     def _between(self, k: int) -> tuple[int, int, float]:
         """The measured budgets (or m) around k, and how far between them it is."""
-        points = [*sorted(self._errors), self.mlp.index.neurons]
+        points = [*sorted(self.errors), self.mlp.index.neurons]
         k = max(k, points[0])
         low, high = next(pair for pair in itertools.pairwise(points) if k <= pair[1])
         return low, high, math.log(k / low) / math.log(high / low)

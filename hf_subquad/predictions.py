@@ -21,27 +21,28 @@ class Predictions:
     Args:
         model: whose outputs have logits: scores of classes, or one value for regression.
         batch: keyword arguments of the model.
+        logits: what the model makes of the batch, if that is known.
 
     Raises:
         CalibrationError: there are no logits, or no prediction counts for the loss.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, logits: Tensor | None = None) -> None:
         self._model, self._batch = model, batch
-        logits = logits_of(model, batch)
+        logits = logits_of(model, batch) if logits is None else logits
         counted = _counted(model, logits, batch)
         self._positions = counted[:: -(-len(counted) // _JUDGED)]
-        self._rows, self._every = len(logits), max(1, round(len(counted) / _JUDGED))
+        self._rows, self._every = len(logits), min(len(logits), max(1, round(len(counted) / _JUDGED)))
         self._before = _scores(logits, self._positions)
         self._scale = max(1.0, 1 / max(_information(self._before), _LEAST))
 
-    def some_rows(self) -> Batch:
-        """The batch, or rows of it, spread evenly, that have about as many predictions as are judged of it; all where
-        something in it is not by row."""
-        values = {name: value for name, value in self._batch.items() if isinstance(value, Tensor)}
-        if any(value.shape[:1] != (self._rows,) for value in values.values()):
-            return self._batch
-        return {**self._batch, **{name: value[:: self._every] for name, value in values.items()}}
+    def some_rows(self) -> Batch | None:
+        """Rows of the batch, spread evenly, with about as many predictions as are judged; None if that is all of them,
+        or if not all that the batch holds is by row."""
+        tensors = {name: value for name, value in self._batch.items() if isinstance(value, Tensor)}
+        if self._every == 1 or any(value.shape[:1] != (self._rows,) for value in tensors.values()):
+            return None
+        return {**self._batch, **{name: value[:: self._every] for name, value in tensors.items()}}
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
