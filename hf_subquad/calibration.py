@@ -20,7 +20,6 @@ from .layers import SparseMLP
 from .measurements import MLPMeasurements, MLPTimes, outputs_by_tiles, seeing_tokens, share_of
 from .mlp_timing import MLPTiming, timed
 from .patching import (
-    dense_forward,
     patch_model,
     require_patched,
     runtime_of,
@@ -162,14 +161,14 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     with seeing_tokens(model, mlps, lambda mlp, tokens: outputs[mlp.name].fit(tokens)):
         for batch in batches[:-1] or batches:
             model(**batch)
-    judged: list[tuple[SparseMLP, Tensor]] = []  # the step holds these tokens too
-    with seeing_tokens(model, mlps, lambda mlp, tokens: judged.append((mlp, tokens))):
-        logits, step_seconds = _dense_step(model, batches[-1])
-    dense = Predictions(model, batches[-1], logits)
-    with torch.autocast(logits.device.type, enabled=False):
-        for mlp, tokens in judged:
-            outputs[mlp.name].judge(tokens)
-            times.add(mlp, tokens)
+    judged: dict[str, Tensor] = {}  # the step holds these tokens too
+    with seeing_tokens(model, mlps, lambda mlp, tokens: judged.update({mlp.name: tokens})):
+        dense, step_seconds = _dense_step(model, batches[-1])
+    with torch.autocast(mlps[0].output.weight.device.type, enabled=False):
+        for mlp in mlps:
+            outputs[mlp.name].judge(judged[mlp.name])
+            times.add(mlp, judged[mlp.name])
+    judged.clear()
     for mlp in mlps:
         mlp.compensation = outputs[mlp.name].compensation(1)  # of any budget: it is to be timed too
         times.of(mlp)
@@ -181,24 +180,24 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     return measured, dense, step_seconds
 
 
-def _dense_step(model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-    """Logits, and the seconds of forward and backward. Hooks that wait for gradients (DDP's) are not called."""
+def _dense_step(model: nn.Module, batch: Batch) -> tuple[Predictions, float]:
+    """Predictions, and the seconds of forward and backward. Hooks that wait for gradients (DDP's) are not called."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found: list[Tensor] = []
 
     def step() -> None:
         logits = logits_of(model, batch)
         torch.autograd.grad(logits, trained, torch.ones_like(logits), allow_unused=True)
-        found.append(logits.detach())
+        found[:] = [logits.detach()]
 
     with torch.enable_grad():
+        if trained[0].device.type != "cpu":
+            step()  # loads kernels
         seconds = timed(step, trained[0].device)
-    return found[0], seconds
+    return Predictions(model, batch, found[0]), seconds
 
 
-def _sensitivities(
-    model: nn.Module, outputs: Mapping[str, MLPMeasurements], dense: Predictions
-) -> dict[str, float]:
+def _sensitivities(model: nn.Module, outputs: Mapping[str, MLPMeasurements], dense: Predictions) -> dict[str, float]:
     """Nats per squared output error, of each MLP sparse among dense ones, on as many rows as predictions are judged of.
 
     The errors are those on the same rows: the fewer tokens there are, the less those of a tile resemble each other.

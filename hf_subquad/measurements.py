@@ -18,7 +18,6 @@ from .projection import compute_dtype
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TIMED_SHARES = (1 / 8, 1 / 2)
-_SAMPLED_TOKENS = int(__import__('os').environ.get('SAMPLED','1024'))  # of a batch
 _TILES_AT_ONCE = 8
 
 
@@ -53,7 +52,7 @@ class MLPMeasurements:
         self.errors = self.errors_on(tokens)
 
     def errors_on(self, tokens: Tensor) -> dict[int, float]:
-        """By measured k, the error on other tokens yet, after `judge`."""
+        """By measured k, the error on tokens [N, d], with the compensations that `judge` used."""
         whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
         for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
             whole += added.square().sum().item()
@@ -117,15 +116,14 @@ def share_of(mlp: SparseMLP, share: float) -> int:
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """On some tiles, a few at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and
+    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and
     by k what those do that a selection of k skips, [S, d_out], both float32.
 
     Each neuron is computed once a tile: with the others between two consecutive k.
     """
     config, ks = mlp.runtime.config, sorted(ks)
     tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
-    some = tiles.slots[:: max(1, len(tokens) // _SAMPLED_TOKENS)]
-    for slots in some.split(_TILES_AT_ONCE):
+    for slots in tiles.slots.split(_TILES_AT_ONCE):
         tile_tokens = tokens[slots]
         ranked = mlp.index.ranked(tile_tokens, mlp.index.neurons)
         kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in ranked.tensor_split(ks, 1)]

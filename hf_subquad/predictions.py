@@ -32,17 +32,20 @@ class Predictions:
         logits = logits_of(model, batch) if logits is None else logits
         counted = _counted(model, logits, batch)
         self._positions = counted[:: -(-len(counted) // _JUDGED)]
-        self._rows, self._every = len(logits), min(len(logits), max(1, round(len(counted) / _JUDGED)))
         self._before = _scores(logits, self._positions)
+        self._rows = len(logits)
+        by_row = _flat(logits).shape[0] // self._rows
+        self._some = (counted // by_row).unique()[:: max(1, round(len(counted) / _JUDGED))]
         self._scale = max(1.0, 1 / max(_information(self._before), _LEAST))
 
     def some_rows(self) -> Batch | None:
         """Rows of the batch, spread evenly, with about as many predictions as are judged; None if that is all of them,
         or if not all that the batch holds is by row."""
-        tensors = {name: value for name, value in self._batch.items() if isinstance(value, Tensor)}
-        if self._every == 1 or any(value.shape[:1] != (self._rows,) for value in tensors.values()):
+        held = {name: value for name, value in self._batch.items() if hasattr(value, "__len__")}
+        by_row = all(isinstance(value, Tensor) and value.shape[:1] == (self._rows,) for value in held.values())
+        if not by_row or len(self._some) == self._rows:
             return None
-        return {**self._batch, **{name: value[:: self._every] for name, value in tensors.items()}}
+        return {**self._batch, **{name: value[self._some.to(value.device)] for name, value in held.items()}}
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
@@ -112,7 +115,12 @@ def _predicts_next(model: nn.Module) -> bool:
     return getattr(model, "loss_type", None) in (None, "ForCausalLM")
 
 
+def _flat(logits: Tensor) -> Tensor:
+    """[predictions, classes]."""
+    return logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)
+
+
 def _scores(logits: Tensor, positions: Tensor) -> Tensor:
     """float32 log-probabilities [positions, classes]; of a regression, the values [positions, 1]."""
-    rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)[positions].float()
+    rows = _flat(logits)[positions].float()
     return rows if rows.shape[-1] == 1 else rows.log_softmax(-1)
