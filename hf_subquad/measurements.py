@@ -125,8 +125,10 @@ def outputs_by_tiles(
     tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
     for slots in tiles.slots.split(_TILES_AT_ONCE):
         tile_tokens = tokens[slots]
-        ranked = mlp.index.ranked(tile_tokens, mlp.index.neurons)
-        kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in ranked.tensor_split(ks, 1)]
+        ranked = mlp.index.ranked(tile_tokens, ks[-1])
+        others = torch.ones(len(slots), mlp.index.neurons, device=ranked.device).scatter_(1, ranked, 0).nonzero()
+        parts = [*ranked.tensor_split(ks[:-1], 1), others[:, 1].view(len(slots), -1)]
+        kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in parts]
         missed = dict(zip(reversed(ks), itertools.accumulate(reversed(skipped)), strict=True))
         yield tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
 
