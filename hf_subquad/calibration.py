@@ -5,7 +5,7 @@ grows as the square of its output error, so one forward pass gives the factor, i
 several sparse MLPs the effects add up but for a common factor, which one pass with all of them gives.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ from .layers import SparseMLP
 from .measurements import MLPMeasurements, MLPTimes, outputs_by_tiles, seeing_tokens, share_of
 from .mlp_timing import MLPTiming, timed
 from .patching import (
-    dense_forward,
     patch_model,
     require_patched,
     runtime_of,
@@ -106,14 +105,13 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
     if not batches:
         raise CalibrationError("calibrate needs at least one batch")
     with undisturbed(model), _restored(mlps):
-        measured, dense = measure_mlps(model, batches)
-        step_ms = 1000 * min(_step_seconds(model, batches[-1]) for _ in range(2))
+        measured, dense, step_seconds = measure_mlps(model, batches)
         with sparse_forward(model):
             chosen, loss_increase = _choose(measured, dense, tolerance)
     return Plan(
         tolerance=tolerance,
         loss_increase=loss_increase,
-        step_ms=step_ms,
+        step_ms=1000 * step_seconds,
         tokens=len(measured[0].tokens),
         dtype=str(measured[0].tokens.dtype).removeprefix("torch."),
         device=measured[0].tokens.device.type,
@@ -150,45 +148,79 @@ class MeasuredMLP:
         return [self.option(k) for k in (*budgets(neurons), neurons)]
 
 
-def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], Predictions]:
+def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], Predictions, float]:
     """Measure every sparse MLP of a patched model. Budgets and compensations are left at what was tried last.
 
     Returns:
-        The MLPs, and the dense model's predictions on the last batch, which judges what is fitted to the others.
+        The MLPs; the dense model's predictions on the last batch, which judges what is fitted to the others; and the
+        seconds of a dense step on it.
     """
     mlps = sparse_mlps(model)
     outputs = {mlp.name: MLPMeasurements(mlp) for mlp in mlps}
     times = MLPTimes()
-
-    def judge(mlp: SparseMLP, tokens: Tensor) -> None:
-        outputs[mlp.name].judge(tokens)
-        times.add(mlp, tokens)
-
     with seeing_tokens(model, mlps, lambda mlp, tokens: outputs[mlp.name].fit(tokens)):
         for batch in batches[:-1] or batches:
             model(**batch)
-    with seeing_tokens(model, mlps, judge):
-        dense = Predictions(model, batches[-1])
+    judged: dict[str, Tensor] = {}  # the step holds these tokens too
+    with seeing_tokens(model, mlps, lambda mlp, tokens: judged.update({mlp.name: tokens})):
+        dense, step_seconds = _dense_step(model, batches[-1])
+    with torch.autocast(mlps[0].output.weight.device.type, enabled=False):
+        for mlp in mlps:
+            outputs[mlp.name].judge(judged[mlp.name])
+            times.add(mlp, judged[mlp.name])
+    judged.clear()
     for mlp in mlps:
         mlp.compensation = outputs[mlp.name].compensation(1)  # of any budget: it is to be timed too
         times.of(mlp)
+    sensitivities = _sensitivities(model, outputs, dense)
+    measured = [
+        MeasuredMLP(mlp, times.tokens_of(mlp), outputs[mlp.name], times.of(mlp), sensitivities[mlp.name])
+        for mlp in mlps
+    ]
+    return measured, dense, step_seconds
+
+
+def _dense_step(model: nn.Module, batch: Batch) -> tuple[Predictions, float]:
+    """Predictions, and the seconds of forward and backward. Hooks that wait for gradients (DDP's) are not called."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found: list[Tensor] = []
+
+    def step() -> None:
+        logits = logits_of(model, batch)
+        torch.autograd.grad(logits, trained, torch.ones_like(logits), allow_unused=True)
+        found[:] = [logits.detach()]
+
+    with torch.enable_grad():
+        if trained[0].device.type != "cpu":
+            step()  # loads kernels
+        seconds = timed(step, trained[0].device)
+    return Predictions(model, batch, found[0]), seconds
+
+
+def _sensitivities(model: nn.Module, outputs: Mapping[str, MLPMeasurements], dense: Predictions) -> dict[str, float]:
+    """Nats per squared output error, of each MLP sparse among dense ones, on as many rows as predictions are judged of.
+
+    The errors are those on the same rows: the fewer tokens there are, the less those of a tile resemble each other.
+    """
+    errors = {name: one.errors for name, one in outputs.items()}
+    for one in outputs.values():
+        one.mlp.dense = True
+    if (rows := dense.some_rows()) is not None:
+        mlps = [one.mlp for one in outputs.values()]
+        with seeing_tokens(model, mlps, lambda mlp, x: errors.update({mlp.name: outputs[mlp.name].errors_on(x)})):
+            dense = Predictions(model, rows)
     with sparse_forward(model):
-        measured = [
-            MeasuredMLP(mlp, times.tokens_of(mlp), seen, times.of(mlp), _sensitivity(mlps, seen, dense))
-            for mlp, seen in zip(mlps, outputs.values(), strict=True)
-        ]
-    return measured, dense
+        return {name: _sensitivity(one, errors[name], dense) for name, one in outputs.items()}
 
 
-def _sensitivity(mlps: Sequence[SparseMLP], outputs: MLPMeasurements, dense: Predictions) -> float:
-    """Nats per squared output error, of one MLP sparse among dense ones."""
-    for mlp in mlps:
-        mlp.dense = True
+def _sensitivity(outputs: MLPMeasurements, errors: Mapping[int, float], dense: Predictions) -> float:
     for share in _REFERENCES:
         k = share_of(outputs.mlp, share)
-        if error := outputs.error(k):
+        if errors[k]:
             _run_with(outputs, k)
-            return dense.divergence() / error**2
+            divergence = dense.divergence()
+            outputs.mlp.dense = True
+            return divergence / errors[k] ** 2
     return 0.0
 
 
@@ -237,18 +269,6 @@ def _run_with(outputs: MLPMeasurements, k: int) -> None:
 
 def _milliseconds(options: Sequence[Option]) -> float:
     return sum(option.ms for option in options)
-
-
-def _step_seconds(model: nn.Module, batch: Batch) -> float:
-    """Forward and backward of the whole model, dense. Hooks that wait for gradients (DDP's) are not called."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def step() -> None:
-        logits = logits_of(model, batch)
-        torch.autograd.grad(logits, trained, torch.ones_like(logits), allow_unused=True)
-
-    with torch.enable_grad(), dense_forward(model):
-        return timed(step, trained[0].device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import Backend, EstimatedInput, Scoring, backend_for
+from .backends import Backend, EstimatedInput, LiveRows, Scoring, backend_for
 from .config import SubquadConfig, TileOrder
 from .errors import WeightsError
 from .importance import Activation, combine, importance
@@ -227,6 +227,28 @@ class ActivationIndex:
         activations, rows = self.combine(pre).view(count, size, -1), self.output.live_rows().float()
         whole = activations @ rows
         return Examination(recall, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
+
+    @torch.no_grad()
+    def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> Tensor:
+        """What the given neurons of each tile add to the MLP's output, computed as in the sparse forward.
+
+        Args:
+            tile_tokens: [n, T, d] in the compute dtype.
+            neurons: int64 [n, k], in any order.
+
+        Returns:
+            [n T, d_out] in the compute dtype, without the output's bias.
+        """
+        count, size, _ = tile_tokens.shape
+        x, backend = tile_tokens.flatten(0, 1), self.backend(tile_tokens.device)
+        output = LiveRows(self.output.rows(x.dtype), *self.output.update.factors())
+        if not neurons.shape[1]:
+            return x.new_zeros(len(x), output.rows.shape[1])
+        tiles = TokenTiles.of(torch.arange(len(x), device=x.device).view(count, size), len(x))
+        inputs = [LiveRows(p.rows(x.dtype), *p.update.factors(), p.bias) for p in self.inputs]
+        stacked = range(0, len(inputs[0].rows), self.neurons)
+        compact, _ = backend.dot_rows(x, tiles, torch.cat([neurons + first for first in stacked], 1), inputs)
+        return backend.sum_rows([self.combine(compact)], tiles, neurons, [output])[0]
 
     def exact_importance(self, x: Tensor) -> Tensor:
         """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""

@@ -25,13 +25,16 @@ class MLPMeasurements:
     """One MLP's output errors, and the compensations they count on: fitted to some batches, judged on another.
 
     Both lie on straight lines against log k between the shares that were measured, and are zero at k = m.
+
+    Attributes:
+        errors: by measured k.
     """
 
     def __init__(self, mlp: SparseMLP) -> None:
         self.mlp = mlp
         self._fits = {share_of(mlp, share): CompensationFit(mlp.index.sketch.basis) for share in _SHARES}
         self._compensations: dict[int, Compensation] = {}
-        self._errors: dict[int, float] = {}
+        self.errors: dict[int, float] = {}
 
     def fit(self, tokens: Tensor) -> None:
         """Fit to the MLP's input tokens [N, d] of a batch."""
@@ -46,6 +49,10 @@ class MLPMeasurements:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
         self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
+        self.errors = self.errors_on(tokens)
+
+    def errors_on(self, tokens: Tensor) -> dict[int, float]:
+        """By measured k, the error on tokens [N, d], with the compensations that `judge` used."""
         whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
         for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
             whole += added.square().sum().item()
@@ -53,12 +60,12 @@ class MLPMeasurements:
                 missing[k] += (missed[k] - compensation(x.float())).square().sum().item()
         if not math.isfinite(whole):
             raise CalibrationError(f"the output of {self.mlp.name} is too large to be measured: the model has diverged")
-        self._errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
+        return {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
 
     def error(self, k: int) -> float:
         """Relative error of the MLP's output with k neurons, compensated."""
         low, high, share = self._between(k)
-        return self._errors[low] * (1 - share) + self._errors.get(high, 0.0) * share
+        return self.errors[low] * (1 - share) + self.errors.get(high, 0.0) * share
 
     def compensation(self, k: int) -> Compensation:
         low, high, share = self._between(k)
@@ -67,7 +74,7 @@ class MLPMeasurements:
 
     def _between(self, k: int) -> tuple[int, int, float]:
         """The measured budgets (or m) around k, and how far between them it is."""
-        points = [*sorted(self._errors), self.mlp.index.neurons]
+        points = [*sorted(self.errors), self.mlp.index.neurons]
         k = max(k, points[0])
         low, high = next(pair for pair in itertools.pairwise(points) if k <= pair[1])
         return low, high, math.log(k / low) / math.log(high / low)
@@ -109,19 +116,21 @@ def share_of(mlp: SparseMLP, share: float) -> int:
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and by k
-    what those do that a selection of k skips, [S, d_out]. From the live weights themselves."""
-    config, rows = mlp.runtime.config, mlp.output.live_rows().float()
+    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and
+    by k what those do that a selection of k skips, [S, d_out], both float32.
+
+    Each neuron is computed once a tile: with the others between two consecutive k.
+    """
+    config, ks = mlp.runtime.config, sorted(ks)
     tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
     for slots in tiles.slots.split(_TILES_AT_ONCE):
-        neurons, x = mlp.index.ranked(tokens[slots], max(ks)), tokens[slots].flatten(0, 1)
-        activations = mlp.index.exact_activations(x).view(*slots.shape, -1)
-        whole, missed = (activations @ rows).flatten(0, 1), {}
-        for k in sorted(ks):  # each masks more of the same activations
-            chosen = torch.zeros(len(slots), mlp.index.neurons, dtype=torch.bool, device=x.device)
-            activations.masked_fill_(chosen.scatter_(1, neurons[:, :k], True).unsqueeze(1), 0)
-            missed[k] = (activations @ rows).flatten(0, 1)
-        yield x, whole, missed
+        tile_tokens = tokens[slots]
+        ranked = mlp.index.ranked(tile_tokens, ks[-1])
+        others = torch.ones(len(slots), mlp.index.neurons, device=ranked.device).scatter_(1, ranked, 0).nonzero()
+        parts = [*ranked.tensor_split(ks[:-1], 1), others[:, 1].view(len(slots), -1)]
+        kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in parts]
+        missed = dict(zip(reversed(ks), itertools.accumulate(reversed(skipped)), strict=True))
+        yield tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
 
 
 @contextmanager

@@ -21,17 +21,31 @@ class Predictions:
     Args:
         model: whose outputs have logits: scores of classes, or one value for regression.
         batch: keyword arguments of the model.
+        logits: what the model makes of the batch, if that is known.
 
     Raises:
         CalibrationError: there are no logits, or no prediction counts for the loss.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, logits: Tensor | None = None) -> None:
         self._model, self._batch = model, batch
-        logits = logits_of(model, batch)
-        self._positions = _counted(model, logits, batch)
+        logits = logits_of(model, batch) if logits is None else logits
+        counted = _counted(model, logits, batch)
+        self._positions = counted[:: -(-len(counted) // _JUDGED)]
         self._before = _scores(logits, self._positions)
+        self._rows = len(logits)
+        by_row = _flat(logits).shape[0] // self._rows
+        self._some = (counted // by_row).unique()[:: max(1, round(len(counted) / _JUDGED))]
         self._scale = max(1.0, 1 / max(_information(self._before), _LEAST))
+
+    def some_rows(self) -> Batch | None:
+        """Rows of the batch, spread evenly, with about as many predictions as are judged; None if that is all of them,
+        or if not all that the batch holds is by row."""
+        held = {name: value for name, value in self._batch.items() if hasattr(value, "__len__")}
+        by_row = all(isinstance(value, Tensor) and value.shape[:1] == (self._rows,) for value in held.values())
+        if not by_row or len(self._some) == self._rows:
+            return None
+        return {**self._batch, **{name: value[self._some.to(value.device)] for name, value in held.items()}}
 
     def divergence(self) -> float:
         """Mean Kullback-Leibler divergence, in nats, of the predictions that the model makes now from the former ones;
@@ -66,7 +80,7 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
-    """Row numbers of some predictions that count for the loss, spread evenly."""
+    """Row numbers of the predictions that count for the loss."""
     shape = logits.shape[:-1] if logits.dim() > 1 else logits.shape
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
@@ -81,7 +95,7 @@ def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     rows = counted.nonzero().squeeze(1)
     if not len(rows):
         raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
-    return rows[:: -(-len(rows) // _JUDGED)]
+    return rows
 
 
 def _information(scores: Tensor) -> float:
@@ -101,7 +115,12 @@ def _predicts_next(model: nn.Module) -> bool:
     return getattr(model, "loss_type", None) in (None, "ForCausalLM")
 
 
+def _flat(logits: Tensor) -> Tensor:
+    """[predictions, classes]."""
+    return logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)
+
+
 def _scores(logits: Tensor, positions: Tensor) -> Tensor:
     """float32 log-probabilities [positions, classes]; of a regression, the values [positions, 1]."""
-    rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)[positions].float()
+    rows = _flat(logits)[positions].float()
     return rows if rows.shape[-1] == 1 else rows.log_softmax(-1)

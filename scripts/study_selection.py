@@ -89,7 +89,7 @@ def allocation_study(options: argparse.Namespace, inputs: Inputs) -> dict[str, A
     model = patch_model(copy.deepcopy(inputs.model), subquad_config(options, tile_size=options.tile_size))
     held_out = HeldOut(model, inputs.held_out)
     with undisturbed(model):
-        measured, judged = measure_mlps(model, inputs.calibration)
+        measured, judged, _ = measure_mlps(model, inputs.calibration)
     dense_ms = sum(one.timing.dense for one in measured)
     rows = []
     for target, (way, spend) in tqdm([*itertools.product(options.times, WAYS.items())], unit="row", desc="allocation"):
@@ -215,7 +215,7 @@ def _setups(
     measured, timings = [], []
     if method.planned:
         with undisturbed(model):
-            measured, _ = measure_mlps(model, inputs.calibration)
+            measured, *_ = measure_mlps(model, inputs.calibration)
         timings = [one.timing for one in measured]
     elif options.times:
         timings = time_mlps(model, tokens, method.compensated)

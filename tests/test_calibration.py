@@ -283,6 +283,24 @@ def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dty
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])
+def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
+    """The least time counts; the first round's is seldom that."""
+    from hf_subquad import mlp_timing
+
+    calls: list[Any] = []
+
+    def timed(work: Any, device: torch.device) -> float:
+        calls.append(work)
+        return seconds * (3 if len(calls) <= 4 else 1)
+
+    monkeypatch.setattr(mlp_timing, "timed", timed)
+    (mlp, _) = sparse_mlps(patch_model(opt(), PLANNED))
+    found = mlp_timing.time_mlp(mlp, torch.randn(15, WIDTH), [4, 8])
+    assert len(calls) == 4 * rounds
+    assert found == mlp_timing.MLPTiming(1000 * seconds, 1000 * seconds, dict.fromkeys([4, 8], 1000 * seconds))
+
+
 # What measuring leaves behind
 
 
@@ -424,6 +442,45 @@ def test_regression_counts_squares() -> None:
         predictions = Predictions(model.eval(), batches[0])
         model.classifier.bias += 3.0
         assert predictions.divergence() == pytest.approx(4.5, rel=1e-4)
+
+
+# Rows that are enough to judge
+
+
+def some_rows(batch: dict[str, Any]) -> Any:
+    with torch.no_grad():
+        return Predictions(opt().eval(), batch).some_rows()
+
+
+def test_of_many_predictions_some_rows_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have predictions, spread evenly."""
+    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 12)
+    batch = text_batches(0, shape=(9, 5))[0] | {"use_cache": False}
+    found = some_rows(batch)  # 36 predictions
+    assert torch.equal(found["input_ids"], batch["input_ids"][[0, 3, 6]]) and found["use_cache"] is False
+    batch["labels"][[0, 3, 6]] = -100
+    found = some_rows(batch)  # 24
+    assert torch.equal(found["labels"], batch["labels"][[1, 4, 7]])
+
+
+@pytest.mark.parametrize("other", [{}, {"a": torch.zeros(())}, {"a": torch.zeros(2, 9)}, {"a": [0] * 9}])
+def test_rows_are_not_taken_out_of_what_has_none(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
+    """Nor where all are needed."""
+    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 12 if other else 36)
+    monkeypatch.setattr("hf_subquad.predictions.logits_of", lambda model, batch: torch.zeros(9, 5, VOCABULARY))
+    assert some_rows(text_batches(0, shape=(9, 5))[0] | other) is None
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_sensitivities_on_some_rows_are_about_those_of_all(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    model, batches = t5("t5") if family == "t5" else (opt(), text_batches(0, 1, 2, shape=(32, 25)))
+    whole = calibrate(model, batches, PLANNED, tolerance=1e9)
+    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 50 if family == "t5" else 300)
+    part = calibrate(model, batches, PLANNED, tolerance=1e9)
+    assert [layer.error for layer in part.layers] == [layer.error for layer in whole.layers]
+    for mine, theirs in zip(part.layers, whole.layers, strict=True):
+        assert mine.sensitivity != theirs.sensitivity
+        assert mine.sensitivity == pytest.approx(theirs.sensitivity, rel=0.5)
 
 
 # Errors

@@ -40,6 +40,22 @@ def check_report(report: Report, scores: Tensor, threshold: float) -> None:
     torch.testing.assert_close(report.values, scores[rows, report.neurons], rtol=1e-4, atol=1e-4)
 
 
+# What neurons add
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_of_all_neurons_in_parts_are_the_whole(kind: Kind) -> None:
+    """In any order, with live updates, without the output's bias; some part may be empty."""
+    index = made(kind)
+    tile_tokens = inputs(20).view(4, 5, D)
+    neurons = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(t)) for t in range(4)])
+    parts = [index.outputs(tile_tokens, part) for part in neurons.tensor_split([7, 7, 30], 1)]
+    assert not parts[1].any() and all(part.any() for part in (parts[0], *parts[2:]))
+    found = index.examine(tile_tokens, neurons[:, :7])
+    torch.testing.assert_close(sum(parts), found.whole.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts[2] + parts[3], found.missed.flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
 # Half-space reporting
 
 
