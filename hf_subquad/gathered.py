@@ -1,4 +1,4 @@
-"""Products of token tiles with gathered weight rows, as operators that autograd and torch.compile know.
+"""Products of token tiles with gathered weight rows, with gradients, also in compiled graphs.
 
 A tile t of tokens uses the neurons S = `neurons[t]` only. With R the weight rows by neuron (row i is neuron i),
 U V the low-rank update and s its scale, the live rows of the tile are
@@ -11,10 +11,11 @@ and there are two products, each the adjoint of the other:
     sum_rows:  y_t = a_t L_t   (+ b)     neurons to tokens: out of an MLP, and the gradient into it
 
 Gate and up of a gated MLP are one call with two matrices. Gradients flow to tokens, U and V; base rows and biases are
-constants. The operators take tensors only, so that a compiled graph can hold them; a backend computes them.
+constants. A backend computes the products. Compiled graphs hold them as operators; without a compiler they are called
+as they are, which spares the host the way through PyTorch's dispatcher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,25 +25,21 @@ from .backends import LiveRows, backend_for
 from .config import BackendName
 from .tiling import TokenTiles
 
-_TILES = "Tensor entries, Tensor slots, Tensor places, Tensor neurons, int tokens"
-_MATRICES = "Tensor[] rows, Tensor[] biases, Tensor[] us, Tensor[] vs, float scale, str backend"
-
 
 def dot_rows(
     x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows], scale: float, backend: BackendName
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """h_t = x_t (R_S + s U_S V)^T + b_S of every tile, by matrix: [n, T, k]; differentiable in x, U and V.
 
     Args:
         x: [N, d] in the compute dtype.
         neurons: int64 [n, k].
-        matrices: one, or gate and up, of equal rank.
+        matrices: one, or gate and up, of equal rank; V without the scale.
         scale: s.
     """
-    outputs: list[Tensor] = torch.ops.hf_subquad.dot_rows(
-        x, *_unpacked(tiles), neurons, tiles.tokens, *_columns(matrices), scale, backend
-    )
-    return outputs[: len(matrices)]
+    tensors = tiles.entries, tiles.slots, tiles.places, neurons
+    found: tuple[Tensor, ...] = _DotRows.apply(x, *tensors, tiles.tokens, scale, backend, *_flat(matrices))  # type: ignore[no-untyped-call]
+    return found
 
 
 def sum_rows(
@@ -54,36 +51,120 @@ def sum_rows(
         a: [n, T, k] in the compute dtype.
         The rest as in `dot_rows`.
     """
-    outputs: list[Tensor] = torch.ops.hf_subquad.sum_rows(
-        [a], *_unpacked(tiles), neurons, tiles.tokens, *_columns([matrix]), scale, backend
-    )
-    return outputs[0]
+    tensors = tiles.entries, tiles.slots, tiles.places, neurons
+    y: Tensor = _SumRows.apply(a, *tensors, tiles.tokens, scale, backend, *_flat([matrix]))  # type: ignore[no-untyped-call]
+    return y
 
 
-def _unpacked(tiles: TokenTiles) -> tuple[Tensor, Tensor, Tensor]:
-    return tiles.entries, tiles.slots, tiles.places
+def _flat(matrices: Sequence[LiveRows]) -> list[Tensor | None]:
+    """Us, Vs, rows and biases, as autograd takes them."""
+    return [getattr(matrix, name) for name in ("u", "v", "rows", "bias") for matrix in matrices]
 
 
-def _columns(matrices: Sequence[LiveRows]) -> tuple[list[Tensor], ...]:
-    """Rows, biases (all or none), Us and Vs."""
-    rows, us, vs = ([getattr(matrix, name) for matrix in matrices] for name in ("rows", "u", "v"))
-    biases: list[Tensor] = []
-    if any(matrix.bias is not None for matrix in matrices):
-        biases = [m.rows.new_zeros(len(m.rows)) if m.bias is None else m.bias for m in matrices]
-    return rows, biases, us, vs
+def _by_matrix(flat: Sequence[Any]) -> tuple[list[Any], ...]:
+    """Undo `_flat`: Us, Vs, rows, biases."""
+    count = len(flat) // 4
+    return tuple(list(flat[i : i + count]) for i in range(0, len(flat), count))
+
+
+# With gradients ---------------------------------------------------------------------------------------------------
+
+
+class _DotRows(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x: Tensor, entries, slots, places, neurons, tokens: int, scale: float, backend: str, *flat
+    ) -> tuple[Tensor, ...]:
+        us, vs, rows, biases = _by_matrix(flat)
+        how = (entries, slots, places, neurons, tokens)
+        *compact, low = _run("dot_rows", x, *how, rows, _all_or_none(biases, rows), us, vs, scale, backend)
+        ctx.save_for_backward(entries, slots, places, neurons, x, low, *us, *vs, *rows)
+        ctx.count, ctx.tokens, ctx.scale, ctx.backend = len(us), tokens, scale, backend
+        return tuple(compact)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_h: Tensor) -> tuple[Any, ...]:
+        entries, slots, places, neurons, x, low, *factors = ctx.saved_tensors
+        how, (us, vs, rows) = (entries, slots, places, neurons, ctx.tokens), _thirds(factors)
+        grad_x, grad_low = _run("sum_rows", list(grad_h), *how, rows, [], us, vs, ctx.scale, ctx.backend)
+        gradients = _factor_gradients(ctx, how, grad_h, grad_low, x, low, us, vs)
+        return grad_x, *(None,) * 7, *gradients, *(None,) * 2 * ctx.count
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, a: Tensor, entries, slots, places, neurons, tokens: int, scale: float, backend: str, *flat
+    ) -> Tensor:
+        us, vs, rows, biases = _by_matrix(flat)
+        how = (entries, slots, places, neurons, tokens)
+        y, low = _run("sum_rows", [a], *how, rows, _all_or_none(biases, rows), us, vs, scale, backend)
+        ctx.save_for_backward(entries, slots, places, neurons, a, low, *us, *vs, *rows)
+        ctx.count, ctx.tokens, ctx.scale, ctx.backend = len(us), tokens, scale, backend
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        entries, slots, places, neurons, a, low, *factors = ctx.saved_tensors
+        how, (us, vs, rows) = (entries, slots, places, neurons, ctx.tokens), _thirds(factors)
+        grad_a, grad_low = _run("dot_rows", grad_y, *how, rows, [], us, vs, ctx.scale, ctx.backend)
+        gradients = _factor_gradients(ctx, how, [a], low, grad_y, grad_low, us, vs)
+        return grad_a, *(None,) * 7, *gradients, *(None,) * 2 * ctx.count
+
+
+def _all_or_none(biases: list[Tensor | None], rows: list[Tensor]) -> list[Tensor]:
+    if all(bias is None for bias in biases):
+        return []
+    return [r.new_zeros(len(r)) if bias is None else bias for bias, r in zip(biases, rows, strict=True)]
+
+
+def _thirds(tensors: list[Tensor]) -> list[list[Tensor]]:
+    count = len(tensors) // 3
+    return [tensors[:count], tensors[count : 2 * count], tensors[2 * count :]]
+
+
+def _factor_gradients(  # type: ignore[no-untyped-def]
+    ctx: Any, how, a: Sequence[Tensor], a_low: Tensor, x: Tensor, x_low: Tensor, us: list[Tensor], vs: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of the Us, then of the Vs."""
+    grad_us, grad_vs = [], []
+    lows = zip(a_low.chunk(ctx.count, dim=1), x_low.chunk(ctx.count, dim=1), strict=True)
+    for a_i, (a_low_i, x_low_i), u, v in zip(a, lows, us, vs, strict=True):
+        grad_u, grad_v = _run("update_gradients", a_i, a_low_i, x, x_low_i, *how, len(u), ctx.backend)
+        grad_us.append(grad_u.to(u.dtype))
+        grad_vs.append((ctx.scale * grad_v).to(v.dtype))
+    return [*grad_us, *grad_vs]
+
+
+# The operators ----------------------------------------------------------------------------------------------------
+
+_TILES = "Tensor entries, Tensor slots, Tensor places, Tensor neurons, int tokens"
+_MATRICES = "Tensor[] rows, Tensor[] biases, Tensor[] us, Tensor[] vs, float scale, str backend"
+
+_computed: dict[str, Callable[..., Any]] = {}
+
+
+def _run(name: str, *args: Any) -> Any:
+    """An operator as the compiler sees it, or what it does."""
+    return getattr(torch.ops.hf_subquad, name)(*args) if torch.compiler.is_compiling() else _computed[name](*args)
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    def define(compute: Callable[..., Any]) -> Any:
+        _computed[name] = compute
+        return torch.library.custom_op(f"hf_subquad::{name}", compute, mutates_args=(), schema=schema)
+
+    return define
 
 
 def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor], scale: float) -> list[LiveRows]:
-    by_matrix: Sequence[Tensor | None] = biases or [None] * len(rows)
-    return [LiveRows(r, u, scale * v, bias) for r, u, v, bias in zip(rows, us, vs, by_matrix, strict=True)]
+    return [
+        LiveRows(r, u, scale * v, bias)
+        for r, u, v, bias in zip(rows, us, vs, biases or [None] * len(rows), strict=True)
+    ]
 
 
-# What the operators do -------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op(
-    "hf_subquad::dot_rows", mutates_args=(), schema=f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]"
-)
+@_operator("dot_rows", f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]")
 def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
     """By matrix h [n, T, k], then x (s V)^T [N, q], those of two matrices side by side."""
     with torch.autocast(x.device.type, enabled=False):
@@ -93,9 +174,7 @@ def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, 
     return [*(h.data for h in compact), low]  # no views to autograd, so that an activation may work in place
 
 
-@torch.library.custom_op(
-    "hf_subquad::sum_rows", mutates_args=(), schema=f"(Tensor[] a, {_TILES}, {_MATRICES}) -> Tensor[]"
-)
+@_operator("sum_rows", f"(Tensor[] a, {_TILES}, {_MATRICES}) -> Tensor[]")
 def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
     """y [N, d], summed over the matrices, then a_t U_S [N, q], those of two matrices side by side."""
     device = a[0].device
@@ -106,10 +185,9 @@ def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, 
     return [y.data, low]  # no view to autograd, so that a residual may be added in place
 
 
-@torch.library.custom_op(
-    "hf_subquad::update_gradients",
-    mutates_args=(),
-    schema=f"(Tensor a, Tensor a_low, Tensor x, Tensor x_low, {_TILES}, int count, str backend) -> (Tensor, Tensor)",
+@_operator(
+    "update_gradients",
+    f"(Tensor a, Tensor a_low, Tensor x, Tensor x_low, {_TILES}, int count, str backend) -> (Tensor, Tensor)",
 )
 def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backend):  # type: ignore[no-untyped-def]
     """Gradients with respect to U [m, q] and s V [q, d]."""
@@ -119,13 +197,13 @@ def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, token
         )
 
 
-# Shapes, dtypes and strides of what they return -------------------------------------------------------------------
+# Shapes, dtypes and strides of what they return
 
 
 @_dot_rows.register_fake
 def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    (count, size), active = entries.shape, neurons.shape[1]
-    compact = [backend_for(backend, x.device).new_compact(x, count, size, active) for _ in rows]
+    made_by = backend_for(backend, x.device)
+    compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
     return [*compact, x.new_empty(tokens, sum(len(v) for v in vs))]
 
 
@@ -139,58 +217,3 @@ def _(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backen
     dtype = torch.promote_types(a.dtype, torch.float32)
     rank, width = a_low.shape[1], x.shape[1]
     return a.new_empty(count, rank, dtype=dtype), a.new_empty(rank, width, dtype=dtype)
-
-
-# Gradients: each product's is the other product ---------------------------------------------------------------------
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    values, *tiling, tokens, rows, biases, us, vs, scale, backend = inputs
-    ctx.count, ctx.biases, ctx.tokens, ctx.how = len(rows), len(biases), tokens, (scale, backend)
-    ctx.save_for_backward(*tiling, *rows, *us, *vs, output[-1], *(values if isinstance(values, list) else [values]))
-
-
-def _kept(ctx: Any) -> tuple[list[Tensor], tuple[list[Tensor], ...], Tensor, list[Tensor]]:
-    """Tiling and neurons; rows, Us and Vs by matrix; what was multiplied with one factor, and what was multiplied."""
-    saved = list(ctx.saved_tensors)  # checkpointing lets them be unpacked once
-    tiling, matrices, (low, *values) = saved[:4], saved[4 : 4 + 3 * ctx.count], saved[4 + 3 * ctx.count :]
-    return tiling, tuple(matrices[i : i + ctx.count] for i in range(0, len(matrices), ctx.count)), low, values
-
-
-def _dot_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tiling, (rows, us, vs), x_low, (x,) = _kept(ctx)
-    grad_h = grads[: ctx.count]
-    grad_x, grad_low = torch.ops.hf_subquad.sum_rows(grad_h, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
-    factors = _factor_gradients(ctx, grad_h, grad_low, x, x_low, tiling, us, vs)
-    return grad_x, *_constants(ctx), *factors, None, None
-
-
-def _sum_rows_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    tiling, (rows, us, vs), a_low, a = _kept(ctx)
-    grad_y = grads[0]
-    *grad_a, grad_low = torch.ops.hf_subquad.dot_rows(grad_y, *tiling, ctx.tokens, rows, [], us, vs, *ctx.how)
-    factors = _factor_gradients(ctx, a, a_low, grad_y, grad_low, tiling, us, vs)
-    return grad_a, *_constants(ctx), *factors, None, None
-
-
-def _constants(ctx: Any) -> tuple[Any, ...]:
-    """No gradients for the tiling, the neurons, the number of tokens, rows and biases."""
-    return (None,) * 5 + ([None] * ctx.count, [None] * ctx.biases)
-
-
-def _factor_gradients(ctx, a, a_low, x, x_low, tiling, us, vs):  # type: ignore[no-untyped-def]
-    """By matrix the gradients of U, and those of V."""
-    scale, backend = ctx.how
-    grad_us, grad_vs = [], []
-    lows = zip(a_low.chunk(ctx.count, dim=1), x_low.chunk(ctx.count, dim=1), strict=True)
-    for a_i, (a_low_i, x_low_i), u, v in zip(a, lows, us, vs, strict=True):
-        grad_u, grad_v = torch.ops.hf_subquad.update_gradients(
-            a_i, a_low_i, x, x_low_i, *tiling, ctx.tokens, len(u), backend
-        )
-        grad_us.append(grad_u.to(u.dtype))
-        grad_vs.append((scale * grad_v).to(v.dtype))
-    return grad_us, grad_vs
-
-
-_dot_rows.register_autograd(_dot_rows_backward, setup_context=_keep)
-_sum_rows.register_autograd(_sum_rows_backward, setup_context=_keep)

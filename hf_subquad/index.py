@@ -32,7 +32,7 @@ class Selection:
 
     Attributes:
         tiles: n tiles of T slots.
-        neurons: int64 [n, k], ascending.
+        neurons: int64 [n, k], each neuron of a tile once.
     """
 
     tiles: TokenTiles
@@ -153,7 +153,7 @@ class ActivationIndex:
 
     @torch.no_grad()
     def choose(self, tile_tokens: Tensor, k: int) -> Tensor:
-        """The k most important neurons of each of the given tiles, tokens [n, T, d]: int64 [n, k], ascending.
+        """The k most important neurons of each of the given tiles, tokens [n, T, d]: int64 [n, k], in no order.
 
         k is rounded up to what costs the same on the device.
         """

@@ -85,7 +85,7 @@ class Backend(ABC):
 
     @abstractmethod
     def top_neurons(self, scores: Tensor, k: int) -> Tensor:
-        """The k largest of each row of scores [n, m]: int64 [n, k], ascending."""
+        """The k largest of each row of scores [n, m]: int64 [n, k], in an order that suits the backend."""
 
     @abstractmethod
     def rounded(self, k: int) -> int:
