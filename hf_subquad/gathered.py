@@ -1,9 +1,9 @@
 """Products of token tiles with gathered weight rows, with gradients, also in compiled graphs.
 
 A tile t of tokens uses the neurons S = `neurons[t]` only. With R the weight rows by neuron (row i is neuron i),
-U V the low-rank update and s its scale, the live rows of the tile are
+U V the low-rank update, its scale in V, the live rows of the tile are
 
-    L_t = R_S + s U_S V                 [k, d]
+    L_t = R_S + U_S V                   [k, d]
 
 and there are two products, each the adjoint of the other:
 
@@ -27,32 +27,29 @@ from .tiling import TokenTiles
 
 
 def dot_rows(
-    x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows], scale: float, backend: BackendName
+    x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[LiveRows], backend: BackendName
 ) -> tuple[Tensor, ...]:
-    """h_t = x_t (R_S + s U_S V)^T + b_S of every tile, by matrix: [n, T, k]; differentiable in x, U and V.
+    """h_t = x_t (R_S + U_S V)^T + b_S of every tile, by matrix: [n, T, k]; differentiable in x, U and V.
 
     Args:
         x: [N, d] in the compute dtype.
         neurons: int64 [n, k].
-        matrices: one, or gate and up, of equal rank; V without the scale.
-        scale: s.
+        matrices: one, or gate and up, of equal rank.
     """
     tensors = tiles.entries, tiles.slots, tiles.places, neurons
-    found: tuple[Tensor, ...] = _DotRows.apply(x, *tensors, tiles.tokens, scale, backend, *_flat(matrices))  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _DotRows.apply(x, *tensors, tiles.tokens, backend, *_flat(matrices))  # type: ignore[no-untyped-call]
     return found
 
 
-def sum_rows(
-    a: Tensor, tiles: TokenTiles, neurons: Tensor, matrix: LiveRows, scale: float, backend: BackendName
-) -> Tensor:
-    """y_t = a_t (R_S + s U_S V) + b of every tile, in token order: [N, d]; differentiable in a, U and V.
+def sum_rows(a: Tensor, tiles: TokenTiles, neurons: Tensor, matrix: LiveRows, backend: BackendName) -> Tensor:
+    """y_t = a_t (R_S + U_S V) + b of every tile, in token order: [N, d]; differentiable in a, U and V.
 
     Args:
         a: [n, T, k] in the compute dtype.
         The rest as in `dot_rows`.
     """
     tensors = tiles.entries, tiles.slots, tiles.places, neurons
-    y: Tensor = _SumRows.apply(a, *tensors, tiles.tokens, scale, backend, *_flat([matrix]))  # type: ignore[no-untyped-call]
+    y: Tensor = _SumRows.apply(a, *tensors, tiles.tokens, backend, *_flat([matrix]))  # type: ignore[no-untyped-call]
     return y
 
 
@@ -73,43 +70,43 @@ def _by_matrix(flat: Sequence[Any]) -> tuple[list[Any], ...]:
 class _DotRows(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, x: Tensor, entries, slots, places, neurons, tokens: int, scale: float, backend: str, *flat
+        ctx: Any, x: Tensor, entries, slots, places, neurons, tokens: int, backend: str, *flat
     ) -> tuple[Tensor, ...]:
         us, vs, rows, biases = _by_matrix(flat)
         how = (entries, slots, places, neurons, tokens)
-        *compact, low = _run("dot_rows", x, *how, rows, _all_or_none(biases, rows), us, vs, scale, backend)
+        *compact, low = _run("dot_rows", x, *how, rows, _all_or_none(biases, rows), us, vs, backend)
         ctx.save_for_backward(entries, slots, places, neurons, x, low, *us, *vs, *rows)
-        ctx.count, ctx.tokens, ctx.scale, ctx.backend = len(us), tokens, scale, backend
+        ctx.count, ctx.tokens, ctx.backend = len(us), tokens, backend
         return tuple(compact)
 
     @staticmethod
     def backward(ctx: Any, *grad_h: Tensor) -> tuple[Any, ...]:
         entries, slots, places, neurons, x, low, *factors = ctx.saved_tensors
         how, (us, vs, rows) = (entries, slots, places, neurons, ctx.tokens), _thirds(factors)
-        grad_x, grad_low = _run("sum_rows", list(grad_h), *how, rows, [], us, vs, ctx.scale, ctx.backend)
+        grad_x, grad_low = _run("sum_rows", list(grad_h), *how, rows, [], us, vs, ctx.backend)
         gradients = _factor_gradients(ctx, how, grad_h, grad_low, x, low, us, vs)
-        return grad_x, *(None,) * 7, *gradients, *(None,) * 2 * ctx.count
+        return grad_x, *(None,) * 6, *gradients, *(None,) * 2 * ctx.count
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx: Any, a: Tensor, entries, slots, places, neurons, tokens: int, scale: float, backend: str, *flat
+        ctx: Any, a: Tensor, entries, slots, places, neurons, tokens: int, backend: str, *flat
     ) -> Tensor:
         us, vs, rows, biases = _by_matrix(flat)
         how = (entries, slots, places, neurons, tokens)
-        y, low = _run("sum_rows", [a], *how, rows, _all_or_none(biases, rows), us, vs, scale, backend)
+        y, low = _run("sum_rows", [a], *how, rows, _all_or_none(biases, rows), us, vs, backend)
         ctx.save_for_backward(entries, slots, places, neurons, a, low, *us, *vs, *rows)
-        ctx.count, ctx.tokens, ctx.scale, ctx.backend = len(us), tokens, scale, backend
+        ctx.count, ctx.tokens, ctx.backend = len(us), tokens, backend
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         entries, slots, places, neurons, a, low, *factors = ctx.saved_tensors
         how, (us, vs, rows) = (entries, slots, places, neurons, ctx.tokens), _thirds(factors)
-        grad_a, grad_low = _run("dot_rows", grad_y, *how, rows, [], us, vs, ctx.scale, ctx.backend)
+        grad_a, grad_low = _run("dot_rows", grad_y, *how, rows, [], us, vs, ctx.backend)
         gradients = _factor_gradients(ctx, how, [a], low, grad_y, grad_low, us, vs)
-        return grad_a, *(None,) * 7, *gradients, *(None,) * 2 * ctx.count
+        return grad_a, *(None,) * 6, *gradients, *(None,) * 2 * ctx.count
 
 
 def _all_or_none(biases: list[Tensor | None], rows: list[Tensor]) -> list[Tensor]:
@@ -132,14 +129,14 @@ def _factor_gradients(  # type: ignore[no-untyped-def]
     for a_i, (a_low_i, x_low_i), u, v in zip(a, lows, us, vs, strict=True):
         grad_u, grad_v = _run("update_gradients", a_i, a_low_i, x, x_low_i, *how, len(u), ctx.backend)
         grad_us.append(grad_u.to(u.dtype))
-        grad_vs.append((ctx.scale * grad_v).to(v.dtype))
+        grad_vs.append(grad_v.to(v.dtype))
     return [*grad_us, *grad_vs]
 
 
 # The operators ----------------------------------------------------------------------------------------------------
 
 _TILES = "Tensor entries, Tensor slots, Tensor places, Tensor neurons, int tokens"
-_MATRICES = "Tensor[] rows, Tensor[] biases, Tensor[] us, Tensor[] vs, float scale, str backend"
+_MATRICES = "Tensor[] rows, Tensor[] biases, Tensor[] us, Tensor[] vs, str backend"
 
 _computed: dict[str, Callable[..., Any]] = {}
 
@@ -157,30 +154,27 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
-def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor], scale: float) -> list[LiveRows]:
-    return [
-        LiveRows(r, u, scale * v, bias)
-        for r, u, v, bias in zip(rows, us, vs, biases or [None] * len(rows), strict=True)
-    ]
+def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> list[LiveRows]:
+    return [LiveRows(*matrix) for matrix in zip(rows, us, vs, biases or [None] * len(rows), strict=True)]
 
 
 @_operator("dot_rows", f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]")
-def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
-    """By matrix h [n, T, k], then x (s V)^T [N, q], those of two matrices side by side."""
+def _dot_rows(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, backend):  # type: ignore[no-untyped-def]
+    """By matrix h [n, T, k], then x V^T [N, q], those of two matrices side by side."""
     with torch.autocast(x.device.type, enabled=False):
         compact, low = backend_for(backend, x.device).dot_rows(
-            x, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
+            x, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs)
         )
     return [*(h.data for h in compact), low]  # no views to autograd, so that an activation may work in place
 
 
 @_operator("sum_rows", f"(Tensor[] a, {_TILES}, {_MATRICES}) -> Tensor[]")
-def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, backend):  # type: ignore[no-untyped-def]
     """y [N, d], summed over the matrices, then a_t U_S [N, q], those of two matrices side by side."""
     device = a[0].device
     with torch.autocast(device.type, enabled=False):
         y, low = backend_for(backend, device).sum_rows(
-            a, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs, scale)
+            a, TokenTiles(entries, slots, places, tokens), neurons, _live(rows, biases, us, vs)
         )
     return [y.data, low]  # no view to autograd, so that a residual may be added in place
 
@@ -190,7 +184,7 @@ def _sum_rows(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, 
     f"(Tensor a, Tensor a_low, Tensor x, Tensor x_low, {_TILES}, int count, str backend) -> (Tensor, Tensor)",
 )
 def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, tokens, count, backend):  # type: ignore[no-untyped-def]
-    """Gradients with respect to U [m, q] and s V [q, d]."""
+    """Gradients with respect to U [m, q] and V [q, d]."""
     with torch.autocast(x.device.type, enabled=False):
         return backend_for(backend, x.device).update_gradients(
             a, a_low, x, x_low, TokenTiles(entries, slots, places, tokens), neurons, count
@@ -201,14 +195,14 @@ def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, token
 
 
 @_dot_rows.register_fake
-def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, backend):  # type: ignore[no-untyped-def]
     made_by = backend_for(backend, x.device)
     compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
     return [*compact, x.new_empty(tokens, sum(len(v) for v in vs))]
 
 
 @_sum_rows.register_fake
-def _(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, scale, backend):  # type: ignore[no-untyped-def]
+def _(a, entries, slots, places, neurons, tokens, rows, biases, us, vs, backend):  # type: ignore[no-untyped-def]
     return [a[0].new_empty(tokens, rows[0].shape[1]), a[0].new_empty(tokens, sum(len(v) for v in vs))]
 
 

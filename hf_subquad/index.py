@@ -157,11 +157,14 @@ class ActivationIndex:
 
         k is rounded up to what costs the same on the device.
         """
-        backend = self.backend(tile_tokens.device)
-        k = backend.rounded(k)
+        k = self.computed(k)
         if k >= self.neurons:
             return torch.arange(self.neurons, device=tile_tokens.device).expand(len(tile_tokens), -1)
-        return backend.top_neurons(self.tile_scores(_sampled(tile_tokens)), k)
+        return self.backend(tile_tokens.device).top_neurons(self.tile_scores(_sampled(tile_tokens)), k)
+
+    def computed(self, k: int) -> int:
+        """How many neurons are computed if k are asked for: what costs the same on the device, at most all."""
+        return min(self.backend(self.output.weight.device).rounded(k), self.neurons)
 
     @torch.no_grad()
     def ranked(self, tile_tokens: Tensor, k: int) -> Tensor:

@@ -86,8 +86,8 @@ class SparseMLP:
 
     @property
     def active(self) -> int:
-        """Neurons that a token costs in training: k, or all m."""
-        return self.index.neurons if self.dense else self.k
+        """Neurons that a token costs in training: k as the device rounds it up, or all m."""
+        return self.index.neurons if self.dense else self.index.computed(self.k)
 
     def set_active(self, k: int) -> None:
         """Compute k neurons a tile from now on; all m of them: run dense."""
@@ -118,14 +118,13 @@ class SparseMLP:
         call.served.append(projection.place)
         if call.selection is None:
             return None
-        if projection.place not in call.computed:
+        if projection.place not in call.computed or x is not call.x:  # in some models each input has its own clamp
             tiles, neurons = call.selection.tiles, call.selection.neurons
             if projection.stacked:
                 neurons = torch.cat([neurons, neurons + self.index.neurons], 1)
             tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
             matrices = [p.matrix(tokens.dtype) for p in together]
-            config = self.runtime.config
-            compact = dot_rows(tokens, tiles, neurons, matrices, config.scale, config.backend)
+            compact = dot_rows(tokens, tiles, neurons, matrices, self.index.backend_name)
             call.computed.update(zip([p.place for p in together], compact, strict=True))
         return call.computed.pop(projection.place)
 
@@ -141,9 +140,9 @@ class SparseMLP:
                 f"{self.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
                 "something between the projections is not elementwise"
             )
-        a, config = a.to(compute_dtype(a)), self.runtime.config
+        a = a.to(compute_dtype(a))
         matrix = self.output.matrix(a.dtype)
-        y = sum_rows(a, selection.tiles, selection.neurons, matrix, config.scale, config.backend)
+        y = sum_rows(a, selection.tiles, selection.neurons, matrix, self.index.backend_name)
         if self.compensation is not None:
             y = y + self.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
         return y.view(*x.shape[:-1], -1)
@@ -256,8 +255,7 @@ def _select(tokens: Tensor, number: int, k: int, tile_size: int, training: bool)
 @_select.register_fake
 def _(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
     count, size = tile_shape(len(tokens), tile_size)
-    index = _by_number[number].index
-    active = min(index.backend(tokens.device).rounded(k), index.neurons)
+    active = _by_number[number].index.computed(k)
 
     def indices(*shape: int) -> Tensor:
         return tokens.new_empty(shape, dtype=torch.int64)

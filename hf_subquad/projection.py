@@ -53,8 +53,9 @@ class NeuronProjection(nn.Module):
 
     def store_by_neuron(self) -> None:
         """Make `rows()` contiguous: the weight keeps its shape, over transposed storage if need be."""
-        if not self.weight_is_rows:
-            self.weight.data = self.weight.data.t().contiguous().t()
+        rows = self.weight.data if self.weight_is_rows else self.weight.data.t()
+        if not rows.is_contiguous():
+            self.weight.data = rows.contiguous() if self.weight_is_rows else rows.contiguous().t()
 
     def store_as_saved(self) -> None:
         """Undo `store_by_neuron`."""
@@ -70,12 +71,13 @@ class NeuronProjection(nn.Module):
             return rows.to(dtype)
         version = (dtype, *self.version())
         if self._cast_rows is None or self._cast_rows[0] != version:
-            self._cast_rows = (version, rows.to(dtype))
+            with torch.inference_mode(False):  # inference tensors could not be used in training later
+                self._cast_rows = (version, rows.to(dtype))
         return self._cast_rows[1]
 
     def matrix(self, dtype: torch.dtype) -> LiveRows:
-        """Base rows in `dtype` and the update's factors, the scale not yet in V."""
-        return LiveRows(self.rows(dtype), self.update.U, self.update.V, self.bias)
+        """Base rows in `dtype`, and the update's factors with gradients."""
+        return LiveRows(self.rows(dtype), *self.update.factors(), self.bias)
 
     def live_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""
@@ -122,6 +124,7 @@ class NeuronProjection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and len(errors) == before:
             self.update.restart()  # the loaded weight is whole: an update on top would count twice
+            self.store_by_neuron()  # with assign=True it is another tensor
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(

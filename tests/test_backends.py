@@ -305,3 +305,39 @@ def test_nothing_waits_for_the_device(kind: Kind, backend: str, monkeypatch: pyt
     with Watched() as watched:
         x[x > 0].sum().item()
     assert len(watched.seen) > 1
+
+
+# One input each
+
+
+class Clamped(nn.Module):
+    """A projection that clamps its input first, as Gemma 4's do."""
+
+    def __init__(self, linear: nn.Linear, bound: float) -> None:
+        super().__init__()
+        self.linear, self.bound = linear, bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.clamp(-self.bound, self.bound))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gate_and_up_of_different_inputs(backend: str) -> None:
+    module, mlp, twin = patched("gated", D, M, dtype=torch.float32, backend=backend)
+    mask = mask_of(force(mlp, N, 19, T), M, torch.float32)
+    with torch.no_grad():
+        for factor in [factor for p in mlp.projections for factor in p.update.parameters()]:
+            factor.zero_()
+    for mlp_like in (module, twin):
+        mlp_like.gate_proj, mlp_like.up_proj = Clamped(mlp_like.gate_proj, 0.5), Clamped(mlp_like.up_proj, 1.0)
+    x = torch.randn(N, D)
+    hidden = twin.act_fn(twin.gate_proj(x)) * twin.up_proj(x)
+    torch.testing.assert_close(module(x), twin.down_proj(hidden * mask), **TIGHT)
+
+
+def test_weights_that_are_assigned_are_stored_by_neuron() -> None:
+    module, mlp, twin = patched("conv1d", D, M, dtype=torch.float32)
+    module.load_state_dict(twin.state_dict(), assign=True)
+    for projection in mlp.projections:
+        assert projection.rows().is_contiguous()
+    torch.testing.assert_close(mlp.output.rows(), twin.fc2.weight)
