@@ -206,9 +206,13 @@ def _sensitivities(model: nn.Module, outputs: Mapping[str, MLPMeasurements], den
     for one in outputs.values():
         one.mlp.dense = True
     if (rows := dense.some_rows()) is not None:
-        mlps = [one.mlp for one in outputs.values()]
-        with seeing_tokens(model, mlps, lambda mlp, x: errors.update({mlp.name: outputs[mlp.name].errors_on(x)})):
-            dense = Predictions(model, rows)
+        mlps, on_rows = [one.mlp for one in outputs.values()], {}
+        try:
+            with seeing_tokens(model, mlps, lambda mlp, x: on_rows.update({mlp.name: outputs[mlp.name].errors_on(x)})):
+                some = Predictions(model, rows)
+            errors, dense = on_rows, some
+        except CalibrationError:  # a model that routes tokens does not run every MLP on so few: take the whole batch
+            pass
     with sparse_forward(model):
         return {name: _sensitivity(one, errors[name], dense) for name, one in outputs.items()}
 

@@ -37,7 +37,7 @@ def dot_rows(
         matrices: one, or gate and up, of equal rank.
     """
     tensors = tiles.entries, tiles.slots, tiles.places, neurons
-    found: tuple[Tensor, ...] = _DotRows.apply(x, *tensors, tiles.tokens, backend, *_flat(matrices))  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _DotRows.apply(x, *tensors, tiles.tokens, backend, *_flat(matrices))
     return found
 
 
@@ -49,7 +49,7 @@ def sum_rows(a: Tensor, tiles: TokenTiles, neurons: Tensor, matrix: LiveRows, ba
         The rest as in `dot_rows`.
     """
     tensors = tiles.entries, tiles.slots, tiles.places, neurons
-    y: Tensor = _SumRows.apply(a, *tensors, tiles.tokens, backend, *_flat([matrix]))  # type: ignore[no-untyped-call]
+    y: Tensor = _SumRows.apply(a, *tensors, tiles.tokens, backend, *_flat([matrix]))
     return y
 
 
@@ -98,7 +98,7 @@ class _SumRows(torch.autograd.Function):
         y, low = _run("sum_rows", [a], *how, rows, _all_or_none(biases, rows), us, vs, backend)
         ctx.save_for_backward(entries, slots, places, neurons, a, low, *us, *vs, *rows)
         ctx.count, ctx.tokens, ctx.backend = len(us), tokens, backend
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -155,7 +155,8 @@ def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _live(rows: list[Tensor], biases: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> list[LiveRows]:
-    return [LiveRows(*matrix) for matrix in zip(rows, us, vs, biases or [None] * len(rows), strict=True)]
+    each: Sequence[Tensor | None] = biases or [None] * len(rows)
+    return [LiveRows(*matrix) for matrix in zip(rows, us, vs, each, strict=True)]
 
 
 @_operator("dot_rows", f"(Tensor x, {_TILES}, {_MATRICES}) -> Tensor[]")
@@ -196,8 +197,8 @@ def _update_gradients(a, a_low, x, x_low, entries, slots, places, neurons, token
 
 @_dot_rows.register_fake
 def _(x, entries, slots, places, neurons, tokens, rows, biases, us, vs, backend):  # type: ignore[no-untyped-def]
-    made_by = backend_for(backend, x.device)
-    compact = [made_by.new_compact(x, *entries.shape, neurons.shape[1]) for _ in rows]
+    (count, size), made_by = entries.shape, backend_for(backend, x.device)
+    compact = [made_by.new_compact(x, count, size, neurons.shape[1]) for _ in rows]
     return [*compact, x.new_empty(tokens, sum(len(v) for v in vs))]
 
 

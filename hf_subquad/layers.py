@@ -147,6 +147,10 @@ class SparseMLP:
             y = y + self.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
         return y.view(*x.shape[:-1], -1)
 
+    def forget_call(self) -> None:
+        """Let go of a forward pass that did not end, and of its graph."""
+        self._call = None
+
     def _select(self, x: Tensor, training: bool) -> Selection:
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         if not len(tokens):

@@ -77,6 +77,8 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     runtime, mlps = patched_parts(model)
     config = runtime.config
     _check_trainable(mlps)
+    for mlp in mlps:
+        mlp.forget_call()
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already

@@ -184,7 +184,7 @@ def test_moving_average_of_a_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled(in_place: bool) -> None:
-    """With breaks in the graph: what is computed stays the same."""
+    """Compiled: what is computed stays the same."""
     model = ready()
     sparse, dense = model(tokens()).logits, dense_logits(copy.deepcopy(model).eval())
     compiled = model

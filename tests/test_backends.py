@@ -1,6 +1,7 @@
 """Do all backends compute the same? Without a GPU, Triton's kernels run in its interpreter."""
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -25,7 +26,8 @@ pytest.importorskip("triton", minversion="3.3")
 from hf_subquad.backends import triton_backend, triton_neurons, triton_products, triton_tiles
 
 CPU = torch.device("cpu")
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: run -m gpu")
+DEVICES = [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=pytest.mark.gpu)]
 N, T, D, M, RANK = 37, 8, 24, 50, 3
 TIGHT = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -163,6 +165,7 @@ def test_selection(kind: Kind, activation: nn.Module | None, device: str) -> Non
     assert torch.equal(other.neurons, other.neurons.sort(dim=1).values)
 
 
+@interpreted
 def test_ranks_that_no_block_holds() -> None:
     """Are left to PyTorch."""
     x = torch.randn(N, 20)
@@ -175,6 +178,7 @@ def test_ranks_that_no_block_holds() -> None:
     assert torch.equal(*(neurons.sort(dim=1).values for neurons in found))
 
 
+@interpreted
 def test_neurons_are_rounded_up_to_whole_steps() -> None:
     for wanted, computed in ((1, 64), (64, 64), (65, 128), (129, 150)):
         _, mlp, _ = patched("gated", D, 150, dtype=torch.float32, backend="triton")
@@ -243,6 +247,7 @@ def test_compiled(device: str) -> None:
     torch.testing.assert_close(found, gradients("llama", "triton", device), rtol=1e-4, atol=1e-6)
 
 
+@interpreted
 def test_training(tmp_path: Path) -> None:
     runs = [
         trainer(patched_opt(active=16, fold_steps=2, backend=backend), tmp_path / backend, max_steps=3)
@@ -281,6 +286,7 @@ class Unlaunched:
         return lambda *args, **kwargs: None
 
 
+@interpreted
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_waits_for_the_device(kind: Kind, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
