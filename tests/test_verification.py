@@ -140,6 +140,11 @@ def test_tiles(change: Callable[[Tensor], Tensor], said: str | None) -> None:
     assert found is None if said is None else found and found.startswith("bisect") and said in found
 
 
+def test_tiles_of_many_tokens() -> None:
+    found = mismatch(broken("bisect", lambda y, args: y.t().reshape(y.shape) if len(args[0]) > 250 else y), CPU)
+    assert found and found.startswith("bisect of 1200 tokens makes tiles")
+
+
 def test_the_caller_notices_nothing() -> None:
     """In none of the modes that it may be in; and these do not change what is found."""
     state = torch.get_rng_state()

@@ -16,6 +16,7 @@ from .torch_backend import TorchBackend
 # Few, and multiples of what kernels load at once, as in real models: that decides which code is compiled.
 _TOKENS, _TILES, _SIZE, _SAMPLED = 250, 4, 64, 16
 _WIDTH, _NEURONS, _ACTIVE, _RANK, _SKETCH = 128, 256, 64, 16, 32
+_MANY = 1200, 2, 640  # tokens, tiles and slots: a group too large for the kernel that bisects small ones
 _TOLERANCES = {torch.bfloat16: (3e-2, 5e-2), torch.float32: (1e-3, 5e-3)}  # of products, and of scores
 _LOOSER = 1.02  # tiles may vary that much more within than PyTorch's
 
@@ -35,7 +36,7 @@ class _Inputs:
         silu: the scoring of a gated MLP.
         relu: the scoring of a plain one.
         scores: [n, m].
-        features: [N, r], in some directions wider than in others.
+        features: [1200, r], in some directions wider than in others.
     """
 
     x: Tensor
@@ -130,7 +131,7 @@ def _inputs(device: torch.device, rounded: torch.dtype, compute: torch.dtype, ke
         silu=Scoring(basis, [estimated(each) for each in gate_and_up], F.silu, norms),
         relu=Scoring(basis, [estimated(into)], F.relu, norms),
         scores=drawn(_TILES, _NEURONS).to(kept),
-        features=drawn(_TOKENS, _SKETCH).to(kept) * widths,
+        features=drawn(_MANY[0], _SKETCH).to(kept) * widths,
     )
 
 
@@ -150,7 +151,7 @@ def _operations(products: float, scores: float) -> list[tuple[str, _Operation, _
         ("tile_scores of a gated MLP with SiLU", lambda how, i: [how.tile_scores(i.sample, i.silu)], scored),
         ("tile_scores of a plain MLP with ReLU", lambda how, i: [how.tile_scores(i.sample, i.relu)], scored),
         ("top_neurons", lambda how, i: [how.top_neurons(i.scores, _ACTIVE)], _other_neurons),
-        ("bisect", lambda how, i: [how.bisect(i.features, _TILES, _SIZE)], _worse_tiles),
+        *(_bisection(*shape) for shape in ((_TOKENS, _TILES, _SIZE), _MANY)),
     ]
 
 
@@ -193,13 +194,17 @@ def _other_neurons(found: list[Tensor], expected: list[Tensor], given: _Inputs) 
     return f"misses {missed} of the {other.numel()} neurons with the largest scores"
 
 
-def _worse_tiles(found: list[Tensor], expected: list[Tensor], given: _Inputs) -> str | None:
-    if not torch.equal(found[0].flatten().sort().values, torch.arange(_TILES * _SIZE, device="cpu")):
-        return "does not give every entry once"
-    features = given.features.cpu()
-    one, other = (
-        float(features[entries.view(_TILES, _SIZE) % _TOKENS].var(dim=1).sum()) for entries in (found[0], expected[0])
-    )
-    if one <= _LOOSER * other:
-        return None
-    return f"makes tiles that vary {one / other:.3g} times as much within as PyTorch's, where {_LOOSER} is allowed"
+def _bisection(tokens: int, count: int, size: int) -> tuple[str, _Operation, _Difference]:
+    def variance(features: Tensor, entries: Tensor) -> float:
+        return float(features[entries.view(count, size) % tokens].var(dim=1).sum())
+
+    def difference(found: list[Tensor], expected: list[Tensor], given: _Inputs) -> str | None:
+        if not torch.equal(found[0].flatten().sort().values, torch.arange(count * size, device="cpu")):
+            return "does not give every entry once"
+        features = given.features[:tokens].cpu()
+        ratio = variance(features, found[0]) / variance(features, expected[0])
+        if ratio <= _LOOSER:
+            return None
+        return f"makes tiles that vary {ratio:.3g} times as much within as PyTorch's, where {_LOOSER} is allowed"
+
+    return f"bisect of {tokens} tokens", lambda how, i: [how.bisect(i.features[:tokens], count, size)], difference
