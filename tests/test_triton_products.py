@@ -250,6 +250,12 @@ def test_strange_strides() -> None:
     check(replace(case, x=torch.cat([case.x, case.x], 1)[:, :24]))
 
 
+def test_rows_that_are_columns_of_a_matrix() -> None:
+    case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3, matrices=2)
+    check(replace(case, rows=[case.rows[0].t().contiguous().t(), case.rows[1]]))
+    check(replace(case, rows=[case.rows[0], case.rows[1].t().contiguous().t()]))
+
+
 def test_expanded_gradients() -> None:
     case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3)
     one = torch.randn(1, device=DEVICE)

@@ -281,7 +281,7 @@ def dot_rows(
         x: [N, d] in the compute dtype.
         entries: int64 [n, T].
         neurons: int64 [n, k]; fastest if ascending and k is a multiple of 64. Sizes beside a multiple of 16 are slow.
-        rows: [m, d] each, in the compute dtype, contiguous along d.
+        rows: [m, d] each, in the compute dtype; copied unless contiguous along d.
         biases: [m] or None each, any float dtype.
         us: [m, q] each, any float dtype; multiplied in the compute dtype.
         lows: x (s V_i)^T, [N, q] each, in the compute dtype.
@@ -292,7 +292,7 @@ def dot_rows(
     (count, size), active, (tokens, width) = entries.shape, neurons.shape[1], x.shape
     config = config or _dot_rows_blocks(x, size, active, len(rows))
     x, entries, neurons = _unit_stride(x), entries.contiguous(), neurons.contiguous()
-    rows, us, lows = _both(rows), _both([_unit_stride(u) for u in us]), _both([_unit_stride(low) for low in lows])
+    rows, us, lows = (_both([_unit_stride(part) for part in parts]) for parts in (rows, us, lows))
     hs = [x.new_empty(count, size, active) for _ in biases]
     grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(active, config.neurons),)
     with torch.cuda.device_of(x):
@@ -323,7 +323,7 @@ def sum_rows(
         a: [n, T, k] each, one or two, in the compute dtype.
         entries: int64 [n, T].
         neurons: int64 [n, k].
-        rows: [m, d] each, in the compute dtype, contiguous along d.
+        rows: [m, d] each, in the compute dtype; copied unless contiguous along d.
         lows: a_i,t U_i[S] by token, [N, q] each, in the compute dtype (of `per_token`).
         vs: s V_i, [q, d] each, any float dtype; multiplied in the compute dtype.
         bias: [d] or None, any float dtype.
@@ -349,7 +349,7 @@ def per_token(
         [N, q] in the compute dtype.
     """
     config = config or _per_token_blocks(a, u.shape[1])
-    return _launch_sum_rows([a], entries, neurons, [_unit_stride(u)], [], [], None, tokens, config)
+    return _launch_sum_rows([a], entries, neurons, [u], [], [], None, tokens, config)
 
 
 def per_neuron(
@@ -391,8 +391,7 @@ def _launch_sum_rows(
     (count, size), active, width = entries.shape, neurons.shape[1], rows[0].shape[1]
     matrices, rank = len(a), vs[0].shape[0] if vs else 1
     entries, neurons = entries.contiguous(), neurons.contiguous()
-    a, rows = _both([_unit_stride(part) for part in a]), _both(rows)
-    lows, vs = _both([_unit_stride(low) for low in lows]), _both([_unit_stride(v) for v in vs])
+    a, rows, lows, vs = (_both([_unit_stride(part) for part in parts]) for parts in (a, rows, lows, vs))
     y = a[0].new_empty(tokens, width)
     grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(width, config.features),)
     with torch.cuda.device_of(y):
