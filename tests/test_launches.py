@@ -30,7 +30,7 @@ def rehearsed(*arguments: Any) -> dict[str, dict[str, int]]:
 
 
 def test_one_forward_and_backward() -> None:
-    launched = rehearsed(90, "bfloat16", "gated", 256, 1024)
+    launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16)
     assert set(launched) == KERNELS
     launches = {name: found["launches"] for name, found in launched.items()}
     assert launches["_dot_rows"] == 2  # gate and up in one, and the gradient out of the MLP
@@ -44,8 +44,16 @@ def test_one_forward_and_backward() -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    ("kind", "d", "m"), [("plain", 256, 1024), ("stacked", 256, 1024), ("conv1d", 250, 1001)], ids=str
+    ("kind", "d", "m", "rank"),
+    [
+        ("plain", 256, 1024, 16),
+        ("gated", 256, 1024, 16),
+        ("gated", 256, 1024, 48),
+        ("stacked", 256, 1024, 16),
+        ("conv1d", 250, 1001, 16),
+    ],
+    ids=str,
 )
-def test_devices_dtypes_and_shapes(capability: int, dtype: str, kind: str, d: int, m: int) -> None:
+def test_devices_dtypes_and_shapes(capability: int, dtype: str, kind: str, d: int, m: int, rank: int) -> None:
     """What exceeds a device's shared memory is an error of Triton's."""
-    assert set(rehearsed(capability, dtype, kind, d, m)) == KERNELS
+    assert set(rehearsed(capability, dtype, kind, d, m, rank)) == KERNELS

@@ -1,6 +1,6 @@
 """A sparse MLP, forward and backward, on a GPU that is not there: all is real but the device.
 
-    python -m helpers.rehearsal 90 bfloat16 gated
+    python -m helpers.rehearsal 90 bfloat16 gated 256 1024 16
 
 Every kernel goes through Triton's launch path, is specialised on its arguments and compiled to machine code for the
 compute capability that is named, and is not run: results are zeros. Prints the kernels that were launched, as JSON.
@@ -20,9 +20,10 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from helpers.mlps import patched
-from hf_subquad.backends import triton_backend  # noqa: F401, now, for kernels are defined to be interpreted or not
+from hf_subquad.backends import triton_backend  # now, for kernels are defined to be interpreted or not
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one program may use
+MULTIPROCESSORS = 132
 TOKENS, TILE = 4096, 128
 
 
@@ -31,7 +32,7 @@ class Utils:
         self._gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self._gpu.capability], "multiprocessor_count": 132}
+        return {"max_shared_mem": SHARED_MEMORY[self._gpu.capability], "multiprocessor_count": MULTIPROCESSORS}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         assert binary
@@ -65,13 +66,14 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int) -> dict[str, dict[str, int]]:
+def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int, rank: int) -> dict[str, dict[str, int]]:
     gpu = AbsentGPU(capability)
     driver.set_active(gpu)
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are interpreted, not compiled"
+    triton_backend.triton_neurons._multiprocessors = lambda device: MULTIPROCESSORS
     os.environ["TRITON_INTERPRET"] = "1"  # only now: tensors on the processor are given to the kernels
     Tensor.new_empty, torch.empty, torch.empty_like = Tensor.new_zeros, torch.zeros, torch.zeros_like
-    module, mlp, _ = patched(kind, d, m, dtype=dtype, active=m // 4, tile_size=TILE, rank=16)
+    module, mlp, _ = patched(kind, d, m, dtype=dtype, active=m // 4, tile_size=TILE, rank=rank)
     mlp.runtime.config = replace(mlp.runtime.config, backend="triton")  # now: results of zeros fail the self-test
     mlp.index.backend_name = "triton"
     x = torch.randn(TOKENS, d, dtype=dtype).requires_grad_()
@@ -81,5 +83,5 @@ def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int) -> 
 
 
 if __name__ == "__main__":
-    capability, dtype, kind, d, m = sys.argv[1:]
-    print(json.dumps(rehearse(int(capability), getattr(torch, dtype), kind, int(d), int(m))))
+    capability, dtype, kind, *sizes = sys.argv[1:]
+    print(json.dumps(rehearse(int(capability), getattr(torch, dtype), kind, *map(int, sizes))))
