@@ -19,6 +19,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS
 pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_products as products  # noqa: E402
+from hf_subquad.backends.triton_common import precision  # noqa: E402
 from hf_subquad.backends.triton_products import Blocks  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -253,6 +254,12 @@ def test_rows_that_are_columns_of_a_matrix() -> None:
     check(replace(case, rows=[case.rows[0], case.rows[1].t().contiguous().t()]))
 
 
+def test_biases_of_any_stride() -> None:
+    case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3, matrices=2)
+    one, pairs = torch.randn(1, device=DEVICE), torch.randn(24, 2, device=DEVICE)
+    check(replace(case, biases=[one.expand(20), pairs[:20, 1]], bias=pairs[:, 0]))
+
+
 def test_expanded_gradients() -> None:
     case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3)
     one = torch.randn(1, device=DEVICE)
@@ -326,13 +333,13 @@ def test_float32_is_multiplied_as_pytorch_is_told() -> None:
     matmul = torch.backends.cuda.matmul
     setting, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, setting)
-    assert products._precision() == "ieee"
+    assert precision() == "ieee"
     setattr(matmul, setting, value)
     try:
-        assert products._precision() == "tf32"
+        assert precision() == "tf32"
     finally:
         setattr(matmul, setting, before)
-    assert products._precision() == "ieee"
+    assert precision() == "ieee"
 
 
 def test_blocks_of_tokens_waste_little() -> None:

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_neurons, triton_tiles
-from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, covers, name_of, tile_scores, top_neurons
+from hf_subquad.backends.activations import ACTIVATIONS, name_of
+from hf_subquad.backends.triton_neurons import ProjectedInput, covers, tile_scores, top_neurons
 from hf_subquad.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
