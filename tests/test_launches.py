@@ -18,7 +18,8 @@ KERNELS = {
 }
 
 
-def rehearsed(*arguments: Any) -> dict[str, dict[str, int]]:
+def rehearsed(*arguments: Any) -> dict[str, list[dict[str, int]]]:
+    """Each kernel's versions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
@@ -30,22 +31,44 @@ def rehearsed(*arguments: Any) -> dict[str, dict[str, int]]:
 
 
 def test_one_forward_and_backward() -> None:
-    launched = rehearsed(90, "bfloat16", "gated", 256, 1024)
+    launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16, 64)
     assert set(launched) == KERNELS
-    launches = {name: found["launches"] for name, found in launched.items()}
+    launches = {name: sum(version["launches"] for version in versions) for name, versions in launched.items()}
     assert launches["_dot_rows"] == 2  # gate and up in one, and the gradient out of the MLP
     assert launches["_sum_rows"] == 5  # out, into gate and up in one, and the products with U of three matrices
     assert launches["_per_neuron"] == 3
     assert launches["_squares"] == launches["_scores"] == launches["_top"] == 1
     assert sum(launches.values()) < 35
+    for name in ("_dot_rows", "_sum_rows"):
+        for version in launched[name]:
+            assert version["tensor"] and version["wide_copies"] and not version["narrow_copies"], (name, version)
+    assert all(version["wgmma"] for version in launched["_dot_rows"])
+    assert sum(version["wgmma"] > 0 for version in launched["_sum_rows"]) == 2  # the others, with U, are small
+    for name in ("_squares", "_scores"):
+        assert all(version["wgmma"] for version in launched[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize(
-    ("kind", "d", "m"), [("plain", 256, 1024), ("stacked", 256, 1024), ("conv1d", 250, 1001)], ids=str
+    ("kind", "d", "m", "rank", "sketch_rank"),
+    [
+        ("plain", 256, 1024, 16, 64),
+        ("plain", 64, 20480, 16, 64),  # more scores of a tile than a program holds
+        ("gated", 256, 1024, 16, 64),
+        ("gated", 256, 1024, 48, 64),
+        ("stacked", 256, 1024, 16, 64),
+        ("conv1d", 250, 1001, 16, 250),
+    ],
+    ids=str,
 )
-def test_devices_dtypes_and_shapes(capability: int, dtype: str, kind: str, d: int, m: int) -> None:
+def test_devices_dtypes_and_shapes(
+    capability: int, dtype: str, kind: str, d: int, m: int, rank: int, sketch_rank: int
+) -> None:
     """What exceeds a device's shared memory is an error of Triton's."""
-    assert set(rehearsed(capability, dtype, kind, d, m)) == KERNELS
+    launched = rehearsed(capability, dtype, kind, d, m, rank, sketch_rank)
+    assert set(launched) == KERNELS
+    if dtype != "float32":
+        for name in ("_dot_rows", "_sum_rows", "_per_neuron"):
+            assert all(version["tensor"] for version in launched[name])

@@ -1,15 +1,11 @@
 """Triton products of token tiles with gathered rows, against dense products in float64.
 
-Without a GPU, Triton's interpreter runs the kernels (float32 and float16 only). Run as a script, this file compiles
-every kernel for real GPUs and prints what came of it; no GPU is needed for that.
+Without a GPU, Triton's interpreter runs the kernels (float32 and float16 only).
 """
 
-import json
 import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +13,13 @@ import torch
 from torch import Tensor
 
 GPU = torch.cuda.is_available()
-if __name__ != "__main__" and not GPU:
+if not GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_products as products  # noqa: E402
+from hf_subquad.backends.triton_common import precision  # noqa: E402
 from hf_subquad.backends.triton_products import Blocks  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -250,6 +248,18 @@ def test_strange_strides() -> None:
     check(replace(case, x=torch.cat([case.x, case.x], 1)[:, :24]))
 
 
+def test_rows_that_are_columns_of_a_matrix() -> None:
+    case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3, matrices=2)
+    check(replace(case, rows=[case.rows[0].t().contiguous().t(), case.rows[1]]))
+    check(replace(case, rows=[case.rows[0], case.rows[1].t().contiguous().t()]))
+
+
+def test_biases_of_any_stride() -> None:
+    case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3, matrices=2)
+    one, pairs = torch.randn(1, device=DEVICE), torch.randn(24, 2, device=DEVICE)
+    check(replace(case, biases=[one.expand(20), pairs[:20, 1]], bias=pairs[:, 0]))
+
+
 def test_expanded_gradients() -> None:
     case = make(tokens=33, slots=9, active=12, neurons=20, width=24, rank=3)
     one = torch.randn(1, device=DEVICE)
@@ -268,13 +278,47 @@ def test_offsets_beyond_32_bits() -> None:
     check(case)
 
 
-def test_deterministic_when_told() -> None:
-    case = make(tokens=150, slots=40, active=40, neurons=50, width=8, rank=3)
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
-    try:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Forbidden:
+    """In place of a kernel."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        raise AssertionError("launched")
+
+
+@pytest.mark.usefixtures("_deterministic")
+def test_deterministic_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_per_neuron", Forbidden())  # its sums have no fixed order
+    case = make(tokens=150, slots=40, active=40, neurons=50, width=8, rank=3)
+    check(case)
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(AssertionError, match="launched"):
         check(case)
-    finally:
-        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_runs_are_equal_when_told(dtype: torch.dtype) -> None:
+    case = make(8192, 128, 512, 1024, 512, 16, dtype=dtype)  # tiles share neurons
+    layout = case.entries, case.neurons
+
+    def run() -> tuple[Tensor, ...]:
+        (h,) = products.dot_rows(case.x, *layout, case.rows, case.biases, case.us, case.lows)
+        y = products.sum_rows(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
+        low = products.per_token(case.a[0], *layout, case.us[0], len(case.x))
+        return h, y, low, products.per_neuron(case.a[0], *layout, case.lows[0], len(case.us[0]))
+
+    first = run()
+    for _ in range(5):
+        for got, want in zip(run(), first, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_parameters_can_be_given() -> None:
@@ -289,13 +333,13 @@ def test_float32_is_multiplied_as_pytorch_is_told() -> None:
     matmul = torch.backends.cuda.matmul
     setting, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, setting)
-    assert products._precision() == "ieee"
+    assert precision() == "ieee"
     setattr(matmul, setting, value)
     try:
-        assert products._precision() == "tf32"
+        assert precision() == "tf32"
     finally:
         setattr(matmul, setting, before)
-    assert products._precision() == "ieee"
+    assert precision() == "ieee"
 
 
 def test_blocks_of_tokens_waste_little() -> None:
@@ -342,87 +386,3 @@ def test_products_in_a_cuda_graph() -> None:
     graph.replay()
     for got, want in zip(captured, expected, strict=True):
         torch.testing.assert_close(got, want)
-
-
-# Shared memory of a program: A100 and H100.
-LIMITS = {80: 163 * 1024, 90: 227 * 1024}
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_real_gpus(tmp_path: Path) -> None:
-    """In production's blocks: within shared memory, on tensor cores, with asynchronous copies 16 bytes wide."""
-    pytest.importorskip("triton.backends.nvidia")
-    package = Path(products.__file__).parents[2]
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(package)}
-    environment.pop("TRITON_INTERPRET", None)
-    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    compiled = json.loads(run.stdout)
-    assert len(compiled) == 8
-    for kernel in compiled:
-        name, capability = kernel["name"], kernel["capability"]
-        assert kernel["shared"] <= LIMITS[capability], kernel
-        large = name in ("_dot_rows", "_sum_rows") and kernel["rows"] == 128
-        assert kernel["wgmma" if capability == 90 and large else "tensor"] > 0, kernel
-        assert kernel["wide copies"] > 0, kernel
-        assert not (large and kernel["narrow copies"]), kernel
-
-
-def _compile() -> None:
-    """Compile each launch for each GPU, and print counts of what its PTX holds."""
-    import re
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    launches = []
-    for kernel in (products._dot_rows, products._sum_rows, products._per_neuron):
-        kernel.run = lambda *args, kernel=kernel, grid, warmup, **named: launches.append((kernel, args, named))
-    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
-    results = []
-    for capability, limit in LIMITS.items():
-        products._shared_memory = lambda device, limit=limit: limit
-        launches.clear()
-        with torch.device("meta"):
-            half = dict(dtype=torch.bfloat16)
-            entries, neurons = torch.empty(64, 128, dtype=torch.int64), torch.empty(64, 2112, dtype=torch.int64)
-            x, low, u, v = (
-                torch.empty(8192, 4096, **half),
-                torch.empty(8192, 16, **half),
-                torch.empty(14336, 16),
-                torch.empty(16, 4096),
-            )
-            rows, a, bias = torch.empty(14336, 4096, **half), torch.empty(64, 128, 2112, **half), torch.empty(14336)
-        products.dot_rows(x, entries, neurons, [rows] * 2, [bias] * 2, [u] * 2, [low] * 2)
-        products.sum_rows([a] * 2, entries, neurons, [rows] * 2, [low] * 2, [v] * 2, bias[:4096])
-        products.per_token(a, entries, neurons, u, 8192)
-        products.per_neuron(a, entries, neurons, low, 14336)
-        for kernel, args, named in launches:
-            options = {key: named.pop(key) for key in ("num_warps", "num_stages")}
-            named.update(zip(kernel.arg_names, args, strict=False))
-            signature, constants, divisible = {}, {}, {}
-            for i, parameter in enumerate(kernel.params):
-                value = named[parameter.name]
-                if parameter.is_constexpr or value is None:
-                    signature[parameter.name], constants[parameter.name] = "constexpr", value
-                    continue
-                signature[parameter.name] = pointer[value.dtype] if isinstance(value, Tensor) else "i32"
-                if isinstance(value, Tensor) or (value % 16 == 0 and not parameter.do_not_specialize):
-                    divisible[(i,)] = [["tt.divisibility", 16]]
-            source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=divisible)
-            code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            ptx = code.asm["ptx"]
-            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (?:0x)?([0-9a-f]+)", ptx)
-            results.append({
-                "name": kernel.__name__, "capability": capability, "rows": named["BLOCK_T"],
-                "shared": code.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"),
-                "tensor": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
-                "wide copies": sum(size in ("10", "16") for size in copies),
-                "narrow copies": sum(size not in ("10", "16") for size in copies),
-            })  # fmt: skip
-    print(json.dumps(results))
-
-
-if __name__ == "__main__":
-    _compile()

@@ -1,9 +1,6 @@
 """Do the Triton kernels choose the tiles and neurons that PyTorch would? Interpreted where there is no GPU."""
 
 import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -14,7 +11,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.backends import triton_neurons, triton_tiles
-from hf_subquad.backends.triton_neurons import ACTIVATIONS, ProjectedInput, covers, name_of, tile_scores, top_neurons
+from hf_subquad.backends.activations import ACTIVATIONS, name_of
+from hf_subquad.backends.triton_neurons import ProjectedInput, covers, tile_scores, top_neurons
 from hf_subquad.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +107,7 @@ def test_whatever_the_features_no_entry_is_lost(spoil: float, rows: slice) -> No
 
 
 def importance(sketched: Tensor, inputs: list[ProjectedInput], activation: str, output_norms: Tensor) -> Tensor:
-    """The formula of `ActivationIndex`, in float64."""
+    """The formula of `importance`, in float64."""
     pre = []
     for codes, low, u, bias in inputs:
         estimate = sketched.double() @ codes.double().t() + low.double() @ u.double().t()
@@ -335,59 +333,3 @@ def test_selection_in_a_graph() -> None:
         graph.replay()
         for replayed, direct in zip(captured, select(), strict=True):
             assert torch.equal(replayed, direct)
-
-
-COMPILE = """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from hf_subquad.backends import triton_neurons as neurons
-    from hf_subquad.backends import triton_tiles as tiles
-
-    TYPES = {"order_ptr": "*i64", "target_ptr": "*i64", "keys_ptr": "*i32", "neurons_ptr": "*i64"}
-
-    def compiled(kernel, capability, constants, x="bf16", **options):
-        types = TYPES | {name: "*" + x for name in ("sketched_ptr", "low_ptr", "up_low_ptr")}
-        signature, attrs = {}, {}
-        for i, name in enumerate(kernel.arg_names):
-            pointer = name.endswith("_ptr")
-            signature[name] = "constexpr" if name in constants else types.get(name, "*fp32" if pointer else "i32")
-            if name not in constants:
-                attrs[i,] = [["tt.divisibility", 16]]
-        source = ASTSource(kernel, signature, constants, attrs)
-        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        limit = {80: 163, 90: 227}[capability] * 1024
-        assert result.metadata.shared <= limit, (kernel, capability, options, result.metadata.shared)
-        return result.asm["ptx"]
-
-    for capability, multiplication in ((80, "mma.sync"), (90, "wgmma.mma_async")):
-        for width in (32, 64):
-            compiled(tiles._project_group, capability, {"HELD": tiles._HELD // width, "WIDTH": width}, num_warps=16)
-            compiled(tiles._moments, capability, {"SPLIT": 256, "BLOCK": 64, "WIDTH": width})
-            constants = {"SPLIT": 256, "SUMMED": tiles._SUMMED // width**2, "BLOCK": tiles._PROJECTED, "WIDTH": width}
-            compiled(tiles._project, capability, constants, num_warps=8)
-        compiled(tiles._place, capability, {"BLOCK": tiles._RANKED, "RIVALS": tiles._RIVALS})
-        for held in (True, False):
-            constants = {"BLOCK": neurons._ROW, "GATHERED": neurons._GATHERED, "HELD": held}
-            compiled(neurons._top, capability, constants, num_warps=16)
-        for columns, (r, q) in {96: (64, 32), 384: (256, 128), 640: (512, 128)}.items():
-            ranks = {"GATED": True, "SAMPLED": 16, "R": r, "Q": q, "bias_ptr": None, "up_bias_ptr": None}
-            second_pass = {"SHARES": 16, "ACTIVATION": "silu"}
-            kernels = ((neurons._squares, {}), (neurons._scores, second_pass))
-            for (kernel, more), block in zip(kernels, neurons._BLOCKS[columns], strict=True):
-                options = {name: value for name, value in block.items() if name.islower()}
-                sizes = {name: value for name, value in block.items() if name.isupper()}
-                for x in ("bf16", "fp32"):
-                    ptx = compiled(kernel, capability, ranks | more | sizes, x, **options)
-                    assert columns > 384 or multiplication in ptx, (kernel, capability, columns, x)
-"""
-
-
-@pytest.mark.slow
-def test_kernels_compile_for_gpus() -> None:
-    """Without one, at the sizes of a large model; shared memory suffices."""
-    triton = pytest.importorskip("triton", minversion="3.3")  # whose compiler takes these arguments
-    assert triton
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", textwrap.dedent(COMPILE)], env=environment, check=True)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..tiling import TokenTiles
 from . import triton_neurons, triton_products, triton_tiles
+from .activations import name_of
 from .interface import LiveRows, Scoring
 from .torch_backend import TorchBackend
 
@@ -21,7 +22,7 @@ class TritonBackend(TorchBackend):
         return triton_tiles.bisect(features, count, size)
 
     def tile_scores(self, sample: Tensor, scoring: Scoring) -> Tensor:
-        activation, dtype = triton_neurons.name_of(scoring.activation), sample.dtype
+        activation, dtype = name_of(scoring.activation), sample.dtype
         ranks = len(scoring.basis), max(estimated.u.shape[1] for estimated in scoring.inputs)
         if activation is None or not triton_neurons.covers(dtype, *ranks):
             return super().tile_scores(sample, scoring)

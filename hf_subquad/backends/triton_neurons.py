@@ -5,27 +5,15 @@ importance that needs it; neither time are they written to memory. Nothing waits
 a fixed order: the same tokens always choose the same neurons.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..importance import MOVE
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu_squared": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}  # the activations that `_activate` knows, by name
+from .triton_common import precision, unit_stride
 
 ProjectedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -45,39 +33,6 @@ _BLOCKS: dict[int, tuple[_Block, _Block]] = {
     640: ({"NEURONS": 32, "TOKENS": 16, "num_warps": 8, "num_stages": 1},) * 2,
 }
 _THIRD = 168  # registers a thread if a multiprocessor is to run three programs of the second pass, not two
-
-_names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weakref.WeakKeyDictionary()
-
-
-def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """Which of `ACTIVATIONS` a module or function computes; None if it is none of them, or has parameters.
-
-    Found by trying it on numbers, once.
-    """
-    try:
-        if activation not in _names:
-            _names[activation] = _recognised(activation)
-        return _names[activation]
-    except TypeError:  # one that cannot be a key
-        return _recognised(activation)
-
-
-def _recognised(activation: Callable[[Tensor], Tensor]) -> str | None:
-    if isinstance(activation, nn.Module) and next(activation.parameters(), None) is not None:
-        return None
-    far = torch.tensor([-50.0, 50.0], device="cpu", dtype=torch.float32)
-    points = torch.cat([torch.linspace(-8, 8, 257, device="cpu", dtype=torch.float32), far])
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        try:
-            values = activation(points.clone())
-        except Exception:  # whatever it cannot do with plain numbers, it is none of ours
-            return None
-        if not isinstance(values, Tensor) or (values.shape, values.dtype) != (points.shape, points.dtype):
-            return None
-        for name, function in ACTIVATIONS.items():
-            if torch.allclose(values.cpu(), function(points), rtol=1e-5, atol=1e-5):
-                return name
-    return None
 
 
 def covers(dtype: torch.dtype, r: int, q: int) -> bool:
@@ -104,17 +59,17 @@ def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: 
             and ranks.
         inputs: one input projection, or gate and up: (codes float32 [m, r], low [n, t, q] = x (s V)^T, u [m, q],
             bias [m] or None), with pre-activations codes x_sketched + u x_low + bias.
-        activation: a name in `ACTIVATIONS`; of the gate, if there are two inputs.
+        activation: a name in `activations.ACTIVATIONS`; of the gate, if there are two inputs.
         output_norms: float32 [m].
 
     Returns:
         float32 [n, m].
     """
     (tiles, sampled, r), m = sketched.shape, len(output_norms)
-    sketched, output_norms = _rows(sketched), output_norms.contiguous()
+    sketched, output_norms = unit_stride(sketched), output_norms.contiguous()
     padded, multiprocessors = triton.next_power_of_2(sampled), _multiprocessors(sketched.device)
     q = max(u.shape[1] for _, _, u, _ in inputs)
-    ranks = {"GATED": len(inputs) == 2, "SAMPLED": padded, "R": _padded(r), "Q": _padded(q)}
+    ranks = {"GATED": len(inputs) == 2, "SAMPLED": padded, "R": _padded(r), "Q": _padded(q), "PRECISION": precision()}
     columns = _columns(sketched.dtype, r, q)
     first, second = next(blocks for most, blocks in _BLOCKS.items() if columns <= most)
     # Operands of four bytes, higher ranks and the error function need more registers than a third.
@@ -155,7 +110,7 @@ def top_neurons(scores: Tensor, k: int) -> Tensor:
 
     Of equal scores the first count as larger, and NaN as larger than all.
     """
-    (tiles, m), scores = scores.shape, _rows(scores)
+    (tiles, m), scores = scores.shape, unit_stride(scores)
     neurons = torch.empty(tiles, k, device=scores.device, dtype=torch.int64)
     block = min(max(triton.next_power_of_2(m), 16), _ROW)
     gathered, warps = min(block, _GATHERED), min(max(block // 1024, 1), 16)
@@ -164,14 +119,10 @@ def top_neurons(scores: Tensor, k: int) -> Tensor:
     return neurons
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """With the last dimension's values next to each other, as kernels expect."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _described(codes: Tensor, low: Tensor, u: Tensor, bias: Tensor | None) -> tuple[Tensor | int | None, ...]:
     """An input projection as the kernels take it."""
-    codes, low, u = _rows(codes), _rows(low), _rows(u)
+    codes, low, u = unit_stride(codes), unit_stride(low), unit_stride(u)
+    bias = None if bias is None else bias.contiguous()
     return codes, codes.stride(0), low, *low.stride()[:2], u, u.stride(0), bias, u.shape[1]
 
 
@@ -183,7 +134,7 @@ def _times_sigmoid(x, y):
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    """The function of that name in `ACTIVATIONS`, of float32."""
+    """The function of that name in `activations.ACTIVATIONS`, of float32."""
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)  # NaN stays NaN
     elif ACTIVATION == "silu":
@@ -223,16 +174,16 @@ def _tokens(
 @triton.jit
 def _estimate(
     sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q,
-    R: tl.constexpr, Q: tl.constexpr,
+    R: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Pre-activations float32 [neurons, TOKENS] of a block of neurons."""
     row, real = neuron.to(tl.int64)[:, None], (neuron < m)[:, None]
     column = tl.arange(0, R)[None, :]
     codes = tl.load(codes_ptr + row * codes_stride + column, mask=real & (column < r), other=0.0)
-    pre = tl.dot(codes.to(sketched.dtype), sketched)
+    pre = tl.dot(codes.to(sketched.dtype), sketched, input_precision=PRECISION)
     column = tl.arange(0, Q)[None, :]
     u = tl.load(u_ptr + row * u_stride + column, mask=real & (column < q), other=0.0)
-    pre = tl.dot(u.to(low.dtype), low, pre)
+    pre = tl.dot(u.to(low.dtype), low, pre, input_precision=PRECISION)
     if bias_ptr is not None:
         pre += tl.load(bias_ptr + neuron, mask=neuron < m, other=0.0).to(tl.float32)[:, None]
     return pre
@@ -245,7 +196,7 @@ def _squares(
     up_codes_ptr, up_codes_stride, up_low_ptr, up_low_tile_stride, up_low_token_stride, up_u_ptr, up_u_stride,
     up_bias_ptr, up_q,
     squares_ptr, length, span,
-    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
     NEURONS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Sums of squared pre-activations over a share of the neurons, by token: squares [inputs, shares, length]."""
@@ -261,13 +212,13 @@ def _squares(
     for start in range(first, tl.minimum(first + span, m), NEURONS):
         neuron = start + tl.arange(0, NEURONS)
         pre = _estimate(
-            sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q, R, Q
+            sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q, R, Q, PRECISION
         )  # fmt: skip
         total += pre * pre
         if GATED:
             up = _estimate(
                 sketched, up_low, neuron, m, r,
-                up_codes_ptr, up_codes_stride, up_u_ptr, up_u_stride, up_bias_ptr, up_q, R, Q,
+                up_codes_ptr, up_codes_stride, up_u_ptr, up_u_stride, up_bias_ptr, up_q, R, Q, PRECISION,
             )  # fmt: skip
             up_total += up * up
     at = tl.program_id(1) * length + tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -293,7 +244,7 @@ def _scores(
     up_bias_ptr, up_q,
     squares_ptr, length, span, shares, norms_ptr, scores_ptr,
     SHARES: tl.constexpr, ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr,
+    GATED: tl.constexpr, SAMPLED: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, PRECISION: tl.constexpr,
     NEURONS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Importance of a share of the neurons to the tiles of a block of tokens."""
@@ -310,14 +261,14 @@ def _scores(
     for start in range(first, tl.minimum(first + span, m), NEURONS):
         neuron = start + tl.arange(0, NEURONS)
         pre = _estimate(
-            sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q, R, Q
+            sketched, low, neuron, m, r, codes_ptr, codes_stride, u_ptr, u_stride, bias_ptr, q, R, Q, PRECISION
         )  # fmt: skip
         now = _activate(pre, ACTIVATION)
         change = _activate(pre + move, ACTIVATION) - now
         if GATED:
             up = _estimate(
                 sketched, up_low, neuron, m, r,
-                up_codes_ptr, up_codes_stride, up_u_ptr, up_u_stride, up_bias_ptr, up_q, R, Q,
+                up_codes_ptr, up_codes_stride, up_u_ptr, up_u_stride, up_bias_ptr, up_q, R, Q, PRECISION,
             )  # fmt: skip
             up = up * up
             importance = change * change * up + now * now * (up + up_move * up_move)

@@ -9,8 +9,8 @@ U V the low-rank update (its scale in V), the live rows of a tile are L_t = R[ne
     per_neuron   sum over t of a_t^T low_t  gradient of U: by neuron, [m, q]
 
 The update is never multiplied out: x_t V^T ("low") comes precomputed, and is one more step of the contraction.
-`hf_subquad.gathered` has the same products in PyTorch, which copies each tile's rows together first; here the rows
-are read where they are, each by its own pointer, straight into the pipeline's shared memory.
+`torch_backend` has the same products in PyTorch, which copies each tile's rows together first; here the rows are read
+where they are, each by its own pointer, straight into the pipeline's shared memory.
 
 Two matrices that share x (gate and up of a gated MLP) are one product in `dot_rows`, with twice the columns: the
 left half takes its row pointers from the one matrix, the right half from the other. In `sum_rows` they share y, and
@@ -37,6 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_common import precision, unit_stride
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -60,7 +62,7 @@ class Blocks:
 
 
 @triton.jit
-def _place(token_blocks, output_blocks, GROUP: tl.constexpr):
+def _program_blocks(token_blocks, output_blocks, GROUP: tl.constexpr):
     """Token block and output block of this program: groups of token blocks, in each the token block fastest."""
     program = tl.program_id(0)
     first = program // (GROUP * output_blocks) * GROUP
@@ -117,7 +119,7 @@ def _dot_rows(
     MATRICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    token_block, neuron_block = _place(tiles * tl.cdiv(slots, BLOCK_T), tl.cdiv(active, BLOCK_K), GROUP)
+    token_block, neuron_block = _program_blocks(tiles * tl.cdiv(slots, BLOCK_T), tl.cdiv(active, BLOCK_K), GROUP)
     tile, slot, entry = _slots(token_block, entries, tokens, slots, BLOCK_T)
     real = entry < tokens
     token = tl.where(real, entry, 0)  # spare slots read a token that is there; their sums are dropped below
@@ -206,7 +208,7 @@ def _sum_rows(
     MATRICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, GROUP: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    token_block, column_block = _place(tiles * tl.cdiv(slots, BLOCK_T), tl.cdiv(width, BLOCK_D), GROUP)
+    token_block, column_block = _program_blocks(tiles * tl.cdiv(slots, BLOCK_T), tl.cdiv(width, BLOCK_D), GROUP)
     tile, slot, token = _slots(token_block, entries, tokens, slots, BLOCK_T)
     real = token < tokens
     slot = tl.minimum(slot, slots - 1)  # rows past the tile's end read one that is there, and are not stored
@@ -281,7 +283,7 @@ def dot_rows(
         x: [N, d] in the compute dtype.
         entries: int64 [n, T].
         neurons: int64 [n, k]; fastest if ascending and k is a multiple of 64. Sizes beside a multiple of 16 are slow.
-        rows: [m, d] each, in the compute dtype, contiguous along d.
+        rows: [m, d] each, in the compute dtype; copied unless contiguous along d.
         biases: [m] or None each, any float dtype.
         us: [m, q] each, any float dtype; multiplied in the compute dtype.
         lows: x (s V_i)^T, [N, q] each, in the compute dtype.
@@ -291,18 +293,19 @@ def dot_rows(
     """
     (count, size), active, (tokens, width) = entries.shape, neurons.shape[1], x.shape
     config = config or _dot_rows_blocks(x, size, active, len(rows))
-    x, entries, neurons = _unit_stride(x), entries.contiguous(), neurons.contiguous()
-    rows, us, lows = _both(rows), _both([_unit_stride(u) for u in us]), _both([_unit_stride(low) for low in lows])
-    hs = [x.new_empty(count, size, active) for _ in biases]
+    hs = [x.new_empty(count, size, active) for _ in rows]
+    x, entries, neurons = unit_stride(x), entries.contiguous(), neurons.contiguous()
+    rows, us, lows = (_both([unit_stride(part) for part in parts]) for parts in (rows, us, lows))
+    biases = _both([None if bias is None else bias.contiguous() for bias in biases])
     grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(active, config.neurons),)
     with torch.cuda.device_of(x):
         _dot_rows[grid](
-            x, entries, neurons, *rows, *_both(biases), *us, *lows, *_both(hs),
+            x, entries, neurons, *rows, *biases, *us, *lows, *_both(hs),
             count, tokens, size, active, width, us[0].shape[1],
             x.stride(0), *_row_strides(rows), *_row_strides(us), *_row_strides(lows),
             MATRICES=len(hs), BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
             BLOCK_Q=_rank_block(us[0].shape[1]), GROUP=config.group, WHOLE_D=width % config.features == 0,
-            PRECISION=_precision(), num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return hs
 
@@ -323,7 +326,7 @@ def sum_rows(
         a: [n, T, k] each, one or two, in the compute dtype.
         entries: int64 [n, T].
         neurons: int64 [n, k].
-        rows: [m, d] each, in the compute dtype, contiguous along d.
+        rows: [m, d] each, in the compute dtype; copied unless contiguous along d.
         lows: a_i,t U_i[S] by token, [N, q] each, in the compute dtype (of `per_token`).
         vs: s V_i, [q, d] each, any float dtype; multiplied in the compute dtype.
         bias: [d] or None, any float dtype.
@@ -349,7 +352,7 @@ def per_token(
         [N, q] in the compute dtype.
     """
     config = config or _per_token_blocks(a, u.shape[1])
-    return _launch_sum_rows([a], entries, neurons, [_unit_stride(u)], [], [], None, tokens, config)
+    return _launch_sum_rows([a], entries, neurons, [u], [], [], None, tokens, config)
 
 
 def per_neuron(
@@ -371,13 +374,13 @@ def per_neuron(
         return _per_neuron_in_order(a, entries, neurons, low, count)
     (tiles, size), active, (tokens, rank) = entries.shape, neurons.shape[1], low.shape
     config = config or _per_neuron_blocks(a, size, rank)
-    a, low, entries, neurons = _unit_stride(a), _unit_stride(low), entries.contiguous(), neurons.contiguous()
+    a, low, entries, neurons = unit_stride(a), unit_stride(low), entries.contiguous(), neurons.contiguous()
     out = a.new_zeros(count, rank, dtype=torch.float32)
     grid = (tiles * triton.cdiv(active, config.neurons), triton.cdiv(rank, config.features))
     with torch.cuda.device_of(a):
         _per_neuron[grid](
             a, entries, neurons, low, out, tokens, size, active, rank, a.stride(0), a.stride(1), low.stride(0),
-            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=config.features, PRECISION=_precision(),
+            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=config.features, PRECISION=precision(),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
@@ -391,9 +394,8 @@ def _launch_sum_rows(
     (count, size), active, width = entries.shape, neurons.shape[1], rows[0].shape[1]
     matrices, rank = len(a), vs[0].shape[0] if vs else 1
     entries, neurons = entries.contiguous(), neurons.contiguous()
-    a, rows = _both([_unit_stride(part) for part in a]), _both(rows)
-    lows, vs = _both([_unit_stride(low) for low in lows]), _both([_unit_stride(v) for v in vs])
-    y = a[0].new_empty(tokens, width)
+    a, rows, lows, vs = (_both([unit_stride(part) for part in parts]) for parts in (a, rows, lows, vs))
+    bias, y = None if bias is None else bias.contiguous(), a[0].new_empty(tokens, width)
     grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(width, config.features),)
     with torch.cuda.device_of(y):
         _sum_rows[grid](
@@ -402,7 +404,7 @@ def _launch_sum_rows(
             *a[0].stride()[:2], *a[1].stride()[:2], *_row_strides(rows), *_row_strides(lows), *_row_strides(vs),
             MATRICES=matrices, BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
             BLOCK_Q=_rank_block(rank), GROUP=config.group, WHOLE_K=active % config.neurons == 0,
-            WHOLE_D=width % config.features == 0, PRECISION=_precision(),
+            WHOLE_D=width % config.features == 0, PRECISION=precision(),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
@@ -422,20 +424,8 @@ def _both(given: Sequence) -> list:
     return list(given) if len(given) == 2 else [given[0] if given else None] * 2
 
 
-def _unit_stride(values: Tensor) -> Tensor:
-    """A copy unless elements of the last dimension lie side by side, as kernels assume."""
-    return values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()
-
-
 def _row_strides(pair: Sequence[Tensor | None]) -> list[int]:
     return [1 if values is None else values.stride(0) for values in pair]
-
-
-def _precision() -> str:
-    """How float32 is multiplied, as PyTorch was told for its own products; other dtypes do not look at it."""
-    matmul = torch.backends.cuda.matmul
-    told = getattr(matmul, "fp32_precision", None)  # from PyTorch 2.9 on; set there, the older setting cannot be read
-    return "tf32" if told == "tf32" or (told is None and matmul.allow_tf32) else "ieee"
 
 
 # What a token costs in a block of so many, beside one of the largest block: fewer share each weight row that is read.
@@ -465,7 +455,7 @@ def _token_block(size: int, largest: int) -> int:
 
 def _shape(x: Tensor, size: int, outputs: int, aligned: bool) -> tuple[int, int, int, int, int]:
     """Tokens, output columns, step, warps and stages of a product of tiles of `size` with so many outputs."""
-    small = not aligned or (x.dtype == torch.float32 and _precision() == "ieee")
+    small = not aligned or (x.dtype == torch.float32 and precision() == "ieee")
     tokens = _token_block(size, 64 if small else 128)
     for columns, step_bytes, stages in _SMALL_SHAPES if small else _SHAPES:
         step = max(16, step_bytes // x.itemsize)

@@ -13,8 +13,6 @@ from hf_subquad.layers import SparseMLP
 from .bench import Bench
 from .shapes import Shape
 
-KINDS = ("full", "lora", "subquad")
-
 
 def mlp(bench: Bench, shape: Shape, kind: str) -> nn.Module:
     """The same module at every call. Changes of its budget or its tiles stay."""

@@ -1,14 +1,17 @@
 """A sparse MLP, forward and backward, on a GPU that is not there: all is real but the device.
 
-    python -m helpers.rehearsal 90 bfloat16 gated
+    python -m helpers.rehearsal 90 bfloat16 gated 256 1024 16 64
 
 Every kernel goes through Triton's launch path, is specialised on its arguments and compiled to machine code for the
-compute capability that is named, and is not run: results are zeros. Prints the kernels that were launched, as JSON.
+compute capability that is named, and is not run: results are zeros. Prints the kernels that were launched, as JSON:
+for each of their versions how often it was launched, its shared memory in bytes, and how often its PTX has wgmma, any
+tensor-core instruction, and asynchronous copies of 16 bytes or fewer.
 """
 
 import inspect
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -20,9 +23,10 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from helpers.mlps import patched
-from hf_subquad.backends import triton_backend  # noqa: F401, now, for kernels are defined to be interpreted or not
+from hf_subquad.backends import triton_backend  # now, for kernels are defined to be interpreted or not
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one program may use
+MULTIPROCESSORS = 132
 TOKENS, TILE = 4096, 128
 
 
@@ -31,7 +35,7 @@ class Utils:
         self._gpu = gpu
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY[self._gpu.capability], "multiprocessor_count": 132}
+        return {"max_shared_mem": SHARED_MEMORY[self._gpu.capability], "multiprocessor_count": MULTIPROCESSORS}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, ...]:
         assert binary
@@ -45,13 +49,26 @@ class AbsentGPU:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils = Utils(self)
-        self.launched: dict[str, dict[str, Any]] = {}
+        self.launched: dict[str, list[dict[str, int]]] = {}
+        self._ptx: dict[str, str] = {}
+        self._keep_ptx()
+
+    def _keep_ptx(self) -> None:
+        """Of every kernel, for a launcher is not told."""
+        init = CompiledKernel.__init__
+
+        def keeping(kernel: CompiledKernel, *args: Any, **kwargs: Any) -> None:
+            init(kernel, *args, **kwargs)
+            self._ptx[kernel.metadata.hash] = kernel.asm["ptx"]
+
+        CompiledKernel.__init__ = keeping
 
     def launcher_cls(self, source: Any, compiled: Any) -> Any:
+        version = {"launches": 0, "shared": compiled.shared, **counted(self._ptx[compiled.hash])}
+        self.launched.setdefault(compiled.name, []).append(version)
+
         def launch(*grid_and_arguments: Any) -> None:
-            found = self.launched.setdefault(compiled.name, {"launches": 0, "shared": 0})
-            found["launches"] += 1
-            found["shared"] = max(found["shared"], compiled.shared)
+            version["launches"] += 1
 
         return launch
 
@@ -65,13 +82,25 @@ class AbsentGPU:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int) -> dict[str, dict[str, int]]:
+def counted(ptx: str) -> dict[str, int]:
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", ptx)
+    wide = sum(int(size, 0) == 16 for size in copies)
+    wgmma = ptx.count("wgmma.mma_async")
+    tensor = wgmma + ptx.count("mma.sync")
+    return {"wgmma": wgmma, "tensor": tensor, "wide_copies": wide, "narrow_copies": len(copies) - wide}
+
+
+def rehearse(
+    capability: int, dtype: torch.dtype, kind: Any, d: int, m: int, rank: int, sketch_rank: int
+) -> dict[str, list[dict[str, int]]]:
     gpu = AbsentGPU(capability)
     driver.set_active(gpu)
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are interpreted, not compiled"
+    triton_backend.triton_neurons._multiprocessors = lambda device: MULTIPROCESSORS
     os.environ["TRITON_INTERPRET"] = "1"  # only now: tensors on the processor are given to the kernels
     Tensor.new_empty, torch.empty, torch.empty_like = Tensor.new_zeros, torch.zeros, torch.zeros_like
-    module, mlp, _ = patched(kind, d, m, dtype=dtype, active=m // 4, tile_size=TILE, rank=16)
+    settings = {"active": m // 4, "tile_size": TILE, "rank": rank, "sketch_rank": sketch_rank}
+    module, mlp, _ = patched(kind, d, m, dtype=dtype, **settings)
     mlp.runtime.config = replace(mlp.runtime.config, backend="triton")  # now: results of zeros fail the self-test
     mlp.index.backend_name = "triton"
     x = torch.randn(TOKENS, d, dtype=dtype).requires_grad_()
@@ -81,5 +110,5 @@ def rehearse(capability: int, dtype: torch.dtype, kind: Any, d: int, m: int) -> 
 
 
 if __name__ == "__main__":
-    capability, dtype, kind, d, m = sys.argv[1:]
-    print(json.dumps(rehearse(int(capability), getattr(torch, dtype), kind, int(d), int(m))))
+    capability, dtype, kind, *sizes = sys.argv[1:]
+    print(json.dumps(rehearse(int(capability), getattr(torch, dtype), kind, *map(int, sizes))))
