@@ -17,7 +17,7 @@ from .errors import SubquadError
 from .families import find_mlps, linear_sizes
 from .text_batches import read_text, text_batches
 
-_PACKAGES = ("hf-subquad", "torch", "transformers", "accelerate", "faiss-cpu", "safetensors", "peft")
+_PACKAGES = ("hf-subquad", "torch", "triton", "transformers", "accelerate", "faiss-cpu", "safetensors", "peft")
 _BATCHES = 3
 
 
