@@ -6,7 +6,6 @@ An error is ||got - expected|| / ||expected||, the largest of an operation's res
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -225,8 +224,7 @@ def _trained(layer: nn.Module) -> nn.Module:
 def _with_backend(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy in another dtype, computed by PyTorch operations."""
     other = copy.deepcopy(layer).to(dtype)
-    runtime = sparse(other).runtime
-    runtime.config = replace(runtime.config, backend="torch")
+    sparse(other).index.backend_name = "torch"
     return other
 
 
