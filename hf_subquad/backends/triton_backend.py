@@ -1,6 +1,7 @@
 """Triton kernels for 16 and 32-bit floats; what they do not cover (float64, other activations) is left to PyTorch."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from .interface import LiveRows, Scoring
 from .torch_backend import TorchBackend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_STEP = 64  # neurons that kernels go through at a time; the last step costs as much if it is not full
+_STEP = 64  # neurons; kernels whose blocks are all full load without masks
 
 
 class TritonBackend(TorchBackend):
@@ -62,7 +63,8 @@ class TritonBackend(TorchBackend):
         ]
         rows, vs = [matrix.rows for matrix in matrices], [matrix.v for matrix in matrices]
         biases = [matrix.bias for matrix in matrices if matrix.bias is not None]
-        y = triton_products.sum_rows(a, tiles.entries, neurons, rows, lows, vs, sum(biases) if biases else None)
+        bias = reduce(torch.add, biases) if biases else None
+        y = triton_products.sum_rows(a, tiles.entries, neurons, rows, lows, vs, bias)
         return y, lows[0] if len(lows) == 1 else torch.cat(lows, 1)
 
     def update_gradients(
