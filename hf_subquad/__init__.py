@@ -1,8 +1,5 @@
 """Subquadratic fine-tuning of wide MLP layers for Hugging Face models."""
 
-from .calibration import calibrate, compensate
-from .callback import SubquadCallback
-from .checkpoints import last_whole_checkpoint
 from .config import SubquadConfig
 from .errors import (
     AlreadyPatchedError,
@@ -22,11 +19,16 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
-from .patching import apply_plan, dense_forward, patch_model, sparse_forward, sparse_mlps, unpatch_model
+from .layers.lookup import sparse_mlps
+from .layers.modes import dense_forward, sparse_forward
+from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
-from .sidecar import load_sidecar, save_sidecar
-from .sync import SyncReport, check_active, sync_model
-from .watch import BudgetChange
+from .planning.calibration import calibrate, compensate
+from .training.budget_control import BudgetChange
+from .training.callback import SubquadCallback
+from .training.checkpoints import last_whole_checkpoint
+from .training.sidecar import load_sidecar, save_sidecar
+from .training.sync import SyncReport, check_active, sync_model
 
 __version__ = "0.1.0"
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import transformers
 
-from .calibration import calibrate
 from .config import SubquadConfig
 from .errors import SubquadError
-from .families import find_mlps, linear_sizes
-from .text_batches import read_text, text_batches
+from .patching.mlp_patterns import find_mlps, linear_sizes
+from .planning.calibration import calibrate
+from .planning.text_batches import read_text, text_batches
 
 _PACKAGES = ("hf-subquad", "torch", "triton", "transformers", "accelerate", "faiss-cpu", "safetensors", "peft")
 _BATCHES = 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from .atomic import write_atomically
+from .atomic_files import write_atomically
 from .config import TileOrder
 from .errors import PlanError
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from wide_nets.fired_sets import STRUCTURES
 from wide_nets.tasks import smooth_task
 
-from hf_subquad.mlp_timing import timed
+from hf_subquad.planning.mlp_timing import timed
 from hf_subquad.theory import GaussNewton, WideNet
 
 

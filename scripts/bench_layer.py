@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
-from hf_subquad.mlp_timing import timed
+from hf_subquad.planning.mlp_timing import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -25,8 +25,8 @@ from architectures.proof import CONFIG, NotComparedError, prove  # noqa: E402
 from architectures.tiny import NotBuiltError, class_name, model_types, outline, tiny_batch, tiny_model  # noqa: E402
 
 from hf_subquad import EmptyBatchError, NoMatchError, UnsupportedModuleError, patch_model, sparse_mlps  # noqa: E402
-from hf_subquad.families import find_mlps, fused_experts  # noqa: E402
-from hf_subquad.layers import SparseMLP  # noqa: E402
+from hf_subquad.layers.sparse_mlp import SparseMLP  # noqa: E402
+from hf_subquad.patching.mlp_patterns import find_mlps, fused_experts  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "models.md"
 

@@ -52,11 +52,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_subquad import SubquadConfig, compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
-from hf_subquad.allocation import budgets
-from hf_subquad.calibration import MeasuredMLP, measure_mlps
-from hf_subquad.measurements import share_of
-from hf_subquad.mlp_timing import timed
-from hf_subquad.undisturbed import undisturbed
+from hf_subquad.planning.allocation import budgets
+from hf_subquad.planning.calibration import MeasuredMLP, measure_mlps
+from hf_subquad.planning.measurements import share_of
+from hf_subquad.planning.mlp_timing import timed
+from hf_subquad.planning.preserve_mode_and_rng import preserve_mode_and_rng
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = (
@@ -88,14 +88,14 @@ def allocation_study(options: argparse.Namespace, inputs: Inputs) -> dict[str, A
     """Rows by target time and way to spend it."""
     model = patch_model(copy.deepcopy(inputs.model), subquad_config(options, tile_size=options.tile_size))
     held_out = HeldOut(model, inputs.held_out)
-    with undisturbed(model):
+    with preserve_mode_and_rng(model):
         measured, judged, _ = measure_mlps(model, inputs.calibration)
     dense_ms = sum(one.timing.dense for one in measured)
     rows = []
     for target, (way, spend) in tqdm([*itertools.product(options.times, WAYS.items())], unit="row", desc="allocation"):
         active = spend(measured, target * dense_ms)
         Budgets(active, [one.outputs.compensation(k) for one, k in zip(measured, active, strict=True)]).apply(model)
-        with undisturbed(model), sparse_forward(model):
+        with preserve_mode_and_rng(model), sparse_forward(model):
             predicted_kl = judged.divergence()
         spent = [one.option(k) for one, k in zip(measured, active, strict=True)]
         ms = sum(option.ms for option in spent)
@@ -214,7 +214,7 @@ def _setups(
     install(model, method, importance, options.batch_size)
     measured, timings = [], []
     if method.planned:
-        with undisturbed(model):
+        with preserve_mode_and_rng(model):
             measured, *_ = measure_mlps(model, inputs.calibration)
         timings = [one.timing for one in measured]
     elif options.times:

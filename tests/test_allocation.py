@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_subquad.allocation import Option, allocate, budgets
+from hf_subquad.planning.allocation import Option, allocate, budgets
 
 TIMES = st.floats(0.1, 100)
 LOSSES = st.one_of(st.just(0.0), st.floats(1e-6, 10))

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_subquad import BackendError, patch_model, sparse_mlps
-from hf_subquad import backends as choice
-from hf_subquad.backends import LiveRows, backend_for
-from hf_subquad.tiling import make_tiles
+from hf_subquad.ops import backends as choice
+from hf_subquad.ops.backends import MergedWeight, backend_for
+from hf_subquad.ops.token_tiles import make_tiles
 
 pytest.importorskip("triton", minversion="3.3")
-from hf_subquad.backends import triton_backend, triton_neurons, triton_products, triton_tiles
+from hf_subquad.ops.backends import triton_backend, triton_neurons, triton_products, triton_tiles
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: run -m gpu")
@@ -99,7 +99,7 @@ def tiling(device: str) -> tuple[Any, Tensor]:
     return tiles, torch.stack(chosen).to(device)
 
 
-def live_rows(count: int, bias: int | None, dtype: torch.dtype, device: str) -> list[LiveRows]:
+def merged_rows(count: int, bias: int | None, dtype: torch.dtype, device: str) -> list[MergedWeight]:
     """Matrices of M neurons; the first ones have a bias of `bias` values."""
     generator = torch.Generator().manual_seed(4)
 
@@ -107,7 +107,9 @@ def live_rows(count: int, bias: int | None, dtype: torch.dtype, device: str) -> 
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     return [
-        LiveRows(drawn(M, D), drawn(M, RANK).float(), drawn(RANK, D).float(), drawn(bias) if bias and not i else None)
+        MergedWeight(
+            drawn(M, D), drawn(M, RANK).float(), drawn(RANK, D).float(), drawn(bias) if bias and not i else None
+        )
         for i in range(count)
     ]
 
@@ -120,16 +122,16 @@ def test_products_and_their_gradients(matrices: int, dtype: torch.dtype, device:
     one, other = (backend_for(name, torch.device(device)) for name in ("torch", "triton"))
     tiles, neurons = tiling(device)
     x = torch.randn(N, D, generator=torch.Generator().manual_seed(5)).to(device, dtype)
-    into = live_rows(matrices, M, dtype, device)
-    expected, expected_low = one.dot_rows(x, tiles, neurons, into)
-    found, low = other.dot_rows(x, tiles, neurons, into)
+    into = merged_rows(matrices, M, dtype, device)
+    expected, expected_low = one.gathered_up(x, tiles, neurons, into)
+    found, low = other.gathered_up(x, tiles, neurons, into)
     assert len(found) == matrices and low.shape == (N, matrices * RANK)
     torch.testing.assert_close([*found, low], [*expected, expected_low], **TIGHT)
     assert found[0].stride() == other.new_compact(x, *tiles.shape, neurons.shape[1]).stride()
 
-    out_of = live_rows(matrices, D, dtype, device)
-    expected_y, expected_low = one.sum_rows(expected, tiles, neurons, out_of)
-    y, a_low = other.sum_rows(expected, tiles, neurons, out_of)
+    out_of = merged_rows(matrices, D, dtype, device)
+    expected_y, expected_low = one.gathered_down(expected, tiles, neurons, out_of)
+    y, a_low = other.gathered_down(expected, tiles, neurons, out_of)
     torch.testing.assert_close([y, a_low], [expected_y, expected_low], **TIGHT)
 
     gradients = [
@@ -304,8 +306,8 @@ def test_nothing_waits_for_the_device(kind: Kind, backend: str, monkeypatch: pyt
         how.bisect(x[:, :6], *tiles.shape)
         how.top_neurons(mlp.index.tile_scores(sample), 16)
         into = [p.matrix(x.dtype) for p in mlp.inputs]
-        h, low = how.dot_rows(x, tiles, neurons, into)
-        how.sum_rows(h[:1], tiles, neurons, [mlp.output.matrix(x.dtype)])
+        h, low = how.gathered_up(x, tiles, neurons, into)
+        how.gathered_down(h[:1], tiles, neurons, [mlp.output.matrix(x.dtype)])
         how.update_gradients(h[0], low[:, :2], x, low[:, :2], tiles, neurons, M)
     assert not watched.seen
     with Watched() as watched:

@@ -41,9 +41,9 @@ from hf_subquad import (
     sparse_forward,
     sparse_mlps,
 )
-from hf_subquad.allocation import budgets
-from hf_subquad.patching import runtime_of
-from hf_subquad.predictions import Predictions
+from hf_subquad.layers.lookup import runtime_of
+from hf_subquad.planning.allocation import budgets
+from hf_subquad.planning.predictions import Predictions
 
 PLANNED = SubquadConfig(**{**CONFIG.to_dict(), "active": None})
 TEXTS = text_batches(0, 1, 2)
@@ -270,7 +270,7 @@ def test_half_precision_and_autocast() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["opt", "phi3", "gpt2", "llama"])
 def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    from hf_subquad import calibration, measurements, mlp_timing
+    from hf_subquad.planning import calibration, measurements, mlp_timing
 
     monkeypatch.setattr(measurements, "time_mlp", mlp_timing.time_mlp)
     monkeypatch.setattr(calibration, "timed", mlp_timing.timed)
@@ -286,7 +286,7 @@ def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dty
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])
 def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
     """The least time counts; the first round's is seldom that."""
-    from hf_subquad import mlp_timing
+    from hf_subquad.planning import mlp_timing
 
     calls: list[Any] = []
 
@@ -454,7 +454,7 @@ def some_rows(batch: dict[str, Any]) -> Any:
 
 def test_of_many_predictions_some_rows_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that have predictions, spread evenly."""
-    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 12)
+    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 12)
     batch = text_batches(0, shape=(9, 5))[0] | {"use_cache": False}
     found = some_rows(batch)  # 36 predictions
     assert torch.equal(found["input_ids"], batch["input_ids"][[0, 3, 6]]) and found["use_cache"] is False
@@ -466,8 +466,8 @@ def test_of_many_predictions_some_rows_are_judged(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("other", [{}, {"a": torch.zeros(())}, {"a": torch.zeros(2, 9)}, {"a": [0] * 9}])
 def test_rows_are_not_taken_out_of_what_has_none(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
     """Nor where all are needed."""
-    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 12 if other else 36)
-    monkeypatch.setattr("hf_subquad.predictions.logits_of", lambda model, batch: torch.zeros(9, 5, VOCABULARY))
+    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 12 if other else 36)
+    monkeypatch.setattr("hf_subquad.planning.predictions.logits_of", lambda model, batch: torch.zeros(9, 5, VOCABULARY))
     assert some_rows(text_batches(0, shape=(9, 5))[0] | other) is None
 
 
@@ -475,7 +475,7 @@ def test_rows_are_not_taken_out_of_what_has_none(monkeypatch: pytest.MonkeyPatch
 def test_sensitivities_on_some_rows_are_about_those_of_all(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     model, batches = t5("t5") if family == "t5" else (opt(), text_batches(0, 1, 2, shape=(32, 25)))
     whole = calibrate(model, batches, PLANNED, tolerance=1e9)
-    monkeypatch.setattr("hf_subquad.predictions._JUDGED", 50 if family == "t5" else 300)
+    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 50 if family == "t5" else 300)
     part = calibrate(model, batches, PLANNED, tolerance=1e9)
     assert [layer.error for layer in part.layers] == [layer.error for layer in whole.layers]
     for mine, theirs in zip(part.layers, whole.layers, strict=True):

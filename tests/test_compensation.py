@@ -23,8 +23,8 @@ from hf_subquad import (
     sparse_mlps,
     unpatch_model,
 )
-from hf_subquad.compensation import Compensation, CompensationFit
-from hf_subquad.watch import audit
+from hf_subquad.layers.compensation import Compensation, CompensationFit
+from hf_subquad.training.budget_control import audit
 
 D, M, R, OUT, N = 12, 40, 5, 7, 300
 

@@ -20,7 +20,7 @@ from gpu.settings import SHARES, Settings  # noqa: E402
 from gpu.targets import step_summary, targets  # noqa: E402
 
 CHECKED = {
-    "dot_rows", "dot_rows, two matrices", "sum_rows", "sum_rows, two matrices", "update_gradients",
+    "gathered_up", "gathered_up, two matrices", "gathered_down", "gathered_down, two matrices", "update_gradients",
     "tile_scores, SiLU gated", "tile_scores, ReLU", "top_neurons", "bisect",
 }  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_rows_of_times(whole: Any) -> None:
         assert row["full_over_subquad"] == pytest.approx(row["full_ms"] / row["subquad_ms"])
         assert row["selection_share"] > 0 and row["subquad_kept_bytes"] < row["full_kept_bytes"]
     kernels = {row["kernel"]: row for row in sections["kernels"]["rows"] if row["main"]}
-    for name in ("dot_rows", "dot_rows, two matrices", "sum_rows", "sum_rows, two matrices"):
+    for name in ("gathered_up", "gathered_up, two matrices", "gathered_down", "gathered_down, two matrices"):
         assert kernels[name]["of_dense_rate"] > 0
     for name in ("per_token", "per_neuron", "bisect", "tile_scores", "top_neurons"):
         assert kernels[name]["gb_per_second"] > 0

@@ -7,10 +7,10 @@ from helpers.models import CONFIG, assert_same, fill_updates, llama, opt, snapsh
 from torch import Tensor
 
 from hf_subquad import ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps
-from hf_subquad import index as index_module
-from hf_subquad.index import ActivationIndex
-from hf_subquad.reporting import Report, ReportingIndex
-from hf_subquad.sketch import add_low_rank
+from hf_subquad.index import activation_index as index_module
+from hf_subquad.index.activation_index import ActivationIndex
+from hf_subquad.index.half_space import Report, ReportingIndex
+from hf_subquad.index.sketch import add_low_rank
 
 D, M, N = 12, 40, 21
 
@@ -51,7 +51,7 @@ def test_outputs_of_all_neurons_in_parts_are_the_whole(kind: Kind) -> None:
     neurons = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(t)) for t in range(4)])
     parts = [index.outputs(tile_tokens, part) for part in neurons.tensor_split([7, 7, 30], 1)]
     assert not parts[1].any() and all(part.any() for part in (parts[0], *parts[2:]))
-    found = index.examine(tile_tokens, neurons[:, :7])
+    found = index.evaluate_selection(tile_tokens, neurons[:, :7])
     torch.testing.assert_close(sum(parts), found.whole.flatten(0, 1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(parts[2] + parts[3], found.missed.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
@@ -84,7 +84,7 @@ def test_report_of_an_mlp_equals_brute_force(kind: Kind) -> None:
     """With a full-rank sketch the reported pre-activation is the true one, update and bias included."""
     index = made(kind)
     x, gate = inputs(), index.inputs[0]
-    pre = x @ gate.live_rows()[:M].t() + gate.bias[:M].detach()
+    pre = x @ gate.merged_rows()[:M].t() + gate.bias[:M].detach()
     # Halfway between two neighbouring values: rounding cannot move any across.
     near = pre.flatten().sort().values
     at = len(near) * 3 // 4 + int(near[len(near) * 3 // 4 :][:30].diff().argmax())
@@ -118,7 +118,7 @@ def test_report_follows_optimizer_steps(settings: dict[str, bool]) -> None:
     for factor in gate.update.parameters():
         factor.grad = torch.randn_like(factor)
     optimizer.step()
-    pre = (x @ gate.live_rows().t() + gate.bias).detach()
+    pre = (x @ gate.merged_rows().t() + gate.bias).detach()
     after = index.report(x, 0.5)
     assert after.neurons.tolist() != before.neurons.tolist()
     assert [after.of(i).tolist() for i in range(N)] == [(row >= 0.5).nonzero().flatten().tolist() for row in pre]
@@ -136,7 +136,7 @@ def test_report_follows_other_changes(change: str) -> None:
         index.fold()
     else:
         gate.update.restart()
-    pre = (x @ gate.live_rows().t() + gate.bias).detach()
+    pre = (x @ gate.merged_rows().t() + gate.bias).detach()
     assert (pre - 0.5).abs().min() > 1e-4
     assert [index.report(x, 0.5).of(i).tolist() for i in range(N)] == [
         (row >= 0.5).nonzero().flatten().tolist() for row in pre
@@ -208,9 +208,9 @@ def test_recall_is_a_share_of_the_true_top() -> None:
     x, k = inputs(48), 7
     selection = index.select(x, k, 16, "similar")
     gate = index.inputs[0]
-    pre = x @ gate.live_rows().t() + gate.bias
+    pre = x @ gate.merged_rows().t() + gate.bias
     now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.5 * pre.square().mean(1, keepdim=True).sqrt()))
-    true = (now**2 + (moved - now) ** 2) * index.output.live_rows().square().sum(1)
+    true = (now**2 + (moved - now) ** 2) * index.output.merged_rows().square().sum(1)
     hits = []
     for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
         best = set(true[slots].sum(0).topk(k).indices.tolist())
@@ -332,7 +332,7 @@ def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.
     left = torch.block_diag(*[u.detach() for u, _ in updates])
     right = torch.cat([v.detach() for _, v in updates])
     apart = add_low_rank(index.sketch, left, right)
-    live = [projection.live_rows().clone() for projection in (*index.inputs, index.output)]
+    live = [projection.merged_rows().clone() for projection in (*index.inputs, index.output)]
     recall = index.recall(x, 9, 16)
 
     def refuse(*_: object, **__: object) -> None:
@@ -393,7 +393,7 @@ def test_norms_of_output_rows_are_live_after_refresh(make) -> None:
     index = sparse_mlps(model)[0].index
     stale = index.output_norms.clone()
     index.refresh()
-    torch.testing.assert_close(index.output_norms, index.output.live_rows().square().sum(1))
+    torch.testing.assert_close(index.output_norms, index.output.merged_rows().square().sum(1))
     assert not torch.allclose(stale, index.output_norms)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton", minversion="3.3")
 KERNELS = {
     *("_moments", "_project", "_project_group", "_place"),  # tiles
     *("_squares", "_scores", "_top"),  # their neurons
-    *("_dot_rows", "_sum_rows", "_per_neuron"),
+    *("_gathered_up", "_gathered_down", "_per_neuron"),
 }
 
 
@@ -34,16 +34,16 @@ def test_one_forward_and_backward() -> None:
     launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16, 64)
     assert set(launched) == KERNELS
     launches = {name: sum(version["launches"] for version in versions) for name, versions in launched.items()}
-    assert launches["_dot_rows"] == 2  # gate and up in one, and the gradient out of the MLP
-    assert launches["_sum_rows"] == 5  # out, into gate and up in one, and the products with U of three matrices
+    assert launches["_gathered_up"] == 2  # gate and up in one, and the gradient out of the MLP
+    assert launches["_gathered_down"] == 5  # out, into gate and up in one, and the products with U of three matrices
     assert launches["_per_neuron"] == 3
     assert launches["_squares"] == launches["_scores"] == launches["_top"] == 1
     assert sum(launches.values()) < 35
-    for name in ("_dot_rows", "_sum_rows"):
+    for name in ("_gathered_up", "_gathered_down"):
         for version in launched[name]:
             assert version["tensor"] and version["wide_copies"] and not version["narrow_copies"], (name, version)
-    assert all(version["wgmma"] for version in launched["_dot_rows"])
-    assert sum(version["wgmma"] > 0 for version in launched["_sum_rows"]) == 2  # the others, with U, are small
+    assert all(version["wgmma"] for version in launched["_gathered_up"])
+    assert sum(version["wgmma"] > 0 for version in launched["_gathered_down"]) == 2  # the others, with U, are small
     for name in ("_squares", "_scores"):
         assert all(version["wgmma"] for version in launched[name])
 
@@ -69,6 +69,6 @@ def test_devices_dtypes_and_shapes(
     """What exceeds a device's shared memory is an error of Triton's."""
     launched = rehearsed(capability, dtype, kind, d, m, rank, sketch_rank)
     assert set(launched) == KERNELS
-    for name in ("_squares", "_scores", "_dot_rows", "_sum_rows", "_per_neuron"):
+    for name in ("_squares", "_scores", "_gathered_up", "_gathered_down", "_per_neuron"):
         for version in launched[name]:  # PyTorch's default is not to multiply float32 in TF32
             assert (version["tensor"] > 0) == (dtype != "float32"), (name, version)

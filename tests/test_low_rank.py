@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_subquad.low_rank import LowRankUpdate
+from hf_subquad.weights.low_rank import LowRankUpdate
 
 
 def update(zero: str = "U", scale: float = 1.5, dtype: torch.dtype = torch.float32, seed: int = 7) -> LowRankUpdate:

@@ -20,10 +20,10 @@ from architectures.proof import NotComparedError, prove
 from architectures.tiny import class_name, model_types, tiny_batch, tiny_model
 from list_models import PAGE, SECTIONS, Verdict, listed, page, verdict
 
-from hf_subquad.backends.torch_backend import TorchBackend
-from hf_subquad.families import FAMILIES
-from hf_subquad.layers import OutputProjection
-from hf_subquad.projection import NeuronProjection
+from hf_subquad.layers.sparse_mlp import OutputProjection
+from hf_subquad.ops.backends.torch_backend import TorchBackend
+from hf_subquad.patching.mlp_patterns import FAMILIES
+from hf_subquad.weights.projection import NeuronProjection
 
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = listed(TEXT)
@@ -116,7 +116,7 @@ def _wrong_gradients(patch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_saving(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(NeuronProjection, "live_weight", lambda self: self.weight.detach().clone())
+    patch.setattr(NeuronProjection, "merged_weight", lambda self: self.weight.detach().clone())
 
 
 def _wrong_unpatching(patch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from hf_subquad import (
     patch_model,
     sparse_mlps,
 )
-from hf_subquad.patching import runtime_of
+from hf_subquad.layers.lookup import runtime_of
 
 LAYERS = (
     LayerPlan("layers.1.mlp", 1000, 125, 800, 0.0625, 0.3, full_ms=30.0, dense_ms=20.0, sparse_ms=10.0),

@@ -30,8 +30,8 @@ from hf_subquad import (
     save_sidecar,
     sparse_mlps,
 )
-from hf_subquad.patching import runtime_of
-from hf_subquad.trainer_batches import sample_batches
+from hf_subquad.layers.lookup import runtime_of
+from hf_subquad.training.trainer_batches import sample_batches
 
 PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-5}  # a part of what the fastest plan costs
 
@@ -112,7 +112,7 @@ def test_a_fixed_share_is_compensated_but_not_planned(tmp_path: Path, capsys: py
 
 
 def test_a_plan_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_subquad import fitting
+    from hf_subquad.training import trainer_planning as fitting
 
     monkeypatch.setattr(fitting, "calibrate", None)
     plan = hand_plan(to_plan(), [40, NEURONS])

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
-from hf_subquad.families import find_activations, find_mlps
-from hf_subquad.index import Selection
-from hf_subquad.layers import SparseMLP
+from hf_subquad.index.activation_index import Selection
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.patching.mlp_patterns import find_activations, find_mlps
 
 ACTIVATIONS = ("relu", "gelu", "silu", "quick_gelu", "gelu_new", "relu2", "tanh", "prelu")  # the last one is trained
 ORDERS = ("similar", "consecutive")
@@ -209,10 +209,10 @@ def test_order_of_neurons(case: Case, rounds: int, size: int, seed: int) -> None
     expected = module(case.x())
     with torch.no_grad():
         for projection in mlp.projections:
-            rows = stacked if projection.into_neurons else order
+            rows = stacked if projection.is_input else order
             projection.set_rows(projection.rows()[rows].clone())
             projection.update.U.copy_(projection.update.U[rows].clone())
-            if projection.into_neurons and projection.bias is not None:
+            if projection.is_input and projection.bias is not None:
                 projection.bias.copy_(projection.bias[rows].clone())
     mlp.index.build()
     torch.testing.assert_close(module(case.x()), expected, rtol=1e-9, atol=1e-9)

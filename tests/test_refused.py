@@ -355,7 +355,7 @@ def test_patched_already() -> None:
 def test_interrupted_patch_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gpt2")
     before = snapshot(model)
-    from hf_subquad import patching
+    from hf_subquad.patching import patch as patching
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -101,7 +101,7 @@ def test_bfloat16_model(tmp_path: Path, make) -> None:
             whole = p.rows().float() + (5 / 3) * (p.update.U @ p.update.V)
             whole = whole if p.weight_is_rows else whole.t()
             assert torch.equal(again.get_parameter(f"{mlp.name}.{path}.weight"), whole.to(torch.bfloat16))
-            assert not torch.equal(p.rows(), p.live_rows())
+            assert not torch.equal(p.rows(), p.merged_rows())
 
 
 def test_sharded(tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_round_trip_of_a_half_precision_model(tmp_path: Path, dtype: torch.dtype
     for mine, theirs in zip(sparse_mlps(model), sparse_mlps(saved), strict=True):
         for p, q in zip(mine.projections, theirs.projections, strict=True):
             assert torch.equal(p.update.U, q.update.U) and torch.equal(p.update.V, q.update.V)
-            size = q.live_rows().abs().max().float() + q.rows().abs().max().float()
-            error = (p.live_rows().float() - q.live_rows().float()).abs().max()
+            size = q.merged_rows().abs().max().float() + q.rows().abs().max().float()
+            error = (p.merged_rows().float() - q.merged_rows().float()).abs().max()
             assert error <= 2 * torch.finfo(dtype).eps * size
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_subquad.sketch import Sketch, add_low_rank, build_sketch
+from hf_subquad.index.sketch import Sketch, add_low_rank, build_sketch
 
 
 def low_rank(rows: int, width: int, rank: int, seed: int = 0) -> Tensor:

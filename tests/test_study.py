@@ -28,8 +28,8 @@ from study.selections import FixedSet, Method, WholeSequences, equal_runs, insta
 from study.spending import allocated, predicted_ms, threshold, uniform  # noqa: E402
 
 from hf_subquad import SubquadConfig, patch_model, sparse_forward, sparse_mlps  # noqa: E402
-from hf_subquad.calibration import MeasuredMLP  # noqa: E402
-from hf_subquad.mlp_timing import MLPTiming  # noqa: E402
+from hf_subquad.planning.calibration import MeasuredMLP  # noqa: E402
+from hf_subquad.planning.mlp_timing import MLPTiming  # noqa: E402
 
 BATCH, LENGTH, NEURONS = 3, 16, 64  # no power of two: tiles of the library would not be sequences
 METHODS = ("dense", "fixed", "sequence", "consecutive-8", "similar-8", "similar-8", "similar-8+compensation+plan")

@@ -88,9 +88,9 @@ def test_logs_reach_reports_with_add_callback(tmp_path: Path) -> None:
 
 
 def test_fold_and_refresh_and_recall_on_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_subquad.index import ActivationIndex
+    from hf_subquad.index.activation_index import ActivationIndex
 
-    done: dict[str, list[int]] = {"fold": [], "examine": [], "refresh": []}
+    done: dict[str, list[int]] = {"fold": [], "evaluate_selection": [], "refresh": []}
     step = 0
     model = patched_opt(fold_steps=3, refresh_steps=2)
     index = sparse_mlps(model)[0].index
@@ -113,7 +113,7 @@ def test_fold_and_refresh_and_recall_on_schedule(tmp_path: Path, monkeypatch: py
     run = trainer(model, tmp_path, [Clock(lambda *_, **__: None)], max_steps=7)
     run.train()
     assert done["fold"] == [3, 6]
-    assert sorted(set(done["examine"]) - {0}) == [2, 4, 6]
+    assert sorted(set(done["evaluate_selection"]) - {0}) == [2, 4, 6]
     assert sorted(set(done["refresh"]) - {0}) == [2, 3, 4, 6]  # a fold refreshes too
     assert not torch.equal(weights, model.get_parameter("model.decoder.layers.1.fc1.weight"))
     assert all(p.update.restarts == 2 for mlp in sparse_mlps(model) for p in mlp.projections)

@@ -26,7 +26,7 @@ from hf_subquad import (
     sparse_mlps,
     sync_model,
 )
-from hf_subquad.patching import runtime_of
+from hf_subquad.layers.lookup import runtime_of
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory.")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
@@ -160,7 +160,11 @@ def test_compiled_in_one_graph(family: str) -> None:
     assert len(graphs) == 1
     parts = [part for part in graphs[0].modules() if isinstance(part, torch.fx.GraphModule)]
     names = [str(node.target) for part in parts for node in part.graph.nodes]
-    for name, times in (("select", 1), ("dot_rows", 2), ("sum_rows", 2)):  # forward and backward, gate and up in one
+    for name, times in (
+        ("select", 1),
+        ("gathered_up", 2),
+        ("gathered_down", 2),
+    ):  # gate and up in one
         assert names.count(f"hf_subquad.{name}") == times * len(calls[0]), name
 
 

@@ -18,9 +18,9 @@ if not GPU:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 pytest.importorskip("triton", minversion="3.3")
 
-from hf_subquad.backends import triton_products as products  # noqa: E402
-from hf_subquad.backends.triton_common import precision  # noqa: E402
-from hf_subquad.backends.triton_products import Blocks  # noqa: E402
+from hf_subquad.ops.backends import triton_products as products  # noqa: E402
+from hf_subquad.ops.backends.triton_common import precision  # noqa: E402
+from hf_subquad.ops.backends.triton_products import Blocks  # noqa: E402
 
 DEVICE = "cuda" if GPU else "cpu"
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -96,7 +96,7 @@ def all_neurons(a: Tensor, case: Case) -> Tensor:
     return whole.scatter_(2, index, a.double().masked_fill(case.spare.unsqueeze(-1), 0))
 
 
-def expected_dot_rows(case: Case) -> list[Tensor]:
+def expected_gathered_up(case: Case) -> list[Tensor]:
     """All m neurons of every token, and of those the ones each tile uses."""
     x = by_slot(case.x, case.entries)
     index = case.neurons.unsqueeze(1).expand(-1, x.shape[1], -1)
@@ -109,7 +109,7 @@ def expected_dot_rows(case: Case) -> list[Tensor]:
     return results
 
 
-def expected_sum_rows(case: Case) -> Tensor:
+def expected_gathered_down(case: Case) -> Tensor:
     """All m neurons of every token, most of them zero."""
     y = sum(
         by_token(all_neurons(a, case) @ rows.double(), case) + low.double() @ v.to(low.dtype).double()
@@ -137,13 +137,13 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def check(case: Case, **config: Blocks) -> None:
     """All four products of a case."""
     dtype, layout = case.x.dtype, (case.entries, case.neurons)
-    hs = products.dot_rows(case.x, *layout, case.rows, case.biases, case.us, case.lows, **config)
+    hs = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows, **config)
     assert all(h.is_contiguous() and h.dtype == dtype for h in hs)
-    for h, expected in zip(hs, expected_dot_rows(case), strict=True):
+    for h, expected in zip(hs, expected_gathered_up(case), strict=True):
         close(h, expected, dtype)
-    y = products.sum_rows(case.a, *layout, case.rows, case.lows, case.vs, case.bias, **config)
+    y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias, **config)
     assert y.dtype == dtype
-    close(y, expected_sum_rows(case), dtype)
+    close(y, expected_gathered_down(case), dtype)
     for i, a in enumerate(case.a):
         low = products.per_token(a, *layout, case.us[i], len(case.x), **config)
         assert low.dtype == dtype
@@ -202,7 +202,7 @@ def test_one_of_two_biases() -> None:
 def test_spare_slots_see_no_token() -> None:
     case = make(tokens=9, slots=5, active=7, neurons=10, width=8, rank=2)
     case.x[0], case.lows[0][0] = torch.inf, torch.nan  # the token that spare slots could read in place of one
-    (h,) = products.dot_rows(case.x, case.entries, case.neurons, case.rows, case.biases, case.us, case.lows)
+    (h,) = products.gathered_up(case.x, case.entries, case.neurons, case.rows, case.biases, case.us, case.lows)
     tile, slot = case.spare.nonzero()[0].tolist()
     torch.testing.assert_close(h[tile, slot], case.biases[0][case.neurons[tile]])
 
@@ -310,8 +310,8 @@ def test_two_runs_are_equal_when_told(dtype: torch.dtype) -> None:
     layout = case.entries, case.neurons
 
     def run() -> tuple[Tensor, ...]:
-        (h,) = products.dot_rows(case.x, *layout, case.rows, case.biases, case.us, case.lows)
-        y = products.sum_rows(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
+        (h,) = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows)
+        y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
         low = products.per_token(case.a[0], *layout, case.us[0], len(case.x))
         return h, y, low, products.per_neuron(case.a[0], *layout, case.lows[0], len(case.us[0]))
 
@@ -374,8 +374,8 @@ def test_products_in_a_cuda_graph() -> None:
     layout = case.entries, case.neurons
 
     def run() -> tuple[Tensor, ...]:
-        hs = products.dot_rows(case.x, *layout, case.rows, case.biases, case.us, case.lows)
-        y = products.sum_rows(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
+        hs = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows)
+        y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
         low = products.per_token(case.a[0], *layout, case.us[0], len(case.x))
         return *hs, y, low, products.per_neuron(case.a[0], *layout, case.lows[0], len(case.us[0]))
 

@@ -10,10 +10,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", minversion="3.3")
 
-from hf_subquad.backends import triton_neurons, triton_tiles
-from hf_subquad.backends.activations import ACTIVATIONS, name_of
-from hf_subquad.backends.triton_neurons import ProjectedInput, covers, tile_scores, top_neurons
-from hf_subquad.backends.triton_tiles import bisect
+from hf_subquad.ops.activations import ACTIVATIONS, name_of
+from hf_subquad.ops.backends import triton_neurons, triton_tiles
+from hf_subquad.ops.backends.triton_neurons import ProjectedInput, covers, tile_scores, top_neurons
+from hf_subquad.ops.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAN, INF = float("nan"), float("inf")

@@ -11,24 +11,24 @@ from torch._subclasses import FakeTensorMode
 from transformers.utils import logging
 
 from hf_subquad import BackendError
-from hf_subquad import backends as choice
-from hf_subquad.backends import backend_for
-from hf_subquad.backends.torch_backend import TorchBackend
-from hf_subquad.backends.verification import mismatch
+from hf_subquad.ops import backends as choice
+from hf_subquad.ops.backends import backend_for
+from hf_subquad.ops.backends.torch_backend import TorchBackend
+from hf_subquad.ops.backends.verification import mismatch
 
 CPU = torch.device("cpu")
 
 
 def test_kernels_compute_what_pytorch_does() -> None:
     pytest.importorskip("triton", minversion="3.3")
-    from hf_subquad.backends.triton_backend import TritonBackend
+    from hf_subquad.ops.backends.triton_backend import TritonBackend
 
     assert mismatch(TritonBackend(), CPU) is None
 
 
 @pytest.mark.gpu
 def test_kernels_compute_what_pytorch_does_on_a_gpu() -> None:
-    from hf_subquad.backends.triton_backend import TritonBackend
+    from hf_subquad.ops.backends.triton_backend import TritonBackend
 
     device = torch.device("cuda", 0)
     assert mismatch(TorchBackend(), device) is None
@@ -49,13 +49,13 @@ def larger(result: Any, args: Any = None) -> Any:
     return 1.1 * result if isinstance(result, Tensor) else type(result)(larger(part) for part in result)
 
 
-@pytest.mark.parametrize("operation", ["dot_rows", "sum_rows", "update_gradients", "tile_scores"])
+@pytest.mark.parametrize("operation", ["gathered_up", "gathered_down", "update_gradients", "tile_scores"])
 def test_results_too_large(operation: str) -> None:
     found = mismatch(broken(operation, larger), CPU)
     assert found and found.startswith(operation) and "relative error of 0.1," in found
 
 
-@pytest.mark.parametrize("operation", ["dot_rows", "sum_rows"])
+@pytest.mark.parametrize("operation", ["gathered_up", "gathered_down"])
 def test_two_matrices(operation: str) -> None:
     found = mismatch(broken(operation, lambda y, args: larger(y) if len(args[-1]) == 2 else y), CPU)
     assert found and found.startswith(f"{operation} with two matrices")
@@ -86,7 +86,7 @@ def test_parts_of_results(part: str) -> None:
         results[0][0][place // tiles.shape[1], place % tiles.shape[1]] *= -1
         return results
 
-    assert "dot_rows" in (mismatch(broken("dot_rows", change), CPU) or "")
+    assert "gathered_up" in (mismatch(broken("gathered_up", change), CPU) or "")
 
 
 def test_other_shapes() -> None:
@@ -95,7 +95,7 @@ def test_other_shapes() -> None:
 
 
 @pytest.mark.parametrize(
-    "operation", ["dot_rows", "sum_rows", "update_gradients", "tile_scores", "top_neurons", "bisect"]
+    "operation", ["gathered_up", "gathered_down", "update_gradients", "tile_scores", "top_neurons", "bisect"]
 )
 def test_exceptions(operation: str) -> None:
     def fail(result: Any, args: Any) -> Any:
@@ -155,7 +155,7 @@ def test_the_caller_notices_nothing() -> None:
         assert torch.is_autocast_enabled("cpu")
     with FakeTensorMode():
         assert mismatch(TorchBackend(), CPU) is None
-        assert mismatch(broken("dot_rows", larger), CPU)
+        assert mismatch(broken("gathered_up", larger), CPU)
     with torch.device("meta"):
         assert mismatch(TorchBackend(), CPU) is None
     torch.set_default_dtype(torch.float64)
@@ -222,7 +222,7 @@ def test_once_per_device(tried: Tried, warnings: list[str]) -> None:
 
 
 def test_auto_falls_back_and_warns_once(tried: Tried, warnings: list[str]) -> None:
-    tried.found = "dot_rows with one matrix has a relative error of 0.1, where 0.03 is allowed"
+    tried.found = "gathered_up with one matrix has a relative error of 0.1, where 0.03 is allowed"
     assert all(isinstance(of("auto"), TorchBackend) for _ in range(3))
     assert tried.devices == ["cuda:0"] and len(warnings) == 1
     assert tried.found in warnings[0] and "cuda:0" in warnings[0] and "hf-subquad env" in warnings[0]

@@ -12,12 +12,12 @@ from helpers.training import TRAIN
 from torch import Tensor, nn
 
 from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, apply_plan, patch_model, sparse_mlps, sync_model
-from hf_subquad.allocation import budgets
-from hf_subquad.compensation import Compensation
-from hf_subquad.layers import SparseMLP
-from hf_subquad.patching import runtime_of
-from hf_subquad.sketch import Sketch
-from hf_subquad.watch import Audit, audit, audit_live, review
+from hf_subquad.index.sketch import Sketch
+from hf_subquad.layers.compensation import Compensation
+from hf_subquad.layers.lookup import runtime_of
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.planning.allocation import budgets
+from hf_subquad.training.budget_control import Audit, audit, audit_live, review
 
 D, M, TILES, SIZE = 12, 128, 3, 16
 STEPS = budgets(M)
@@ -53,12 +53,12 @@ def test_an_audit_by_hand() -> None:
     mlp = mlp_with(24)
     x, chosen = mlp.audited
     up, down = mlp.projections
-    hidden = torch.nn.functional.gelu(x @ up.live_rows().t() + up.bias.detach())
+    hidden = torch.nn.functional.gelu(x @ up.merged_rows().t() + up.bias.detach())
     mask = torch.zeros(TILES, 1, M).scatter_(2, chosen[:, None], 1)
-    whole, missed = hidden @ down.live_rows(), (hidden * (1 - mask)) @ down.live_rows()
+    whole, missed = hidden @ down.merged_rows(), (hidden * (1 - mask)) @ down.merged_rows()
     found = audit(mlp, x, chosen)
     assert found.error == pytest.approx((missed.norm() / whole.norm()).item(), rel=1e-4)
-    assert found.recall == mlp.index.examine(x, chosen).recall > 0.5
+    assert found.recall == mlp.index.evaluate_selection(x, chosen).recall > 0.5
     assert audit_live(mlp) == found
 
     mlp.compensation = made = Compensation(mlp.index.sketch.basis, torch.randn(D, D) * 0.01, torch.randn(D) * 0.01)
@@ -87,7 +87,7 @@ def test_an_audit_of_a_linear_mlp() -> None:
     patch_model(module, SubquadConfig(rank=2, sketch_rank=D, layers_to_transform="all"))
     mlp = sparse_mlps(module)[0]
     x = torch.randn(TILES, SIZE, D, generator=torch.Generator().manual_seed(8))
-    truth = mlp.index.examine(x, mlp.index.choose(x, 24))
+    truth = mlp.index.evaluate_selection(x, mlp.index.choose(x, 24))
     with torch.no_grad():
         torch.testing.assert_close(truth.whole, module.eval()(x) - module.fc2.bias, rtol=1e-4, atol=1e-4)
 
@@ -133,36 +133,36 @@ def test_what_no_budget_mends_is_dense() -> None:
     assert mlp.dense and change.after == M
 
 
-def spoil_sketch(mlp: SparseMLP, recompressed: bool) -> None:
+def spoil_sketch(mlp: SparseMLP, sketch_is_approximate: bool) -> None:
     """A sketch that knows nothing of the neurons, as recompression could leave it at worst."""
     sketch = mlp.index.sketch
     mlp.index.sketch = Sketch(sketch.basis, torch.zeros_like(sketch.codes))
-    mlp.index.recompressed = recompressed
+    mlp.index.sketch_is_approximate = sketch_is_approximate
     for projection in mlp.inputs:
         projection.update.restart()  # which enter exactly
     keep(mlp)
 
 
-def test_a_recompressed_sketch_is_rebuilt_first() -> None:
+def test_a_sketch_is_approximate_sketch_is_rebuilt_first() -> None:
     mlp = mlp_with(32)
     for projection in mlp.inputs:
         projection.update.restart()
     good = error_at(mlp, 32)
-    spoil_sketch(mlp, recompressed=True)
+    spoil_sketch(mlp, sketch_is_approximate=True)
     seen = audit_live(mlp)
     assert seen.error > 1.4 * good
     change = review(mlp, planned(good), seen)
-    assert mlp.k == 32 and not mlp.dense and not mlp.index.recompressed
+    assert mlp.k == 32 and not mlp.dense and not mlp.index.sketch_is_approximate
     assert (change.before, change.after) == (32, 32)
     assert "rebuilt" in change.reason and f"{good:.3f}" in change.reason and f"{seen.error:.3f}" in change.reason
     keep(mlp)
     assert audit_live(mlp).error == pytest.approx(good, rel=1e-3)
 
 
-def test_a_sketch_that_was_not_recompressed_is_left() -> None:
+def test_a_sketch_that_was_not_sketch_is_approximate_is_left() -> None:
     mlp = mlp_with(32)
     good = error_at(mlp, 32)
-    spoil_sketch(mlp, recompressed=False)
+    spoil_sketch(mlp, sketch_is_approximate=False)
     change = review(mlp, planned(good), audit_live(mlp))
     assert change.after > 32 and "rebuilt" not in change.reason
     assert not mlp.index.sketch.codes.any()
@@ -173,7 +173,7 @@ def test_where_a_rebuilt_sketch_does_not_suffice_k_grows_with_it() -> None:
     for projection in mlp.inputs:
         projection.update.restart()
     aim = error_at(mlp, 80)
-    spoil_sketch(mlp, recompressed=True)
+    spoil_sketch(mlp, sketch_is_approximate=True)
     change = review(mlp, planned(aim * 1.0001), audit_live(mlp))
     assert mlp.k == 80 and change.after == 80  # as many as with the good sketch
     assert mlp.index.sketch.codes.any()
@@ -366,6 +366,6 @@ def test_what_is_too_large_to_measure_is_no_error_of_zero() -> None:
 
 def test_a_step_down_that_cannot_be_judged_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     mlp = mlp_with(STEPS[1])
-    monkeypatch.setattr("hf_subquad.watch._error", lambda mlp, k: math.nan)
+    monkeypatch.setattr("hf_subquad.training.budget_control._error", lambda mlp, k: math.nan)
     assert review(mlp, planned(9.0), audit_live(mlp)) is None
     assert mlp.k == STEPS[1]

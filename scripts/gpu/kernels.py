@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hf_subquad.backends import backend_for, triton_products
+from hf_subquad.ops.backends import backend_for, triton_products
 
 from .bench import Bench, Case, Row, dtype_name
 from .clock import Work
-from .problem import Problem, ProblemSize, dot_rows, make, sum_rows
+from .problem import Problem, ProblemSize, gathered_down, gathered_up, make
 from .shapes import Shape
 
 
@@ -38,7 +38,7 @@ def problem_of(bench: Bench, shape: Shape) -> Problem:
     """Inputs of production, at the first token count and the paper's share."""
     count, tile = bench.sizes.tokens[0], bench.sizes.tile
     tiles = max(1, count // tile)
-    active = backend_for("triton", bench.device).rounded(shape.paper_active)
+    active = backend_for("triton", bench.device).round_up_k(shape.paper_active)
     size = ProblemSize(
         shape.name, count, tiles, -(-count // tiles), active, shape.intermediate, shape.hidden, bench.sizes.rank
     )
@@ -83,15 +83,15 @@ def _kernels(bench: Bench, p: Problem, gated: bool) -> Iterator[Kernel]:
     for count, name in ((1, ""), (2, ", two matrices")):
         first = slice(count)
         yield Kernel(
-            f"dot_rows{name}",
-            lambda first=first: triton_products.dot_rows(
+            f"gathered_up{name}",
+            lambda first=first: triton_products.gathered_up(
                 p.x, entries, neurons, rows[first], biases[first], us[first], lows[first]
             ),
             flops=count * product,
         )
         yield Kernel(
-            f"sum_rows{name}",
-            lambda first=first: triton_products.sum_rows(
+            f"gathered_down{name}",
+            lambda first=first: triton_products.gathered_down(
                 p.a[first], entries, neurons, rows[first], lows[first], vs[first], bias
             ),
             flops=count * product,
@@ -110,15 +110,15 @@ def _kernels(bench: Bench, p: Problem, gated: bool) -> Iterator[Kernel]:
     )
     for count, name in ((1, ""), (2, ", two matrices")):
         yield Kernel(
-            f"operation dot_rows{name}, with x V^T",
-            partial(dot_rows, triton, p, count),
-            partial(dot_rows, pytorch, p, count),
+            f"operation gathered_up{name}, with x V^T",
+            partial(gathered_up, triton, p, count),
+            partial(gathered_up, pytorch, p, count),
             flops=count * product,
         )
         yield Kernel(
-            f"operation sum_rows{name}, with per_token",
-            partial(sum_rows, triton, p, count),
-            partial(sum_rows, pytorch, p, count),
+            f"operation gathered_down{name}, with per_token",
+            partial(gathered_down, triton, p, count),
+            partial(gathered_down, pytorch, p, count),
             flops=count * product,
         )
     yield from _selection_kernels(triton, pytorch, p, gated)

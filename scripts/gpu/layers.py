@@ -85,7 +85,7 @@ def _with(layer: nn.Module, budget: Budget) -> nn.Module:
 
 def _asked(bench: Bench, shape: Shape, budget: Budget) -> Row:
     """Neurons asked for, and what the backend rounds them up to."""
-    computed = sparse(mlp(bench, shape, "subquad")).index.backend(bench.device).rounded(budget.active)
+    computed = sparse(mlp(bench, shape, "subquad")).index.backend(bench.device).round_up_k(budget.active)
     return {
         "active": budget.active,
         "share": budget.active / shape.intermediate,

@@ -8,7 +8,7 @@ from bench_layer import GatedMLP, LoRALinear, PlainMLP
 from torch import Tensor, nn
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
-from hf_subquad.layers import SparseMLP
+from hf_subquad.layers.sparse_mlp import SparseMLP
 
 from .bench import Bench
 from .shapes import Shape

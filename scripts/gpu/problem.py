@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_subquad.backends import Backend, EstimatedInput, LiveRows, Scoring
-from hf_subquad.tiling import TokenTiles
+from hf_subquad.ops.backends import Backend, EstimatedInput, MergedWeight, Scoring
+from hf_subquad.ops.token_tiles import TokenTiles
 
 _SAMPLED = 16  # tokens of a tile that are scored
 _DIRECTIONS = 64  # of a sketch
@@ -47,8 +47,8 @@ class Problem:
     a: list[Tensor]
     tiles: TokenTiles
     neurons: Tensor
-    matrices: list[LiveRows]
-    outputs: list[LiveRows]
+    matrices: list[MergedWeight]
+    outputs: list[MergedWeight]
     x_low: Tensor
     a_low: Tensor
     gated: Scoring
@@ -66,7 +66,7 @@ class Problem:
                 return value.to(dtype)
             if isinstance(value, list | tuple):
                 return [cast(each) for each in value]
-            if isinstance(value, LiveRows | EstimatedInput | Scoring):
+            if isinstance(value, MergedWeight | EstimatedInput | Scoring):
                 return replace(value, **{name: cast(part) for name, part in vars(value).items()})
             return value
 
@@ -87,7 +87,7 @@ def make(size: ProblemSize, dtype: torch.dtype, device: torch.device) -> Problem
     spare = (entries >= size.tokens).unsqueeze(-1)
     # Updates as large as the rows: an error in them shows.
     factors = [(some(m, q, spread=q**-0.5).float(), some(q, d, spread=d**-0.5).float()) for _ in range(2)]
-    matrices = [LiveRows(some(m, d, spread=d**-0.5), u, v, some(m)) for u, v in factors]
+    matrices = [MergedWeight(some(m, d, spread=d**-0.5), u, v, some(m)) for u, v in factors]
     directions = min(_DIRECTIONS, d)
     estimated = [
         EstimatedInput(some(m, directions, spread=directions**-0.5).float(), u, v, some(m, spread=0.1).float())
@@ -113,13 +113,13 @@ def make(size: ProblemSize, dtype: torch.dtype, device: torch.device) -> Problem
 Operation = Callable[[Backend, Problem], Sequence[Tensor]]
 
 
-def dot_rows(backend: Backend, p: Problem, count: int) -> list[Tensor]:
-    compact, low = backend.dot_rows(p.x, p.tiles, p.neurons, p.matrices[:count])
+def gathered_up(backend: Backend, p: Problem, count: int) -> list[Tensor]:
+    compact, low = backend.gathered_up(p.x, p.tiles, p.neurons, p.matrices[:count])
     return [*compact, low]
 
 
-def sum_rows(backend: Backend, p: Problem, count: int) -> list[Tensor]:
-    return [*backend.sum_rows(p.a[:count], p.tiles, p.neurons, p.outputs[:count])]
+def gathered_down(backend: Backend, p: Problem, count: int) -> list[Tensor]:
+    return [*backend.gathered_down(p.a[:count], p.tiles, p.neurons, p.outputs[:count])]
 
 
 def update_gradients(backend: Backend, p: Problem) -> list[Tensor]:
@@ -127,10 +127,10 @@ def update_gradients(backend: Backend, p: Problem) -> list[Tensor]:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "dot_rows": lambda backend, p: dot_rows(backend, p, 1),
-    "dot_rows, two matrices": lambda backend, p: dot_rows(backend, p, 2),
-    "sum_rows": lambda backend, p: sum_rows(backend, p, 1),
-    "sum_rows, two matrices": lambda backend, p: sum_rows(backend, p, 2),
+    "gathered_up": lambda backend, p: gathered_up(backend, p, 1),
+    "gathered_up, two matrices": lambda backend, p: gathered_up(backend, p, 2),
+    "gathered_down": lambda backend, p: gathered_down(backend, p, 1),
+    "gathered_down, two matrices": lambda backend, p: gathered_down(backend, p, 2),
     "update_gradients": update_gradients,
     "tile_scores, SiLU gated": lambda backend, p: [backend.tile_scores(p.sample, p.gated)],
     "tile_scores, ReLU": lambda backend, p: [backend.tile_scores(p.sample, p.plain)],

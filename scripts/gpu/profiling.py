@@ -55,7 +55,7 @@ def _profiled(bench: Bench, what: str, work: Work) -> Iterator[Row]:
 
 
 class _ProfiledStep(TrainerCallback):
-    """Profiles the last step; the one before it, timed on the host, is undisturbed."""
+    """Profiles the last step; the one before it, timed on the host, is preserve_mode_and_rng."""
 
     def __init__(self, bench: Bench, steps: int) -> None:
         self.bench, self.steps = bench, steps

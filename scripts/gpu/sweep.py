@@ -1,4 +1,4 @@
-"""Section `sweep`: block shapes of `dot_rows` and `sum_rows` at the main point, and what the heuristic picks."""
+"""Section `sweep`: blocks of `gathered_up` and `gathered_down` at the main point, and what the heuristic picks."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -6,8 +6,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from hf_subquad.backends import triton_products
-from hf_subquad.backends.triton_products import Blocks
+from hf_subquad.ops.backends import triton_products
+from hf_subquad.ops.backends.triton_products import Blocks
 
 from .bench import Bench, Case, Row
 from .kernels import problem_of
@@ -25,7 +25,7 @@ def cases(bench: Bench) -> list[Case]:
 def _batches(bench: Bench) -> Iterator[tuple[str, list[Blocks]]]:
     """Turn by turn some configurations of each, so that little time still tells of both."""
     size = 2 if bench.tiny else 8
-    by_name = {name: _configurations(bench, name) for name in ("dot_rows", "sum_rows")}
+    by_name = {name: _configurations(bench, name) for name in ("gathered_up", "gathered_down")}
     for start in range(0, max(map(len, by_name.values())), size):
         for name, blocks in by_name.items():
             if blocks[start : start + size]:
@@ -33,7 +33,7 @@ def _batches(bench: Bench) -> Iterator[tuple[str, list[Blocks]]]:
 
 
 def _configurations(bench: Bench, name: str) -> list[Blocks]:
-    """Outputs are neurons in `dot_rows` and features in `sum_rows`; the step goes along the other."""
+    """Outputs are neurons in `gathered_up` and features in `gathered_down`; the step goes along the other."""
     if bench.tiny:
         return [Blocks(16, 32, 32, group=2), Blocks(32, 32, 32, group=2)]
     grid = itertools.product((16, 8, 32), (128, 64), (256, 128), (64, 128, 32), (4, 3), (8, 4))
@@ -41,7 +41,7 @@ def _configurations(bench: Bench, name: str) -> list[Blocks]:
     for group, tokens, outputs, step, stages, warps in grid:
         if stages * (tokens + outputs) * step * 2 > 227 * 1024 or tokens * outputs > 4096 * warps:
             continue  # beyond shared memory, or registers
-        neurons, features = (outputs, step) if name == "dot_rows" else (step, outputs)
+        neurons, features = (outputs, step) if name == "gathered_up" else (step, outputs)
         found.append(Blocks(tokens, neurons, features, group=group, warps=warps, stages=stages))
     return found
 
@@ -49,8 +49,8 @@ def _configurations(bench: Bench, name: str) -> list[Blocks]:
 def _heuristic(bench: Bench) -> Iterator[Row]:
     p = _problem(bench)
     for name, picked in (
-        ("dot_rows", triton_products._dot_rows_blocks(p.x, p.size.slots, p.size.active, 1)),
-        ("sum_rows", triton_products._sum_rows_blocks(p.a[0], p.size.slots, p.size.width)),
+        ("gathered_up", triton_products._gathered_up_blocks(p.x, p.size.slots, p.size.active, 1)),
+        ("gathered_down", triton_products._gathered_down_blocks(p.a[0], p.size.slots, p.size.width)),
     ):
         yield _timed(bench, name, _WORKS[name], p, picked) | {"heuristic": True}
 
@@ -71,19 +71,19 @@ def _timed(bench: Bench, name: str, work: Callable[[Problem, Blocks], Any], p: P
     return row | {"ms": ms, "tflops": flops / ms / 1e9}
 
 
-def _dot_rows(p: Problem, blocks: Blocks) -> Any:
+def _gathered_up(p: Problem, blocks: Blocks) -> Any:
     m = p.matrices[0]
-    return triton_products.dot_rows(p.x, p.tiles.entries, p.neurons, [m.rows], [m.bias], [m.u], [p.x_low], blocks)
+    return triton_products.gathered_up(p.x, p.tiles.entries, p.neurons, [m.rows], [m.bias], [m.u], [p.x_low], blocks)
 
 
-def _sum_rows(p: Problem, blocks: Blocks) -> Any:
+def _gathered_down(p: Problem, blocks: Blocks) -> Any:
     m = p.outputs[0]
-    return triton_products.sum_rows(
+    return triton_products.gathered_down(
         p.a[:1], p.tiles.entries, p.neurons, [m.rows], [p.x_low], [m.v], m.bias, blocks
     )  # fmt: skip
 
 
-_WORKS: dict[str, Callable[[Problem, Blocks], Any]] = {"dot_rows": _dot_rows, "sum_rows": _sum_rows}
+_WORKS: dict[str, Callable[[Problem, Blocks], Any]] = {"gathered_up": _gathered_up, "gathered_down": _gathered_down}
 
 
 def _problem(bench: Bench) -> Problem:

@@ -10,7 +10,7 @@ SELECTION_SHARE = 0.08
 DENSE_RATE = 0.6
 STEP_SPEEDUP = 1.8
 
-_PRODUCTS = ("dot_rows", "dot_rows, two matrices", "sum_rows", "sum_rows, two matrices")
+_PRODUCTS = ("gathered_up", "gathered_up, two matrices", "gathered_down", "gathered_down, two matrices")
 
 
 def targets(sections: Row) -> list[Row]:

@@ -14,11 +14,11 @@ from lm_data import NO_LOSS
 from torch import Tensor, nn
 
 from hf_subquad import dense_forward, sparse_forward
-from hf_subquad.layers import SparseMLP
-from hf_subquad.measurements import seeing_tokens
-from hf_subquad.patching import sparse_mlps
-from hf_subquad.predictions import Batch, Predictions
-from hf_subquad.undisturbed import undisturbed
+from hf_subquad.layers.lookup import sparse_mlps
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.planning.measurements import seeing_tokens
+from hf_subquad.planning.predictions import Batch, Predictions
+from hf_subquad.planning.preserve_mode_and_rng import preserve_mode_and_rng
 
 Corpus = Literal["source", "reference"]
 
@@ -96,7 +96,7 @@ def mlp_tokens(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     def see(mlp: SparseMLP, x: Tensor) -> None:
         tokens[mlp.name] = x.clone()
 
-    with undisturbed(model), seeing_tokens(model, sparse_mlps(model), see):
+    with preserve_mode_and_rng(model), seeing_tokens(model, sparse_mlps(model), see):
         model(**batch)
     return tokens
 
@@ -104,7 +104,7 @@ def mlp_tokens(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
     """Nats per token that carries loss, with the forward that is set now."""
     total, count = 0.0, 0
-    with undisturbed(model):
+    with preserve_mode_and_rng(model):
         for batch in batches:
             targets = int((batch["labels"][:, 1:] != NO_LOSS).sum())
             total += float(model(**batch).loss) * targets
@@ -117,14 +117,14 @@ class HeldOut:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self._model, self._batches = model, batches
-        with undisturbed(model), dense_forward(model):
+        with preserve_mode_and_rng(model), dense_forward(model):
             self._dense = [Predictions(model, batch) for batch in batches]
             self.dense_loss = mean_loss(model, batches)
 
     def damage(self) -> dict[str, float]:
         """What the sparse forward does, with budgets as they are set now, in nats per token: `loss_increase` over the
         dense forward's loss, and `kl`, the mean Kullback-Leibler divergence from its predictions."""
-        with undisturbed(self._model), sparse_forward(self._model):
+        with preserve_mode_and_rng(self._model), sparse_forward(self._model):
             loss = mean_loss(self._model, self._batches)
             divergences = [dense.divergence() for dense in self._dense]
         return {"loss_increase": loss - self.dense_loss, "kl": sum(divergences) / len(divergences)}

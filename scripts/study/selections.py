@@ -11,15 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_subquad.compensation import Compensation
 from hf_subquad.config import TileOrder
-from hf_subquad.index import ActivationIndex, Selection
-from hf_subquad.layers import SparseMLP
-from hf_subquad.measurements import seeing_tokens
-from hf_subquad.patching import runtime_of, sparse_mlps
-from hf_subquad.predictions import Batch
-from hf_subquad.tiling import TokenTiles
-from hf_subquad.undisturbed import undisturbed
+from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.layers.compensation import Compensation
+from hf_subquad.layers.lookup import runtime_of, sparse_mlps
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.token_tiles import TokenTiles
+from hf_subquad.planning.measurements import seeing_tokens
+from hf_subquad.planning.predictions import Batch
+from hf_subquad.planning.preserve_mode_and_rng import preserve_mode_and_rng
 
 _SCORED_ONE_IN = 4  # tokens of a sequence: with fewer it chooses worse, and tiles of 64 have as many scored
 
@@ -142,7 +142,7 @@ def token_importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Te
         scores = mlp.index.exact_importance(tokens).sum(0) * mlp.index.output_norms
         sums[mlp.name] = sums.get(mlp.name, 0) + scores
 
-    with undisturbed(model), seeing_tokens(model, sparse_mlps(model), see):
+    with preserve_mode_and_rng(model), seeing_tokens(model, sparse_mlps(model), see):
         for batch in batches:
             model(**batch)
     return sums

@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_subquad.allocation import Option, allocate
-from hf_subquad.calibration import MeasuredMLP
-from hf_subquad.compensation import Compensation
-from hf_subquad.layers import SparseMLP
-from hf_subquad.measurements import MLPTimes, share_of
-from hf_subquad.mlp_timing import MLPTiming
-from hf_subquad.patching import sparse_mlps
+from hf_subquad.layers.compensation import Compensation
+from hf_subquad.layers.lookup import sparse_mlps
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.planning.allocation import Option, allocate
+from hf_subquad.planning.calibration import MeasuredMLP
+from hf_subquad.planning.measurements import MLPTimes, share_of
+from hf_subquad.planning.mlp_timing import MLPTiming
 
 _SHARES = [step / 256 for step in range(255, 15, -1)]  # that `uniform` tries; below 1/16 nothing is measured
 _BISECTIONS = 40

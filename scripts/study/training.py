@@ -12,7 +12,7 @@ from methods import apply_method
 from torch import nn
 
 from hf_subquad import SubquadConfig, sync_model
-from hf_subquad.predictions import Batch
+from hf_subquad.planning.predictions import Batch
 
 _LARGEST_GRADIENT = 1.0  # norm, the Trainer's default
 

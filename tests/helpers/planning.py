@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_subquad import LayerPlan, Plan, calibration, measurements, sparse_mlps
-from hf_subquad.layers import SparseMLP
-from hf_subquad.mlp_timing import MLPTiming
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.planning.mlp_timing import MLPTiming
 
 from .models import tokens
 
@@ -63,4 +63,4 @@ def budgets_of(model: nn.Module) -> list[int]:
 
 def trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take predictions of small random models for those of a trained head, whose divergence is not scaled up."""
-    monkeypatch.setattr("hf_subquad.predictions._information", lambda scores: 1.0)
+    monkeypatch.setattr("hf_subquad.planning.predictions._information", lambda scores: 1.0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import sparse_mlps
-from hf_subquad.index import ActivationIndex, Selection
+from hf_subquad.index.activation_index import ActivationIndex, Selection
 
 
 def mask_of(selection: Selection, neurons: int, dtype: torch.dtype) -> Tensor:
@@ -91,8 +91,8 @@ def plain_output(
             v = projection.update.V.detach().clone().requires_grad_()
             leaves[f"{name}.update.U"], leaves[f"{name}.update.V"] = u, v
             by_neuron = (mlp.runtime.config.alpha / mlp.runtime.config.rank) * (u @ v)
-            into_neurons = path != list(mlp.sources)[-1]
-            rows_first = into_neurons != isinstance(module, Conv1D)
+            is_input = path != list(mlp.sources)[-1]
+            rows_first = is_input != isinstance(module, Conv1D)
             update = by_neuron if rows_first else by_neuron.t()
             weights[f"{name}.weight"] = module.weight.detach() + update.to(module.weight.dtype)
         if masks is not None:

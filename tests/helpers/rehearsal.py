@@ -22,7 +22,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from helpers.mlps import patched
-from hf_subquad.backends import triton_backend  # now, for kernels are defined to be interpreted or not
+from hf_subquad.ops.backends import triton_backend  # now, for kernels are defined to be interpreted or not
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one program may use
 MULTIPROCESSORS = 132

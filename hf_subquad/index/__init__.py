@@ -1,0 +1,1 @@
+"""Which neurons matter for which tokens: the sketch of the weights, and the queries on it."""

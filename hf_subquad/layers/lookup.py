@@ -1,0 +1,58 @@
+"""The sparse MLPs of a model, and what they share."""
+
+from torch import nn
+
+from ..errors import NotPatchedError, PatchError
+from .runtime import Runtime
+from .sparse_mlp import OutputProjection, SparseMLP
+
+
+def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
+    """The sparse MLPs of a model, also of one wrapped by PEFT or DDP, in the model's order; empty if unpatched."""
+    # Runs in every step: `model.modules()`, which makes names too, takes several times as long.
+    found, waiting, seen = [], [model], set()
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, OutputProjection):
+            found.append(module.mlp)
+        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
+    return found
+
+
+def require_patched(model: nn.Module) -> list[SparseMLP]:
+    """`sparse_mlps`, or a `NotPatchedError`."""
+    mlps = sparse_mlps(model)
+    if not mlps:
+        raise NotPatchedError(
+            f"{type(model).__name__} is not patched: call patch_model(model) before the Trainer is made"
+        )
+    return mlps
+
+
+def runtime_of(model: nn.Module) -> Runtime:
+    """What the sparse MLPs of a model share.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+        PatchError: its parts were patched one by one, so there is no one schedule to follow.
+    """
+    return _shared_runtime(model, require_patched(model))
+
+
+def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
+    """`runtime_of` and `require_patched` in one search of the model."""
+    mlps = require_patched(model)
+    return _shared_runtime(model, mlps), mlps
+
+
+def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
+    runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
+    if len(runtimes) > 1:
+        raise PatchError(
+            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's "
+            "modules_to_save): unpatch it and patch the whole model once, choosing layers with layers_to_transform"
+        )
+    return next(iter(runtimes.values()))

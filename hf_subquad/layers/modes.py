@@ -1,0 +1,31 @@
+"""Running a patched model dense or sparse for a while, whatever its mode."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from torch import nn
+
+from .lookup import require_patched
+from .runtime import Forward
+
+
+def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: all MLPs run dense (base and live updates), whatever the mode of the model."""
+    return _forced(model, "dense")
+
+
+def sparse_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager: all patched MLPs run sparse, in evaluation too."""
+    return _forced(model, "sparse")
+
+
+@contextmanager
+def _forced(model: nn.Module, forward: Forward) -> Iterator[None]:
+    before = [(mlp.runtime, mlp.runtime.forward) for mlp in require_patched(model)]
+    for runtime, _ in before:
+        runtime.forward = forward
+    try:
+        yield
+    finally:
+        for runtime, previous in before:
+            runtime.forward = previous

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: token tiles, importance of neurons, gathered products, and their backends."""

@@ -1,0 +1,100 @@
+"""What computes the sparse layers on a device: PyTorch operations anywhere, Triton kernels on GPUs."""
+
+import functools
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers.utils import logging
+
+from ...config import BackendName
+from ...errors import BackendError
+from .interface import Backend, EstimatedInput, MergedWeight, Scoring
+from .torch_backend import TorchBackend
+from .verification import mismatch
+
+__all__ = ["Backend", "EstimatedInput", "MergedWeight", "Scoring", "backend_for"]
+
+logger = logging.get_logger(__name__)
+
+_verified: dict[torch.device, str | None] = {}  # where the kernels were tried: what they computed wrong, if anything
+
+
+def backend_for(name: BackendName, device: torch.device) -> Backend:
+    """The backend that computes on a device.
+
+    Triton on NVIDIA devices that have tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch'
+    or, with 'auto', Triton is not installed or its kernels fail where they are tried, once per device and process;
+    PyTorch elsewhere, so that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the environment,
+    'triton' is Triton's interpreter elsewhere: slow, and good for tests.
+
+    Raises:
+        BackendError: 'triton' was asked for and is not installed, too old, or computes something else than PyTorch.
+    """
+    if name == "triton" and not _triton_installed():
+        raise BackendError(
+            'backend="triton" needs the package triton, 3.3 or newer, which comes with PyTorch 2.7: install it, or '
+            'leave backend at "auto"'
+        )
+    if device.type != "cuda":
+        return _triton() if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else _torch()
+    if name == "torch" or not _triton_installed() or not _has_tensor_cores(device):
+        return _torch()
+    wrong = _mismatch(device)
+    if wrong is None:
+        return _triton()
+    if name == "triton":
+        raise BackendError(
+            f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. Leave backend at 'auto', which "
+            "takes PyTorch there, and please report this with the output of `hf-subquad env`"
+        )
+    _warn(device, wrong)
+    return _torch()
+
+
+def _mismatch(device: torch.device) -> str | None:
+    """What Triton's kernels compute wrong on a CUDA device, found out when it is first asked for."""
+    try:
+        return _verified[device]  # asked many times a step
+    except KeyError:
+        pass
+    # A capture cannot wait for results: whoever captures first is told at the next call outside of it.
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_current_stream_capturing():
+        return None
+    return _verified.setdefault(device, mismatch(_triton(), device))
+
+
+@functools.cache
+def _warn(device: torch.device, wrong: str) -> None:
+    logger.warning(
+        f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. PyTorch computes the sparse layers "
+        "there. Please report this with the output of `hf-subquad env`"
+    )
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    """A version that compiles the kernels; 3.2 does not."""
+    try:
+        major, minor = version("triton").split(".")[:2]
+    except PackageNotFoundError:
+        return False
+    return (int(major), int(minor)) >= (3, 3)
+
+
+@functools.cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    # PyTorch calls AMD's devices cuda, too; the kernels ask for registers in a way that only NVIDIA's compiler takes.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _torch() -> Backend:
+    return TorchBackend()
+
+
+@functools.cache
+def _triton() -> Backend:
+    from .triton_backend import TritonBackend  # reads TRITON_INTERPRET
+
+    return TritonBackend()

@@ -1,0 +1,142 @@
+"""What a compute backend has to offer: the operations on which a sparse layer spends its time.
+
+All are functions of tensors: none changes an argument, and none waits for the device.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..token_tiles import TokenTiles
+
+
+@dataclass(frozen=True)
+class MergedWeight:
+    """One weight matrix by neuron: row j is rows[j] + u[j] v.
+
+    Attributes:
+        rows: [m, d] in the compute dtype, each row contiguous.
+        u: [m, q], any float dtype.
+        v: [q, d], any float dtype; the update's scale is in it.
+        bias: [m] into neurons, [d] out of them, or None.
+    """
+
+    rows: Tensor
+    u: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EstimatedInput:
+    """What estimates the pre-activations x A^T codes^T + x v^T u^T + bias of an input projection.
+
+    Attributes:
+        codes: float32 [m, r], over the basis A of the sketch.
+        u: [m, q].
+        v: [q, d]; the update's scale is in it.
+        bias: [m] or None.
+    """
+
+    codes: Tensor
+    u: Tensor
+    v: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the importance of neurons is estimated from.
+
+    Attributes:
+        basis: A, float32 [r, d].
+        inputs: one input projection, or gate and up.
+        activation: elementwise; of the gate, if there are two.
+        output_norms: ||v_j||^2 of the output rows, float32 [m].
+    """
+
+    basis: Tensor
+    inputs: Sequence[EstimatedInput]
+    activation: Callable[[Tensor], Tensor]
+    output_norms: Tensor
+
+
+class Backend(ABC):
+    """N tokens in n tiles of T slots; a tile computes k of m neurons."""
+
+    @abstractmethod
+    def bisect(self, features: Tensor, count: int, size: int) -> Tensor:
+        """Halve the tokens' entries, and every half again, at the median across its leading principal direction.
+
+        Args:
+            features: float32 [N, r] by token; entry e stands for token e mod N.
+            count: n, a power of two.
+            size: T; count * size entries are at least N.
+
+        Returns:
+            int64 [n, T], the entries of each tile.
+        """
+
+    @abstractmethod
+    def tile_scores(self, sample: Tensor, scoring: Scoring) -> Tensor:
+        """Importance of every neuron to every tile, from a sample of its tokens [n, t, d]: float32 [n, m]."""
+
+    @abstractmethod
+    def top_neurons(self, scores: Tensor, k: int) -> Tensor:
+        """The k largest of each row of scores [n, m]: int64 [n, k], in an order that suits the backend."""
+
+    @abstractmethod
+    def round_up_k(self, k: int) -> int:
+        """The number of neurons, at least k, that costs about what k do."""
+
+    @abstractmethod
+    def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
+        """An uninitialised [n, T, k] laid out in memory as `gathered_up` returns it."""
+
+    @abstractmethod
+    def gathered_up(
+        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]
+    ) -> tuple[list[Tensor], Tensor]:
+        """h_t = x_t (R_S + U_S V)^T + b_S, for every tile t and its neurons S.
+
+        Args:
+            x: [N, d] in the compute dtype.
+            neurons: int64 [n, k].
+            matrices: one, or gate and up, which share x.
+
+        Returns:
+            By matrix h [n, T, k], where spare slots hold what a token of zeros gives; and x V^T [N, q], those of two
+            matrices side by side. Both in the compute dtype.
+        """
+
+    @abstractmethod
+    def gathered_down(
+        self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]
+    ) -> tuple[Tensor, Tensor]:
+        """y_t = a_t (R_S + U_S V) + b, summed over the matrices, back in token order.
+
+        Args:
+            a: by matrix [n, T, k], in the compute dtype.
+
+        Returns:
+            y [N, d]; and a_t U_S [N, q], those of two matrices side by side. Both in the compute dtype.
+        """
+
+    @abstractmethod
+    def update_gradients(
+        self, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, tiles: TokenTiles, neurons: Tensor, count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of sum_t <a_t, x_t (U_S V)^T> with respect to U and to V, in at least float32.
+
+        Args:
+            a: [n, T, k]; what spare slots hold does not count.
+            a_low: a_t U_S, [N, q].
+            x: [N, d].
+            x_low: x V^T, [N, q].
+            count: number m of rows of U.
+
+        Returns:
+            [m, q] and [q, d].
+        """

@@ -1,0 +1,280 @@
+"""Where the MLPs are: one table of projection names, and the search for them in a model."""
+
+import difflib
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from ..config import SubquadConfig
+from ..errors import NoMatchError
+
+Gate = Literal["none", "separate", "stacked"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of an MLP's projections below the module that calls them.
+
+    Attributes:
+        inputs: the projection(s) into neurons, the activated one first.
+        output: the projection out of neurons.
+        examples: model types, for people.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    examples: str
+
+
+# The first one whose names a module has counts.
+FAMILIES = (
+    Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear", "Gemma 4 vision"),
+    Family(("gate_proj", "up_proj"), "down_proj", "Llama, Mistral, Qwen, Gemma"),
+    Family(("gate_up_proj",), "down_proj", "Phi-3, GLM"),
+    Family(("up_proj",), "down_proj", "Nemotron, Arcee, MPT, DINOv3"),
+    Family(("wi_0", "wi_1"), "wo", "T5 v1.1, Flan-T5, mT5"),
+    Family(("wi",), "wo", "T5, Switch Transformers"),
+    Family(("Wi",), "Wo", "ModernBERT"),
+    Family(("w1", "w3"), "w2", "LFM2"),
+    Family(("fc1",), "fc2", "OPT, BART, Whisper, ViT"),
+    Family(("c_fc",), "c_proj", "GPT-2"),
+    Family(("fc_in",), "fc_out", "GPT-J, CodeGen"),
+    Family(("dense_h_to_4h",), "dense_4h_to_h", "GPT-NeoX, Bloom, Falcon"),
+    Family(("intermediate.dense",), "output.dense", "BERT, RoBERTa, ELECTRA"),
+    Family(("intermediate_dense",), "output_dense", "Wav2Vec2, HuBERT"),
+    Family(("ffn",), "ffn_output", "ALBERT"),
+    Family(("lin1",), "lin2", "DistilBERT, XLM, SAM"),
+    Family(("linear1",), "linear2", "Parakeet"),
+    Family(("linear_1",), "linear_2", "Funnel"),
+    Family(("layer_1",), "layer_2", "XLNet"),
+    Family(("linear_fc1",), "linear_fc2", "Qwen-VL"),
+    Family(("proj_in",), "proj_out", "SAM 2"),
+)
+
+_ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation", "activation_function")
+_COMMON_ACTIVATIONS = ("relu", "gelu", "gelu_pytorch_tanh", "silu", "relu2", "quick_gelu")
+
+
+@dataclass(frozen=True)
+class Match:
+    """An MLP found in a model: `parent` calls the projections `family.inputs` and `family.output`."""
+
+    name: str
+    parent: nn.Module
+    family: Family
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Paths of the projections below the parent, the output last."""
+        return (*self.family.inputs, self.family.output)
+
+    def projection(self, path: str) -> nn.Module:
+        return self.parent.get_submodule(path)
+
+    def full_name(self, path: str) -> str:
+        return f"{self.name}.{path}" if self.name else path
+
+    @property
+    def gate(self) -> Gate:
+        """Neurons are activation(input); or activation(gate) * up with two projections ('separate'), or with gate
+        rows over up rows in one ('stacked')."""
+        if len(self.family.inputs) == 2:
+            return "separate"
+        rows = linear_sizes(self.projection(self.family.inputs[0]))[1]
+        return "stacked" if rows == 2 * self.neurons else "none"
+
+    @property
+    def neurons(self) -> int:
+        """m."""
+        return linear_sizes(self.projection(self.family.output))[0]
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out]."""
+    first, second = module.get_parameter("weight").shape
+    return (first, second) if isinstance(module, Conv1D) else (second, first)
+
+
+def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
+    """The MLPs that `config` asks for, in the model's order.
+
+    Raises:
+        NoMatchError: none, or a name or layer number in `config` that the model does not have.
+    """
+    model = _bare(model)
+    found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
+    if not found:
+        raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
+    named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
+    not_excluded = _not_excluded(found, config.exclude_modules)
+    kept = [match for match in named if match in in_layers and match in not_excluded]
+    if not kept:
+        raise NoMatchError(
+            f"nothing is left to patch: target_modules={config.target_modules} names MLPs in "
+            f"{[match.name for match in named]}, layers_to_transform={config.layers_to_transform!r} takes those in "
+            f"{[match.name for match in in_layers]}, exclude_modules={config.exclude_modules} leaves those in "
+            f"{[match.name for match in not_excluded]}; layers_to_transform='all' takes every layer"
+        )
+    return kept
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
+    unwrap = getattr(model, "get_base_model", None)
+    bare = unwrap() if callable(unwrap) else model
+    return bare if isinstance(bare, nn.Module) else model
+
+
+def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
+    """What may be the elementwise activation: that of a usual name beside the projections, else the common ones."""
+    holders = [match.parent] + [
+        match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
+    ]
+    for holder in holders:
+        for name in _ACTIVATION_NAMES:
+            candidate = getattr(holder, name, None)
+            if callable(candidate):
+                return [candidate]
+    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS]
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        module = module._modules.get(part)  # type: ignore[assignment]
+        if module is None:
+            return False
+    return True
+
+
+def _match(name: str, module: nn.Module) -> Match | None:
+    matches = (Match(name, module, family) for family in FAMILIES)
+    return next((match for match in matches if all(_has(module, path) for path in match.paths)), None)
+
+
+def _may_be_wide(match: Match) -> bool:
+    """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
+    projections = [match.projection(path) for path in match.paths]
+    if not all(map(_is_plain, projections)):
+        return True
+    *inputs, (neurons, outputs) = map(linear_sizes, projections)
+    rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)
+    return all(into in rows and width == outputs < neurons for width, into in inputs)
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    weight = projection._parameters.get("weight")
+    return type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
+
+
+def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
+    if targets is None:
+        return found
+    names = {match.full_name(path): match for match in found for path in match.paths}
+    for target in targets:
+        if not any(_is_named(name, target) for name in names):
+            near = difflib.get_close_matches(target, sorted({path for m in found for path in m.paths}), cutoff=0.4)
+            raise NoMatchError(
+                f"target_modules: no MLP projection is named {target!r}; "
+                f"nearest are {near}, all are {sorted({path for m in found for path in m.paths})}"
+            )
+    kept = []
+    for match in found:
+        hits = [any(_is_named(match.full_name(path), target) for target in targets) for path in match.paths]
+        if any(hits) and not all(hits):
+            raise NoMatchError(
+                f"target_modules names a part of {match.name or 'the MLP'} only: the projections of an MLP are patched "
+                f"together, so name all of {list(match.paths)}"
+            )
+        if all(hits):
+            kept.append(match)
+    return kept
+
+
+def _not_excluded(found: list[Match], excluded: list[str] | None) -> list[Match]:
+    kept = found
+    for name in excluded or []:
+        hit = [match for match in found if any(_is_named(path, name) for path in _paths_to(match))]
+        if not hit:
+            names = sorted({part for m in found for path in _paths_to(m) for part in path.split(".")})
+            names = [part for part in names if not part.isdigit()]
+            near = difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.4)
+            raise NoMatchError(
+                f"exclude_modules: there is no wide MLP in a module named {name!r}; nearest are {near}, all are {names}"
+            )
+        kept = [match for match in kept if match not in hit]
+    return kept
+
+
+def _paths_to(match: Match) -> set[str]:
+    """Paths of an MLP's projections and of all modules that hold them."""
+    parts = [match.full_name(path).split(".") for path in match.paths]
+    return {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
+
+
+def _is_named(path: str, name: str) -> bool:
+    """Whether a name is a path or the end of it, as PEFT matches names."""
+    return path == name or path.endswith("." + name)
+
+
+def _by_layer(found: list[Match], config: SubquadConfig) -> list[Match]:
+    layers = config.layers_to_transform
+    if layers == "all":
+        return found
+    places = [_layer_of(match) for match in found]
+    if layers == "all_but_first":
+        numbered = [(stack, n) for stack, n in places if n is not None]
+        first = {stack: min(n for s, n in numbered if s == stack) for stack, _ in numbered}
+        return [m for m, (stack, n) in zip(found, places, strict=True) if n is None or n > first[stack]]
+    there = {n for _, n in places if n is not None}
+    missing = [n for n in layers if n not in there]
+    if missing:
+        raise NoMatchError(f"layers_to_transform: no MLP in layers {missing}; there are {sorted(there)}")
+    return [m for m, (_, n) in zip(found, places, strict=True) if n in layers]
+
+
+def _layer_of(match: Match) -> tuple[str, int | None]:
+    """Stack and number of the layer a match is in, from its path: model.layers.3.mlp is 3 of model.layers."""
+    numbered = re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", match.name)
+    return (numbered[1], int(numbered[2])) if numbered else (match.name, None)
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of 3-D parameters that hold the MLPs of several experts."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+
+
+def _widening_pair(model: nn.Module) -> str | None:
+    """Names of the first two projections side by side of which one widens and the other narrows again."""
+    for name, module in model.named_modules():
+        sizes = {n: linear_sizes(child) for n, child in module._modules.items() if type(child) in (nn.Linear, Conv1D)}
+        for (first, (width, neurons)), (second, back) in itertools.permutations(sizes.items(), 2):
+            if back == (neurons, width) and neurons > width:
+                return f"{name}.{first} / {second}"
+    return None
+
+
+def _why_none(model: nn.Module) -> str:
+    narrow = [match for name, module in model.named_modules() if (match := _match(name, module))]
+    if experts := fused_experts(model):
+        return f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
+    if narrow:
+        return f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
+    if pair := _widening_pair(model):
+        return f": {pair} are no known names of an MLP's projections"
+    return ", nor linear projections side by side that could be one"
+
+
+def _what_is_there(model: nn.Module) -> str:
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not module._modules} - {""})
+    known = sorted({path.rpartition(".")[2] for family in FAMILIES for path in (*family.inputs, family.output)})
+    near = sorted({hit for name in names for hit in difflib.get_close_matches(name, known, n=1, cutoff=0.7)})
+    return (
+        f"Searched for modules holding one of {[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. "
+        f"Its leaf modules are named {names[:40]}" + (f"; nearest known names: {near}" if near else "")
+    )

@@ -1,0 +1,170 @@
+"""Swap a model's MLP projections for sparse ones, and back."""
+
+import hashlib
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..config import SubquadConfig
+from ..errors import (
+    AlreadyPatchedError,
+    PlanError,
+)
+from ..index.activation_index import ActivationIndex
+from ..layers.lookup import patched_parts, require_patched, sparse_mlps
+from ..layers.runtime import Runtime
+from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
+from ..plan import Plan
+from .mlp_patterns import Match, find_activations, find_mlps
+from .self_test import self_test
+from .validation import check_projections
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+_SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
+
+
+def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
+    """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
+
+    The patched base weights and biases are frozen, their low-rank updates are trainable; every other parameter
+    stays as it is. Saved checkpoints stay plain.
+
+    Args:
+        plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes it at the
+            start of training, unless the config fixes `active`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AlreadyPatchedError: the model is patched.
+        NoMatchError: there is no MLP as asked for.
+        UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
+        WeightsError: weights hold NaN or infinite values.
+        ConfigError: `active` or `rank` exceeds a layer.
+        BackendError: the config asks for a backend that is not installed.
+        PlanError: the plan is for other MLPs or other tiles.
+        In each case the model is as it was.
+    """
+    config = config or SubquadConfig()
+    if sparse_mlps(model):
+        raise AlreadyPatchedError("the model is patched already: call unpatch_model(model) first to patch it anew")
+    matches = find_mlps(model, config)
+    for match in matches:
+        check_projections(match, config)
+    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
+    runtime = Runtime(config)
+    patched: list[SparseMLP] = []
+    try:
+        progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
+        for match in progress:
+            mlp = _patch_one(match, runtime)
+            patched.append(mlp)
+            with torch.autocast(mlp.output.weight.device.type, enabled=False):  # whose rounding would fail the test
+                self_test(mlp, find_activations(match))
+        if plan is not None:
+            apply_plan(model, plan)
+    except BaseException:
+        for mlp in patched:
+            _restore(mlp)
+        raise
+    return model
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Give every MLP of a patched model its budget.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+        PlanError: the plan is for other MLPs or other tiles. Budgets are as they were.
+    """
+    check_plan(model, plan)
+    runtime, mlps = patched_parts(model)
+    for mlp, layer in zip(mlps, plan.layers, strict=True):
+        mlp.set_active(layer.active)
+    runtime.plan = plan
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Raises what `apply_plan` would, and changes nothing."""
+    runtime, mlps = patched_parts(model)
+    wanted = [(layer.name, layer.neurons) for layer in plan.layers]
+    found = [(mlp.name, mlp.index.neurons) for mlp in mlps]
+    if wanted != found:
+        odd = sorted(set(wanted) ^ set(found))[:4]
+        raise PlanError(
+            f"the plan is for {len(wanted)} MLPs, the model is patched at {len(found)}, and they differ in "
+            f"{', '.join(f'{name} of {neurons} neurons' for name, neurons in odd) or 'their order'}: calibrate the "
+            "model that is patched, with the same config"
+        )
+    config = runtime.config
+    if (plan.tile_size, plan.tile_order) != (config.tile_size, config.tile_order):
+        raise PlanError(
+            f"the plan was measured with tiles of {plan.tile_size} {plan.tile_order} tokens, the config has "
+            f"{config.tile_size} {config.tile_order}: calibrate with the same config"
+        )
+
+
+def unpatch_model(model: ModelT) -> ModelT:
+    """Undo `patch_model`, in place: the original modules return, with live updates merged into their weights.
+
+    Bit-equal to the model before the patch where no update was trained.
+
+    Raises:
+        NotPatchedError: the model is not patched.
+    """
+    for mlp in require_patched(model):
+        for projection in mlp.projections:
+            projection.set_rows(projection.merged_rows())
+        _restore(mlp)
+    return model
+
+
+def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
+    """Swap one MLP's projections. All that can fail comes before the first swap, and is undone."""
+    config = runtime.config
+    sources = {path: match.projection(path) for path in match.paths}
+    seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
+    inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
+    output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
+    inputs[0].stacked = match.gate == "stacked"
+    for projection in (*inputs, output):
+        projection.store_by_neuron()
+    try:
+        index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gate != "none", config)
+        mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
+    except BaseException:
+        for projection in (*inputs, output):
+            projection.store_as_saved()
+        raise
+    for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
+        projection.train(source.training)
+        for parameter in (projection.weight, projection.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        _place(match.parent, path, projection)
+    return mlp
+
+
+def _restore(mlp: SparseMLP) -> None:
+    for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
+        projection.store_as_saved()
+        for name in ("weight", "bias"):  # which `model.to` may have replaced
+            setattr(source, name, getattr(projection, name))
+        source.train(projection.training)
+        for name, trainable in mlp.trainable[path].items():
+            getattr(source, name).requires_grad_(trainable)
+        _place(mlp.parent, path, source)
+
+
+def _derived_seed(seed: int, name: str) -> int:
+    """A seed for the factors of one projection: 56 bits, which leaves room to count restarts up."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def _place(parent: nn.Module, path: str, module: nn.Module) -> None:
+    holder, _, name = path.rpartition(".")
+    setattr(parent.get_submodule(holder), name, module)

@@ -1,0 +1,149 @@
+"""Proof, at patch time, that compacting an MLP leaves its mathematics alone."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModuleError
+from ..index.activation_index import Selection
+from ..layers.runtime import Forward
+from ..layers.sparse_mlp import SparseMLP
+from ..ops.token_tiles import make_tiles
+
+_BATCH, _TOKENS = 2, 9
+_RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
+
+
+@torch.no_grad()
+def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
+    """Run an MLP compact and dense-but-masked on the same neurons, different ones per tile; they must agree.
+
+    Half of the neurons are left out, so that anything between the projections that mixes neurons (a norm over them,
+    a top-k among them) shows. The activation that scores neurons is compared with what the model computed: the index
+    keeps the first of the given ones that is it.
+
+    A parent whose forward cannot be run by itself (its attention needs more than hidden states) is passed by where its
+    projections lie in two modules of their own, as in BERT: these are run one after the other.
+
+    Raises:
+        UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
+    """
+    weight = mlp.inputs[0].weight
+    generator = torch.Generator().manual_seed(0)
+    rows = mlp.inputs[0].rows()
+    x = torch.randn(_BATCH, _TOKENS, rows.shape[1], generator=generator).to(weight)
+    tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
+    half = -(-mlp.index.neurons // 2)
+    chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
+    selection = Selection(tiles, torch.stack(chosen).to(weight.device))
+    mask = torch.zeros(_BATCH, mlp.index.neurons, device=weight.device, dtype=weight.dtype)
+    mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
+
+    def keep_chosen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:])
+
+    with _evaluating(mlp.parent):
+        with _forward(mlp, "dense", None), _pre_hook(mlp.output, keep_chosen):
+            run, expected = _runnable(mlp, x)
+        seen: dict[str, Tensor] = {}
+        with (
+            _forward(mlp, "sparse", selection),
+            _pre_hook(mlp.inputs[0], lambda module, args: seen.update(x=args[0])),
+            _pre_hook(mlp.output, lambda module, args: seen.update(a=args[0])),
+        ):
+            got = _attempt(mlp, run, x, "what lies between its projections does not run on some of its neurons")
+    if len(seen) < 2:
+        raise _refusal(mlp, "run by itself, it does not call its projections")
+    if not _close(mlp, got, expected):
+        raise _refusal(mlp, "it is not elementwise between its projections")
+    for activation in activations:
+        mlp.index.activation = activation
+        exact = mlp.index.exact_activations(seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
+        if _close(mlp, seen["a"], exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
+            return
+    if len(activations) == 1:
+        found = getattr(activations[0], "__name__", activations[0])
+        raise _refusal(mlp, f"its activation is not the {found} found beside the projections, or not of the first half")
+    raise _refusal(mlp, "it names no activation, and computes none of the common ones")
+
+
+Run = Callable[[Tensor], Tensor]
+
+
+def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
+    """What to run in the test, and its output: the parent, or else the two modules that hold the projections."""
+    holders = [path.rpartition(".")[0] for path in (next(iter(mlp.sources)), next(reversed(mlp.sources)))]
+    run: Run = partial(_call, mlp.parent)
+    try:
+        return run, run(x)
+    except Exception:  # what it says is raised again below, unless there is another way to run
+        if all(holders):
+            into, out_of = map(mlp.parent.get_submodule, holders)
+            run = lambda x: _call(out_of, _call(into, x), residual=x)  # noqa: E731
+    return run, _attempt(mlp, run, x, "it does not run by itself, on random hidden states")
+
+
+def _call(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """A module's output for hidden states x, with a residual wherever it takes one and None for all else it needs."""
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    values = {name: (x if residual is None else residual) if name in _RESIDUALS else None for name in required}
+    output = module(x, **values)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _attempt(mlp: SparseMLP, run: Run, x: Tensor, otherwise: str) -> Tensor:
+    try:
+        return run(x)
+    except Exception as error:
+        raise _refusal(mlp, f"{otherwise} ({type(error).__name__}: {error})") from error
+
+
+def _refusal(mlp: SparseMLP, why: str) -> UnsupportedModuleError:
+    return UnsupportedModuleError(
+        f"{mlp.name} ({type(mlp.parent).__name__}) cannot be made sparse: {why}. Leave it out with exclude_modules"
+    )
+
+
+def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
+    got, expected = got.float(), expected.float()
+    eps = max(torch.finfo(projection.weight.dtype).eps for projection in mlp.projections)
+    if got.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, 2.0**-10)  # of TF32
+    tolerance = max(1e-4, 4 * eps) * expected.abs().amax().item()
+    return got.shape == expected.shape and (got - expected).abs().amax().item() <= tolerance
+
+
+@contextmanager
+def _forward(mlp: SparseMLP, forward: Forward, forced: Selection | None) -> Iterator[None]:
+    before = mlp.runtime.forward, mlp.forced, mlp.calls
+    mlp.runtime.forward, mlp.forced = forward, forced
+    try:
+        yield
+    finally:
+        mlp.runtime.forward, mlp.forced, mlp.calls = before
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
+def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

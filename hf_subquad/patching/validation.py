@@ -1,0 +1,84 @@
+"""Which projections can be patched: plain, whole, linear and finite ones. All others are refused by name."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import SubquadConfig
+from ..errors import ConfigError, UnsupportedModuleError, WeightsError
+from .mlp_patterns import Match, linear_sizes
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TRIED_TOKENS = 3
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_projections(match: Match, config: SubquadConfig) -> None:
+    """
+    Raises:
+        UnsupportedModuleError: a projection of the MLP is wrapped, hooked, quantised, split, not linear or has no
+            weights yet.
+        WeightsError: it holds NaN or infinite values.
+        ConfigError: rank or `active` ask for more than it has.
+    """
+    for path in match.paths:
+        module, name = match.projection(path), match.full_name(path)
+        if hasattr(module, "base_layer"):
+            raise UnsupportedModuleError(
+                f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
+                "target_modules, or out of the patch; their updates would meet"
+            )
+        dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
+        if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
+            raise UnsupportedModuleError(
+                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
+                "floating point can be patched; load the model unquantised, or leave the MLP out with exclude_modules"
+            )
+        if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
+            raise UnsupportedModuleError(
+                f"{name} has a forward hook or a forward of its own (device_map offloading? pruning?), which the patch "
+                "would drop: remove it (prune.remove), or load the model without device_map"
+            )
+        if hasattr(module.weight, "device_mesh") or hasattr(module.weight, "ds_id"):  # DTensor's, DeepSpeed's
+            raise UnsupportedModuleError(
+                f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and choosing neurons "
+                "needs whole rows: load the model whole on every process, and train with plain data parallelism (DDP)"
+            )
+        if type(module.weight) is not nn.Parameter:
+            raise UnsupportedModuleError(
+                f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter (quantised, "
+                "sharded, computed?): patch the model before that, or make parametrizations permanent"
+            )
+        if module.weight.is_meta or module.weight.dim() != 2:
+            raise UnsupportedModuleError(
+                f"{name} has no weights yet (meta device, or DeepSpeed ZeRO-3): load them before patching"
+            )
+        for kind in ("weight", "bias"):
+            values = getattr(module, kind)
+            if values is not None and not torch.isfinite(values).all():
+                raise WeightsError(f"{name}.{kind} holds NaN or infinite values: the checkpoint is damaged")
+        if type(module) not in (nn.Linear, Conv1D) and not _computes_linear(module):
+            raise UnsupportedModuleError(
+                f"{name} is a {type(module).__name__}, which does not compute x W^T + b: only what nn.Linear computes "
+                "can be patched"
+            )
+        if config.rank > min(module.weight.shape):
+            raise ConfigError(f"rank={config.rank} exceeds {name}, which is {tuple(module.weight.shape)}")
+    config.active_neurons(match.neurons)
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Module) -> bool:
+    """Whether a subclass of Linear or Conv1D computes the same, on random input."""
+    weight = module.get_parameter("weight")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator).to(weight)
+    bias: torch.Tensor | None = getattr(module, "bias", None)
+    expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
+    try:
+        difference = (module(x) - expected).abs()
+    except Exception:  # of whatever kind: it is refused by name
+        return False
+    tolerance = 4 * torch.finfo(x.dtype).eps * x.shape[1] ** 0.5 * expected.abs().amax()
+    return difference.shape == expected.shape and bool((difference <= tolerance).all())

@@ -1,0 +1,1 @@
+"""What each MLP may skip: measured on real batches, then chosen."""

@@ -1,0 +1,30 @@
+"""Run a model beside its training without the training noticing."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserve_mode_and_rng(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards modes and the global random states are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(device_type=_accelerator()), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        for module, training in modes:
+            module.training = training
+
+
+def _accelerator() -> str:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else "cuda"  # of which there are none then

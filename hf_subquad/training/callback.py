@@ -1,0 +1,175 @@
+"""The Trainer callback: hands every event to the function that does the work. It keeps nothing itself."""
+
+import os
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+from accelerate.state import PartialState
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..errors import InactivePatchError
+from ..layers.lookup import patched_parts, runtime_of
+from .checkpoints import resume
+from .engines import check_engine
+from .sidecar import load_sidecar, save_sidecar
+from .sync import check_active, sync_model, train_updates
+from .trainer_planning import fit_on_training_data
+
+PLAN_NAME = "subquad_plan.json"
+
+logger = logging.get_logger(__name__)
+
+
+class SubquadCallback(TrainerCallback, ExportableState):
+    """Keeps a patched model in sync during `Trainer.train()`.
+
+    There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
+    if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
+    batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
+    neurons; folds, audits and adjusts budgets on schedule; adds `subquad/...` to the Trainer's logs; writes and reads
+    the sidecar of each checkpoint.
+    """
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        check_engine(args)
+        runtime_of(model)
+        train_updates(model)
+        self._move_first(sys._getframe(1).f_locals.get("self"))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
+        optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        check_engine(args)  # for a callback that came by add_callback
+        folder = _run_folder(sys._getframe(1), args)
+        if state.global_step:
+            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(folder, state)
+            resume(model, Path(resumed_from), state.global_step, optimizer, type(self).__name__ in _states(state))
+        _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
+        check_active(model, optimizer)
+        self._move_first(sys._getframe(1).f_locals.get("self"))
+        rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
+        fit_on_training_data(model, train_dataloader, rows, args)
+        runtime = runtime_of(model)
+        if runtime.plan is not None and state.is_world_process_zero:
+            print(runtime.plan.table(), flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            runtime.plan.save(folder / PLAN_NAME)
+        sync_model(model, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
+        optimizer: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        runtime, mlps = patched_parts(model)
+        calls = sum(mlp.calls for mlp in mlps)
+        if runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls:
+            raise InactivePatchError(
+                "a training step ran, but no patched MLP did: is the Trainer training the model that was patched?"
+            )
+        runtime.seen_calls = calls
+        report = sync_model(model, state.global_step, optimizer)
+        if state.is_world_process_zero:
+            for change in report.changes:
+                logger.warning(f"step {state.global_step}: {change}")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
+        logs: dict[str, float] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        runtime = runtime_of(model)
+        if logs is None or "loss" not in logs or runtime.last_report is None:
+            return
+        figures = runtime.last_report.metrics()
+        if runtime.plan is not None:
+            figures["subquad/planned_loss_increase"] = runtime.plan.loss_increase
+            figures["subquad/planned_step_speedup"] = runtime.plan.step_speedup
+        logs.update(figures)  # seen by the callbacks after this one
+        state.log_history[-1].update(figures)  # the Trainer stored a copy already
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
+        if args.should_save:
+            folder = _checkpoint_folder(_run_folder(sys._getframe(1), args), state)
+            save_sidecar(model, folder, state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
+        if not hasattr(model, "peft_config"):
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            load_sidecar(model, state.best_model_checkpoint)
+        logger.warning_once(
+            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
+            "save with model.merge_and_unload().save_pretrained(folder)"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to keep; that it is there tells a checkpoint that lacks its sidecar from one that never had any."""
+        return {"args": {}, "attributes": {}}
+
+    def _move_first(self, handler: Any) -> None:
+        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them.
+
+        The Trainer appends the user's callbacks after TensorBoard, W&B and the like, and hands callbacks no
+        reference to their handler; the handler is the caller of `on_init_end`.
+        """
+        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
+        else:
+            logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
+
+
+def _states(state: TrainerState) -> dict[str, Any]:
+    """What checkpoints keep of callbacks, by their class (a dict, other than the annotation says)."""
+    return cast("dict[str, Any]", state.stateful_callbacks)
+
+
+def _resumed_from(frame: FrameType | None) -> str | None:
+    """The checkpoint folder that `Trainer.train` resumes from, which callbacks are not told: from its own frame."""
+    _, folder = _trainer_and("resume_from_checkpoint", frame)
+    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
+
+
+def _run_folder(frame: FrameType | None, args: TrainingArguments) -> Path:
+    """Where the Trainer puts the checkpoints of this run: a trial of a hyperparameter search has a folder of its own,
+    which callbacks are not told."""
+    trainer, trial = _trainer_and("trial", frame)
+    return Path(trainer._get_output_dir(trial) if trainer else args.output_dir or "")
+
+
+def _trainer_and(name: str, frame: FrameType | None) -> tuple[Trainer | None, Any]:
+    """The Trainer whose method is the nearest caller that has a variable of that name, and its value."""
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and name in frame.f_locals:
+            return trainer, frame.f_locals[name]
+        frame = frame.f_back
+    return None, None
+
+
+def _checkpoint_folder(run: Path, state: TrainerState) -> Path:
+    return run / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

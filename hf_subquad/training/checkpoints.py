@@ -1,0 +1,61 @@
+"""Which checkpoint of a run to resume from, and going on from it."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from ..errors import SidecarError
+from ..layers.lookup import require_patched, runtime_of
+from .sidecar import SIDECAR_NAME, is_whole, load_sidecar
+from .sync import restart_moments
+
+logger = logging.get_logger(__name__)
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint that a Trainer with `SubquadCallback` wrote to `output_dir`; None if there is none.
+
+    Made for `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after a
+    crash, goes on with it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, whole or not.
+    """
+    by_step = {
+        int(step): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+    }
+    return next((str(by_step[step]) for step in sorted(by_step, reverse=True) if is_whole(by_step[step])), None)
+
+
+def resume(
+    model: nn.Module, folder: Path, step: int, optimizer: torch.optim.Optimizer | None, with_callback: bool
+) -> None:
+    """Continue with the factors of the checkpoint that the Trainer has just loaded.
+
+    Args:
+        with_callback: the run that wrote it had a `SubquadCallback`.
+
+    Raises:
+        SidecarError: the sidecar is missing where there must be one, or cannot be used.
+    """
+    try:
+        load_sidecar(model, folder)
+    except FileNotFoundError:
+        if with_callback:
+            whole = last_whole_checkpoint(folder.parent)
+            other = f"resume from {whole}" if whole else "there is no whole checkpoint beside it"
+            raise SidecarError(
+                f"the checkpoint {folder} has no {SIDECAR_NAME}: its saving was interrupted, or the file was lost. "
+                f"Its weights are whole, its low-rank updates are not known: {other}, or load its weights with "
+                "from_pretrained and train anew"
+            ) from None
+        made = f"the checkpoint {folder} was made without SubquadCallback and has no {SIDECAR_NAME}"
+        if hasattr(model, "peft_config"):
+            raise SidecarError(f"{made}. Beside PEFT adapters it is the only copy of the updates") from None
+        logger.warning(f"{made}. Going on from its weights with fresh low-rank updates.")
+        runtime_of(model).synced_step = step
+        if optimizer is not None:
+            restart_moments(require_patched(model), optimizer)

@@ -1,0 +1,38 @@
+"""Which of the Trainer's engines patched layers cannot follow: they are refused before anything is trained."""
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from ..errors import InactivePatchError, ParallelismError
+
+_LIGER_MLP_KERNELS = ("swiglu", "geglu")  # a model has one of them; were it the one left on, `check_active` would see
+
+
+def check_engine(args: TrainingArguments) -> None:
+    """
+    Raises:
+        InactivePatchError: Liger's kernels for MLPs would bypass the patch.
+        ParallelismError: FSDP, DeepSpeed, Megatron-LM or `torch.nn.DataParallel` would split or copy patched layers.
+    """
+    liger = {kernel: on for kernel, on in (args.liger_kernel_config or {}).items() if kernel in _LIGER_MLP_KERNELS}
+    if args.use_liger_kernel and (not liger or any(liger.values())):
+        raise InactivePatchError(
+            "use_liger_kernel=True rebinds the MLPs' forward and would bypass the patch: set it to False, or leave "
+            'the MLPs out of it: liger_kernel_config={"swiglu": False, "geglu": False}'
+        )
+    engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
+    asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else None
+    splitting = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM} & {engine, asked}
+    if splitting:
+        raise ParallelismError(
+            f"{splitting.pop().value} splits weights, or what the optimizer knows of them, over processes, and "
+            "choosing neurons and folding need them whole: train with plain data parallelism (DDP), as accelerate "
+            "launch --multi_gpu does without it"
+        )
+    if args.n_gpu > 1:
+        raise ParallelismError(
+            f"the Trainer would copy the model to {args.n_gpu} GPUs in every step (torch.nn.DataParallel), and the "
+            "copies would share one selection of neurons: start one process a GPU (accelerate launch, torchrun), or "
+            "show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+        )

@@ -1,0 +1,224 @@
+"""What resuming needs beyond a plain checkpoint: the factors U and V, in one safetensors file beside it."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..atomic_files import fingerprint, write_atomically
+from ..errors import PlanError, SidecarError
+from ..layers.compensation import Compensation
+from ..layers.lookup import require_patched, runtime_of
+from ..patching.patch import apply_plan, check_plan
+from ..plan import Plan
+from ..weights.projection import NeuronProjection
+
+SIDECAR_NAME = "subquad_state.safetensors"
+_FORMAT = 1
+_COMPENSATION = ("basis", "weight", "bias")
+
+
+def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
+    """Write the sidecar of the checkpoint in `folder`, atomically.
+
+    Beside a checkpoint that holds merged weights (every plain one) the factors suffice. Beside PEFT's, which holds
+    adapters only, base weights that folding changes are kept as well.
+
+    Write it last: a checkpoint is whole if it has this file, and the others are those that were there then.
+
+    Raises:
+        OutputError: the file could not be written; nothing is left of it.
+    """
+    merged = not hasattr(model, "peft_config")
+    config = runtime_of(model).config
+    path = Path(folder) / SIDECAR_NAME
+    tensors: dict[str, Tensor] = {}
+    restarts: dict[str, int] = {}
+    for name, projection in _projections(model).items():
+        update = projection.update
+        tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
+        tensors[f"{name}.sample"] = projection.sample(live=merged)
+        restarts[name] = update.restarts
+        if not merged and (update.restarts or config.fold_steps):
+            tensors[f"{name}.rows"] = projection.rows().contiguous()
+    for mlp in require_patched(model):
+        tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
+        if mlp.compensation is not None:
+            for part, values in vars(mlp.compensation).items():
+                tensors[f"{mlp.name}.compensation.{part}"] = values
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    about = {
+        "format": _FORMAT,
+        "step": step,
+        "merged": merged,
+        "restarts": restarts,
+        "config": config.to_dict(),
+        "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
+        "files": _other_files(path.parent),
+    }
+    text = json.dumps(about, sort_keys=True)
+    write_atomically(path, save(tensors, {"subquad": text, "digest": _digest(text, tensors)}))
+    return path
+
+
+def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
+    """Give a patched model, which holds the weights of the checkpoint in `folder`, its factors back.
+
+    Merged weights become base weights again by subtracting the update: equal to those before the save up to
+    rounding in the dtype of the weights.
+
+    Returns:
+        The step at which the sidecar was written.
+
+    Raises:
+        FileNotFoundError: there is no sidecar.
+        SidecarError: it is damaged, or does not belong to these weights. The model is unchanged.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    about, tensors = _read(path)
+    projections = _projections(model)
+    if set(about["restarts"]) != set(projections):
+        raise SidecarError(
+            f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
+            f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
+        )
+    _check_whole(path, model, tensors)
+    for name, projection in projections.items():
+        _check_fits(path, name, projection, about, tensors)
+    plan = _plan(path, model, about)
+    with torch.no_grad():
+        for name, projection in projections.items():
+            update = projection.update
+            update.U.copy_(tensors[f"{name}.U"])
+            update.V.copy_(tensors[f"{name}.V"])
+            update.restarts = about["restarts"][name]
+            if about["merged"]:
+                projection.set_rows(update.added_to(projection.rows(), sign=-1))
+            elif f"{name}.rows" in tensors:
+                projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
+    for mlp in require_patched(model):
+        mlp.index.build()
+        device = mlp.index.output_norms.device
+        mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
+        fit = [tensors[name] for part in _COMPENSATION if (name := f"{mlp.name}.compensation.{part}") in tensors]
+        mlp.compensation = Compensation(*fit).to(device) if fit else None
+    if plan is not None:
+        apply_plan(model, plan)
+    runtime_of(model).synced_step = about["step"]
+    return about["step"]
+
+
+def is_whole(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a checkpoint as it was when its sidecar was written, behind all other files.
+
+    False after an interruption, also one that came while an older checkpoint of that name was written over or deleted.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    try:
+        about, _ = _read(path)
+    except (FileNotFoundError, SidecarError):
+        return False
+    found = _other_files(path.parent)
+    return all(found.get(name) == digest for name, digest in about.get("files", {}).items())
+
+
+def _other_files(folder: Path) -> dict[str, str]:
+    """Fingerprint of every other file in a checkpoint, by its path there."""
+    files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.name != SIDECAR_NAME)
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+
+
+def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
+    """Patched projections by their name in the bare model."""
+    return {
+        f"{mlp.name}.{path}": projection
+        for mlp in require_patched(model)
+        for path, projection in zip(mlp.sources, mlp.projections, strict=True)
+    }
+
+
+def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
+    if not about.get("plan"):
+        return None
+    try:
+        plan = Plan.from_dict(about["plan"])
+        check_plan(model, plan)
+    except PlanError as error:
+        raise SidecarError(f"{path}: its plan does not fit: {error}") from error
+    return plan
+
+
+def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    projections, found = _projections(model), set(tensors)
+    wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
+    for mlp in require_patched(model):
+        fit = {f"{mlp.name}.compensation.{part}" for part in _COMPENSATION}
+        wanted |= {f"{mlp.name}.norms"} | (fit if fit & found else set())
+    odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
+    if odd:
+        raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")
+    spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if spoiled:
+        raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
+
+
+def _check_fits(
+    path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    for factor, there in projection.update.named_parameters():
+        if tensors[f"{name}.{factor}"].shape != there.shape:
+            raise SidecarError(
+                f"{path}: {factor} of {name} is {tuple(tensors[f'{name}.{factor}'].shape)}, the model's is "
+                f"{tuple(there.shape)}: use the rank of the run that wrote it ({about['config']['rank']})"
+            )
+    written = about["config"]["alpha"] / about["config"]["rank"]
+    if written != projection.update.scale:
+        raise SidecarError(f"{path} was written with alpha={about['config']['alpha']}: use the alpha of that run")
+    if f"{name}.rows" in tensors:
+        return
+    expected = tensors[f"{name}.sample"]
+    found = projection.sample().cpu()
+    tolerance = 4 * torch.finfo(projection.weight.dtype).eps
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
+        raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Contents of a sidecar, checked against its digest."""
+    if not path.exists():
+        raise FileNotFoundError(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(metadata["subquad"])
+        whole = metadata["digest"] == _digest(metadata["subquad"], tensors)
+    except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
+        raise SidecarError(f"{path} cannot be read ({type(error).__name__}: {error}): {_REMEDY}") from error
+    if not whole:
+        raise SidecarError(f"{path} is damaged (its checksum does not match): {_REMEDY}")
+    if about["format"] != _FORMAT:
+        raise SidecarError(f"{path} has format {about['format']}, this version reads {_FORMAT}")
+    return about, tensors
+
+
+_REMEDY = (
+    "resume from another checkpoint (last_whole_checkpoint finds the newest whole one), or load the weights of this "
+    "one with from_pretrained and train anew"
+)
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the metadata and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

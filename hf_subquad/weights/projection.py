@@ -1,0 +1,136 @@
+"""One weight matrix of an MLP, seen as rows by neuron, with its low-rank update."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import SubquadConfig
+from ..errors import ParallelismError
+from ..ops.backends import MergedWeight
+from .low_rank import LowRankUpdate
+
+_SAMPLED = 256
+
+
+def compute_dtype(values: Tensor) -> torch.dtype:
+    """The dtype that a dense projection of `values` would compute in here: theirs, or autocast's."""
+    device = values.device.type
+    if torch.is_autocast_enabled(device) and values.dtype is not torch.float64:  # which autocast leaves alone
+        return torch.get_autocast_dtype(device)
+    return values.dtype
+
+
+class NeuronProjection(nn.Module):
+    """A linear projection whose weight keeps its name, shape and values, and is stored row-major by neuron.
+
+    `rows()` is [m, d] with row i for neuron i, on both sides of an MLP: for an input projection it is the matrix
+    from d inputs to m neurons, for an output projection its transpose. The live rows are rows + scale U V.
+
+    Subclasses say which side they are on.
+
+    Args:
+        source: the projection replaced, an `nn.Linear` or a `Conv1D`; weight and bias are shared with it.
+        config: rank and scale of the update.
+        seed: of the update's random factor.
+    """
+
+    is_input: bool
+
+    def __init__(self, source: nn.Module, config: SubquadConfig, seed: int) -> None:
+        super().__init__()
+        self.weight = source.get_parameter("weight")
+        self.bias = source._parameters["bias"]
+        # Linear stores [out, in], Conv1D [in, out]; neurons are the outputs of an input projection.
+        self.weight_is_rows = self.is_input != isinstance(source, Conv1D)
+        self.source_class = type(source).__name__
+        neurons, width = self.weight.shape if self.weight_is_rows else self.weight.shape[::-1]
+        zero: Literal["U", "V"] = "U" if self.is_input else "V"
+        self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
+        self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
+
+    def store_by_neuron(self) -> None:
+        """Make `rows()` contiguous: the weight keeps its shape, over transposed storage if need be."""
+        rows = self.weight.data if self.weight_is_rows else self.weight.data.t()
+        if not rows.is_contiguous():
+            self.weight.data = rows.contiguous() if self.weight_is_rows else rows.contiguous().t()
+
+    def store_as_saved(self) -> None:
+        """Undo `store_by_neuron`."""
+        self.weight.data = self.weight.data.contiguous()
+
+    def rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Base rows [m, d], detached; in `dtype` from a copy that is kept while the weight stays as it is."""
+        weight = self.weight.detach()
+        rows = weight if self.weight_is_rows else weight.t()
+        if dtype is None or dtype == rows.dtype:
+            return rows
+        if torch.compiler.is_compiling():  # a graph cannot see whether the weight is still the one that was cast
+            return rows.to(dtype)
+        version = (dtype, *self.version())
+        if self._cast_rows is None or self._cast_rows[0] != version:
+            with torch.inference_mode(False):  # inference tensors could not be used in training later
+                self._cast_rows = (version, rows.to(dtype))
+        return self._cast_rows[1]
+
+    def matrix(self, dtype: torch.dtype) -> MergedWeight:
+        """Base rows in `dtype`, and the update's factors with gradients."""
+        return MergedWeight(self.rows(dtype), *self.update.factors(), self.bias)
+
+    def merged_rows(self) -> Tensor:
+        """rows + scale U V, [m, d] in the dtype of the weight."""
+        return self.update.added_to(self.rows())
+
+    def merged_weight(self) -> Tensor:
+        """The weight a plain checkpoint holds: the live rows in the weight's own shape, contiguous."""
+        live = self.merged_rows()
+        return (live if self.weight_is_rows else live.t()).contiguous()
+
+    def sample(self, live: bool = False) -> Tensor:
+        """Some values spread over the base rows, or the live rows: float32 [256 or fewer], to recognise them by."""
+        values = (self.merged_rows() if live else self.rows()).flatten()
+        return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
+
+    @torch.no_grad()
+    def set_rows(self, rows: Tensor) -> None:
+        """Overwrite the base rows in place, so that other holders of the weight see it."""
+        self.weight.copy_(rows if self.weight_is_rows else rows.t())
+
+    def version(self) -> tuple[Any, ...]:
+        """Changes whenever the base weight is changed, moved or replaced."""
+        return self.weight.data_ptr(), self.weight._version, self.weight.device
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them."""
+        weight = self.weight if self.weight_is_rows == self.is_input else self.weight.t()
+        u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
+        low = F.linear(F.linear(x, v), u) if self.is_input else x @ u @ v
+        return torch.add(F.linear(x, weight, self.bias), low, alpha=self.update.scale)
+
+    def extra_repr(self) -> str:
+        neurons, width = self.rows().shape
+        return f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.merged_weight()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        before = len(errors)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "weight" in state_dict and len(errors) == before:
+            self.update.restart()  # the loaded weight is whole: an update on top would count twice
+            self.store_by_neuron()  # with assign=True it is another tensor
+
+    def _replicate_for_data_parallel(self) -> "NeuronProjection":
+        raise ParallelismError(
+            "torch.nn.DataParallel copies a model in every step, and the copies would share one selection of neurons: "
+            "start one process a GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cast_rows": None}
