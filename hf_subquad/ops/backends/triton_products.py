@@ -45,8 +45,8 @@ class Blocks:
     """Shape of a program: block sizes along tokens, neurons and features (powers of two, at least 16), and the rest.
 
     `gathered_up` holds tokens x neurons (twice for two matrices) in registers and steps through features;
-    `gathered_down` holds tokens x features and steps through neurons; `per_neuron` holds neurons x ranks and steps through
-    tokens.
+    `gathered_down` holds tokens x features and steps through neurons; `per_neuron` holds neurons x ranks and
+    steps through tokens.
 
     Attributes:
         group: token blocks that go through the rows together.
