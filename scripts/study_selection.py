@@ -56,7 +56,7 @@ from hf_subquad.planning.allocation import budgets
 from hf_subquad.planning.calibration import MeasuredMLP, measure_mlps
 from hf_subquad.planning.measurements import share_of
 from hf_subquad.planning.mlp_timing import timed
-from hf_subquad.planning.preserve_mode_and_rng import preserve_mode_and_rng
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = (

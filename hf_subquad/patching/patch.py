@@ -13,6 +13,7 @@ from ..errors import (
     PlanError,
 )
 from ..index.activation_index import ActivationIndex
+from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.lookup import patched_parts, require_patched, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
@@ -65,9 +66,11 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
             patched.append(mlp)
             with torch.autocast(mlp.output.weight.device.type, enabled=False):  # whose rounding would fail the test
                 self_test(mlp, find_activations(match))
+        watch_batches(model, runtime)
         if plan is not None:
             apply_plan(model, plan)
     except BaseException:
+        unwatch_batches(model)
         for mlp in patched:
             _restore(mlp)
         raise
@@ -120,6 +123,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         for projection in mlp.projections:
             projection.set_rows(projection.merged_rows())
         _restore(mlp)
+    unwatch_batches(model)
     return model
 
 

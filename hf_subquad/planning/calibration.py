@@ -24,7 +24,7 @@ from .allocation import Option, allocate, budgets
 from .measurements import MLPMeasurements, MLPTimes, outputs_by_tiles, seeing_tokens, share_of
 from .mlp_timing import MLPTiming, timed
 from .predictions import Batch, Predictions, logits_of
-from .preserve_mode_and_rng import preserve_mode_and_rng
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 
 # Shares at which sensitivities are measured, the first with an error: small enough to stand out from rounding.
 _REFERENCES = (1 / 8, 1 / 16)

@@ -19,7 +19,7 @@ from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.token_tiles import TokenTiles
 from hf_subquad.planning.measurements import seeing_tokens
 from hf_subquad.planning.predictions import Batch
-from hf_subquad.planning.preserve_mode_and_rng import preserve_mode_and_rng
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 
 _SCORED_ONE_IN = 4  # tokens of a sequence: with fewer it chooses worse, and tiles of 64 have as many scored
 
