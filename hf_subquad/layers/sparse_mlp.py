@@ -344,6 +344,10 @@ class OutputProjection(NeuronProjection):
     is_input = False
     mlp: SparseMLP
 
+    def weights_loaded(self) -> None:
+        """Rebuild the index: an MLP's output projection is loaded behind its input projections."""
+        self.mlp.index.rebuild_if_stale()
+
     def forward(self, a: Tensor) -> Tensor:
         y = self.mlp.down_project(a)
         return self.dense(a) if y is None else y

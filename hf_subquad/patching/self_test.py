@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from ..index.activation_index import Selection
+from ..index.selection_quality import exact_activations
 from ..layers.runtime import Forward
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part
@@ -65,7 +66,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
         raise _refusal(mlp, "it is not elementwise between its projections")
     for activation in activations:
         mlp.index.activation = activation
-        exact = mlp.index.exact_activations(seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
+        exact = exact_activations(mlp.index, seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
         if _close(mlp, seen["a"], exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
             return
     if len(activations) == 1:

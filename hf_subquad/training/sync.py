@@ -71,7 +71,8 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     Raises:
         NotPatchedError: the model is not patched.
         InactivePatchError: the updates were frozen after the patch.
-        WeightsError: updates that are due to be folded hold NaN or infinite values; no base weight is changed.
+        WeightsError: base weights that were changed from outside, or updates that are due to be folded, hold NaN or
+            infinite values; no base weight is changed.
     """
     started = time.perf_counter()
     runtime, mlps = patched_parts(model)
@@ -79,6 +80,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     _check_trainable(mlps)
     for mlp in mlps:
         mlp.forget_call()
+        mlp.index.rebuild_if_stale()
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already

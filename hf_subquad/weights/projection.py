@@ -83,6 +83,13 @@ class NeuronProjection(nn.Module):
         """rows + scale U V, [m, d] in the dtype of the weight."""
         return self.update.added_to(self.rows())
 
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Squared norms of the live rows, float32 [m]."""
+        rows = self.merged_rows()
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
+
     def merged_weight(self) -> Tensor:
         """The weight a plain checkpoint holds: the live rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
@@ -125,6 +132,10 @@ class NeuronProjection(nn.Module):
         if prefix + "weight" in state_dict and len(errors) == before:
             self.update.restart()  # the loaded weight is whole: an update on top would count twice
             self.store_by_neuron()  # with assign=True it is another tensor
+            self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """Called when other weights were loaded, for what is made from them."""
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_subquad.config import TileOrder
 from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.index.selection_quality import exact_importance
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.lookup import runtime_of, sparse_mlps
 from hf_subquad.layers.sparse_mlp import SparseMLP
@@ -139,7 +140,7 @@ def token_importance(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Te
     sums: dict[str, Tensor] = {}
 
     def see(mlp: SparseMLP, tokens: Tensor) -> None:
-        scores = mlp.index.exact_importance(tokens).sum(0) * mlp.index.output_norms
+        scores = exact_importance(mlp.index, tokens).sum(0) * mlp.index.output_norms
         sums[mlp.name] = sums.get(mlp.name, 0) + scores
 
     with preserve_mode_and_rng(model), seeing_tokens(model, sparse_mlps(model), see):
