@@ -60,7 +60,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
     bare = bare_model(model)
     runtime = Runtime(config, Surroundings(bare, holders(bare, [match.name for match in matches])))
-    keep_frozen = not hasattr(bare, "peft_config") and any(p.requires_grad for p in model.parameters())
+    keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []
     try:
         progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
