@@ -52,11 +52,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from hf_subquad import SubquadConfig, compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.planning.allocation import budgets
 from hf_subquad.planning.calibration import MeasuredMLP, measure_mlps
 from hf_subquad.planning.measurements import share_of
 from hf_subquad.planning.mlp_timing import timed
-from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 
 FOLDER = Path(__file__).resolve().parent
 METHODS = (

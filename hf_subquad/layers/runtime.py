@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..config import SubquadConfig
+from ..errors import InactivePatchError
 from ..plan import Plan
 from .preserve_mode_and_rng import preserve_mode_and_rng
+from .surroundings import Surroundings
 from .token_classes import BatchClasses, TokenClasses, classify
 
 Forward = Literal["auto", "dense", "exact", "sparse"]
@@ -29,10 +31,14 @@ class Runtime:
     Attributes:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
             others force what they say.
+        surroundings: the model around the MLPs.
+        exact_forward: the loss compares this model with a reference, so that a sparse forward would bias it.
         dense_step: the coming training step spends no less than all neurons and the whole gradient (`dense_share`).
+        folded: updates were folded into base weights, so that there is no base model left to switch to.
         sync_seconds: time spent keeping in sync so far.
         synced_step: the step that was synced last.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
+        idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
         plan: where the budgets come from, if they were planned; kept up to date as they change.
         skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
@@ -40,11 +46,15 @@ class Runtime:
     """
 
     config: SubquadConfig
+    surroundings: Surroundings = field(default_factory=Surroundings, repr=False)
     forward: Forward = "auto"
+    exact_forward: bool = False
     dense_step: bool = False
+    folded: bool = False
     sync_seconds: float = 0.0
     synced_step: int | None = None
     seen_calls: int = 0
+    idle_steps: int | None = 0
     last_report: Any = field(default=None, repr=False)
     plan: Plan | None = None
     skips_padding: bool | None = None
@@ -53,22 +63,50 @@ class Runtime:
     _trying: bool = field(default=False, repr=False)
 
     def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
-        """How a forward runs now."""
+        """How a forward runs now.
+
+        Passes without gradients in training mode (rollouts, log-probabilities to compare with) are evaluation.
+        """
+        if self.updates_off():
+            return "dense"
         if self.forward != "auto":
             return self.forward
-        if not training:
+        if not training or not (torch.is_grad_enabled() or self.surroundings.recomputed_without_gradients()):
             return "sparse" if self.config.sparse_eval else "dense"
-        return "exact" if self.dense_step else "sparse"
+        if self.exact_forward or self.dense_step:
+            return "exact"
+        if self.synced_step is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "patched MLPs train unplanned, and nothing keeps them in sync: give the Trainer "
+                "callbacks=[SubquadCallback()], or, in a loop of your own, call calibrate, apply_plan and compensate "
+                "before it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
+            )
+        return "sparse"
 
     def sparse(self, training: bool) -> bool:
         return self.mode(training) == "sparse"
+
+    def updates_off(self) -> bool:
+        """Whether this pass is one of the base model alone, as PEFT's `disable_adapter` asks for.
+
+        Raises:
+            InactivePatchError: folds have changed the base model.
+        """
+        off = self.surroundings.adapters_off()
+        if off and self.folded:
+            raise InactivePatchError(
+                "PEFT's adapters were switched off (disable_adapter) to run the base model, but fold_steps has folded "
+                "updates into its weights: set fold_steps=0, or compare with a reference model of its own"
+            )
+        return off
 
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """A forward of the model starts with these inputs, by name."""
         if self._trying or torch.compiler.is_compiling():
             return
-        classes = classify(model, inputs) if model.training or self.forward == "exact" else BatchClasses({})
-        if self.skips_padding is None and any(of_stack.padding for of_stack in classes.stacks.values()):
+        classes = classify(model, inputs)
+        padded = any(of_stack.padding for of_stack in classes.stacks.values())
+        if padded and self.skips_padding is None and (model.training or self.forward in ("exact", "sparse")):
             self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
             if not self.skips_padding:
                 logger.warning(

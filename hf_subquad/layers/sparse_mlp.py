@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex, Selection
 from ..ops import parts as part_products
-from ..ops.backends import MergedWeight
 from ..ops.parts import Part
 from ..ops.products import gathered_down, gathered_up
 from ..ops.token_tiles import TokenTiles, tile_shape
@@ -216,7 +215,7 @@ class SparseMLP:
         """Begin a forward pass: which tokens compute which neurons."""
         mode = self.runtime.mode(training)
         budget = self.budget if mode == "sparse" else Budget()
-        if mode == "dense" or x.numel() == 0 and budget.exact:
+        if mode == "dense" or (x.numel() == 0 and budget.exact):
             return _Call(x, None)
         if not x.numel():
             raise EmptyBatchError(

@@ -35,9 +35,14 @@ class NeuronProjection(nn.Module):
         source: the projection replaced, an `nn.Linear` or a `Conv1D`; weight and bias are shared with it.
         config: rank and scale of the update.
         seed: of the update's random factor.
+
+    Attributes:
+        runtime: that of the MLP (`layers.runtime.Runtime`), which knows whether updates count now.
+        kept_frozen: the weight was frozen by the user before the patch, so the update is frozen, too.
     """
 
     is_input: bool
+    runtime: Any = None
 
     def __init__(self, source: nn.Module, config: SubquadConfig, seed: int) -> None:
         super().__init__()
@@ -49,6 +54,7 @@ class NeuronProjection(nn.Module):
         neurons, width = self.weight.shape if self.weight_is_rows else self.weight.shape[::-1]
         zero: Literal["U", "V"] = "U" if self.is_input else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
+        self.kept_frozen = False
         self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
 
     def store_by_neuron(self) -> None:
@@ -110,11 +116,17 @@ class NeuronProjection(nn.Module):
         return self.weight.data_ptr(), self.weight._version, self.weight.device
 
     def dense(self, x: Tensor) -> Tensor:
-        """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them."""
-        weight = self.weight if self.weight_is_rows == self.is_input else self.weight.t()
+        """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them.
+
+        Base weights take no gradients, whatever their flags: in sparse passes they could have none.
+        """
+        weight = self.rows() if self.is_input else self.rows().t()
+        bias = None if self.bias is None else self.bias.detach()
+        if self.runtime is not None and self.runtime.updates_off():
+            return F.linear(x, weight, bias)
         u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
         low = F.linear(F.linear(x, v), u) if self.is_input else x @ u @ v
-        return torch.add(F.linear(x, weight, self.bias), low, alpha=self.update.scale)
+        return torch.add(F.linear(x, weight, bias), low, alpha=self.update.scale)
 
     def extra_repr(self) -> str:
         neurons, width = self.rows().shape

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from hf_subquad import dense_forward, sparse_forward
 from hf_subquad.layers.lookup import sparse_mlps
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.planning.measurements import seeing_tokens
 from hf_subquad.planning.predictions import Batch, Predictions
-from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 
 Corpus = Literal["source", "reference"]
 
