@@ -7,7 +7,8 @@ exactly.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +131,15 @@ class ActivationIndex:
         self.sketch_is_approximate = False
         self._note_weights()
         self.refresh()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards the index is as it was, whatever was fitted inside. Base weights are not to change inside."""
+        before = dict(vars(self))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed, or replaced, since. True if it was."""

@@ -27,6 +27,10 @@ class Budget:
         """The same k neurons for every token."""
         return cls(k, k)
 
+    def neurons(self, token_class: TokenClass) -> int | None:
+        """Neurons for tokens of a class; None: all."""
+        return self.predicted if token_class == "predicted" else self.context
+
     @property
     def exact(self) -> bool:
         """All neurons for every token, and the whole gradient."""
