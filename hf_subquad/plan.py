@@ -131,9 +131,7 @@ class Plan:
             f"{'full ms':>8} {'dense ms':>8} {'planned ms':>10}"
         ]
         for layer in self.layers:
-            predicted, context = (
-                "all" if k == layer.neurons else str(k) for k in (layer.predicted, layer.context)
-            )
+            predicted, context = ("all" if k == layer.neurons else str(k) for k in (layer.predicted, layer.context))
             lines.append(
                 f"{layer.name:<{width}} {layer.neurons:>8} {predicted:>9} {context:>8} {layer.gradient:>8.1%} "
                 f"{layer.sparse_ms / layer.dense_ms if layer.dense_ms else 1:>6.0%} {layer.full_ms:>8.1f} "

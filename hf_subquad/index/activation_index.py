@@ -120,6 +120,12 @@ class ActivationIndex:
             tokens = tokens[some.to(tokens.device)]
         self._build(tokens.clone())
 
+    def adopt(self, sketch: Sketch, tokens: Tensor | None) -> None:
+        """Take a sketch of the same weights that was fitted elsewhere, and the tokens that it was fitted to."""
+        self.sketch, self.tokens, self.sketch_is_approximate = sketch, tokens, False
+        self._note_weights()
+        self.refresh()
+
     def _build(self, tokens: Tensor | None) -> None:
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:

@@ -138,6 +138,11 @@ class Runtime:
     def forget_batches(self) -> None:
         self._batches.clear()
 
+    def latest_classes_of(self, name: str) -> TokenClasses | None:
+        """Classes of the tokens that an MLP saw last, if padding may be skipped or there is none."""
+        classes = self._batches[-1].of_stack(name) if self._batches else None
+        return None if classes is None or (classes.padding and not self.skips_padding) else classes
+
     @property
     def latest_classes(self) -> Mapping[Any, TokenClasses]:
         """Classes of the latest forward, by stack."""

@@ -13,8 +13,8 @@ from ..errors import (
     PlanError,
 )
 from ..index.activation_index import ActivationIndex
-from ..layers.budget import Budget
 from ..layers.batch_hook import unwatch_batches, watch_batches
+from ..layers.budget import Budget
 from ..layers.lookup import patched_parts, require_patched, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP

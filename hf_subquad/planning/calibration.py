@@ -308,13 +308,13 @@ def _choose(
         return reference.fidelity()
 
     forward = _price(measured, MeasuredMLP.forward_cost, [_middle(one) for one in measured], run, spent)
-    backward = _price(
-        measured, MeasuredMLP.backward_cost, [Budget(gradient=_PROBED_SHARE)] * len(measured), run, spent
-    )
+    backward = _price(measured, MeasuredMLP.backward_cost, [Budget(gradient=_PROBED_SHARE)] * len(measured), run, spent)
     options = [
         undominated(
             [
-                Option(budget, one.ms(budget), forward * one.forward_cost(budget) + backward * one.backward_cost(budget))
+                Option(
+                    budget, one.ms(budget), forward * one.forward_cost(budget) + backward * one.backward_cost(budget)
+                )
                 for budget in one.budgets()
             ]
         )
