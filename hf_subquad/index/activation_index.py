@@ -9,7 +9,6 @@ exactly.
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from ..config import SubquadConfig, TileOrder
 from ..errors import CalibrationError, WeightsError
 from ..ops.backends import Backend, EstimatedInput, Scoring, backend_for
 from ..ops.importance import Activation, combine
-from ..ops.token_tiles import TokenTiles, make_tiles
+from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from .half_space import Report, ReportingIndex, empty_index
 from .selection_quality import outputs
@@ -29,19 +28,6 @@ from .sketch import Sketch, add_low_rank, build_sketch
 _SCORED_TOKENS = 16  # of each tile
 _TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
 _FITTED_TOKENS = 2048  # at most: more hardly fit better
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Tiles of tokens and the neurons each computes.
-
-    Attributes:
-        tiles: n tiles of T slots.
-        neurons: int64 [n, k], each neuron of a tile once.
-    """
-
-    tiles: TokenTiles
-    neurons: Tensor
 
 
 class ActivationIndex:

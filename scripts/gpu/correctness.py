@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_subquad.index.activation_index import Selection
 from hf_subquad.ops.backends import backend_for
-from hf_subquad.ops.token_tiles import tile_shape
+from hf_subquad.ops.token_tiles import Selection, tile_shape
 
 from .bench import NEEDS_CUDA, Bench, Case, Row, dtype_name
 from .clock import captured

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_subquad.config import TileOrder
-from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.index.activation_index import ActivationIndex
 from hf_subquad.index.selection_quality import exact_importance
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.lookup import runtime_of, sparse_mlps
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.ops.token_tiles import TokenTiles
+from hf_subquad.ops.token_tiles import Selection, TokenTiles
 from hf_subquad.planning.measurements import seeing_tokens
 from hf_subquad.planning.predictions import Batch
 
