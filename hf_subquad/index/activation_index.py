@@ -70,6 +70,8 @@ class ActivationIndex:
         self.backend_name = config.backend
         self.backend(output.weight.device)  # one that is not there is told now
         self.tokens: Tensor | None = None
+        self.sketch: Sketch
+        self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self.build()
         empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
 
@@ -118,7 +120,7 @@ class ActivationIndex:
             sketch = build_sketch(stacked, self.rank, self.seed, tokens)
         except (WeightsError, CalibrationError) as error:
             raise type(error)(f"{self.name}: {error}: load its weights anew, or take tokens of a sane batch") from error
-        self.sketch: Sketch = sketch
+        self.sketch = sketch
         self.tokens = tokens
         self.sketch_is_approximate = False
         self._note_weights()
@@ -244,7 +246,7 @@ class ActivationIndex:
 
     def _note_weights(self) -> None:
         """Remember which base weights the index is of."""
-        self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
+        self._reporting = None
         self._samples = [projection.sample() for projection in self._projections]
         self._seen: tuple[Any, ...] | None = self._base_version()
         self._warned = False

@@ -87,7 +87,8 @@ class SparseMLP:
         self.budget = Budget()
         self.set_active(runtime.config.active_neurons(index.neurons))
         self._enroll()
-        for projection in (*self.inputs, output):
+        output.mlp = self
+        for projection in self.inputs:
             projection.mlp = self
 
     @property
