@@ -82,9 +82,7 @@ def test_two_thousand_steps_take_no_more_memory_nor_time_than_the_first(tmp_path
     beside it, since a busy machine is slower at both."""
     folder = ROOT / "scripts" / "demo_model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = SubquadConfig(
-        rank=8, fold_steps=50, refresh_steps=20, tile_size=32, layers_to_transform="all_but_first"
-    )
+    config = SubquadConfig(rank=8, fold_steps=50, refresh_steps=20, tile_size=32, layers_to_transform="all_but_first")
     least = neuron_counts(model.config.ffn_dim)[0]
     model = watched(model, config, [least] * 5, error=0.9)
     fixed = torch.randn(600, 600)
