@@ -22,6 +22,7 @@ from hf_subquad.planning.measurements import neuron_counts
 from hf_subquad.training.budget_control import Audit, audit, audit_live, review
 
 D, M, TILES, SIZE = 12, 128, 3, 16
+REAL = 4 / 5  # of the tokens of a row of five: at the last one nothing is predicted, and nothing sees it
 STEPS = neuron_counts(M)  # 8, 16, 32, 48, 64, 96
 
 
@@ -312,7 +313,8 @@ def test_sync_gives_more_and_says_so() -> None:
     assert [change.name for change in report.changes] == [mlp.name for mlp in sparse_mlps(model)]
     after = [change.after for change in report.changes]
     assert budgets_of(model) == planned_budgets(model) == after and min(after) > 32
-    assert report.active_share == sum(after) / (2 * NEURONS) and report.error > 0.1 and 0 < report.recall <= 1
+    assert report.active_share == pytest.approx(REAL * sum(after) / (2 * NEURONS))
+    assert report.error > 0.1 and 0 < report.recall <= 1
     assert report.metrics()["subquad/output_error"] == report.error
 
 
@@ -323,7 +325,7 @@ def test_sync_gives_back_one_step_a_time() -> None:
     model(tokens(1), labels=tokens(1)).loss.backward()
     report = sync_model(model, 2)
     assert budgets_of(model) == planned_budgets(model) == [16, 8]
-    assert report.active_share == pytest.approx(24 / (2 * NEURONS))
+    assert report.active_share == pytest.approx(REAL * 24 / (2 * NEURONS))
     model(tokens(2))
     assert sync_model(model, 3).changes[-1].after == 8 and budgets_of(model) == [8, 8]
 
@@ -352,7 +354,7 @@ def test_sync_leaves_dense_ones_and_those_in_the_corridor() -> None:
     model = trained_one_step([NEURONS, 24], error=error)
     report = sync_model(model, 1)
     assert report.changes == () and budgets_of(model) == planned_budgets(model) == [NEURONS, 24]
-    assert report.active_share == pytest.approx((NEURONS + 24) / (2 * NEURONS))
+    assert report.active_share == pytest.approx(REAL * (NEURONS + 24) / (2 * NEURONS))
 
 
 def test_sync_reviews_on_schedule_only() -> None:
@@ -390,7 +392,7 @@ def test_the_audit_sees_what_the_forward_chose() -> None:
     model = trained_one_step([24, 16])
     for mlp, k in zip(sparse_mlps(model), (24, 16), strict=True):
         x, chosen = mlp.audited["predicted"]
-        assert x.shape == (4, 4, 20) and chosen.shape == (4, k)  # 15 tokens in tiles of about 5
+        assert x.shape == (2, 6, 20) and chosen.shape == (2, k)  # 12 tokens in tiles of about 5
         assert torch.equal(mlp.index.choose(x, k).sort().values, chosen.sort().values)
 
 
