@@ -22,8 +22,7 @@ def words(message: ast.expr) -> str:
 def messages() -> set[tuple[str, str]]:
     """(error class or 'Warnings', message) of every place in the source that gives one."""
     found = set()
-    library = ROOT / "hf_subquad"
-    for path in (*library.glob("*.py"), *library.glob("backends/*.py")):
+    for path in (ROOT / "hf_subquad").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ERRORS:
                 found.add((ast.unparse(node.func), words(node.args[0])))
