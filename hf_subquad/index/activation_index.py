@@ -22,12 +22,13 @@ from ..ops.token_tiles import TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from .half_space import Report, ReportingIndex, empty_index
 from .selection_quality import outputs
-from .sketch import Sketch, add_low_rank, build_sketch
+from .sketch import Sketch, add_low_rank, build_sketch, summary_of
 
 # Measured on pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
 _SCORED_TOKENS = 16  # of each tile
 _TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
 _FITTED_TOKENS = 2048  # at most: more hardly fit better
+_SUMMARY = 2  # rows of their summary for each of the sketch's
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class ActivationIndex:
     Attributes:
         sketch: of the base input rows of all input projections, stacked.
         output_norms: ||v_j||^2 of the output rows, float32 [m].
-        tokens: [N, d] that the sketch is fitted to; None while it is made from the weights alone.
+        summary: of the tokens that the sketch is fitted to, float32 [s, d]; None while it is made from the weights
+            alone. With the weights it decides the sketch: whoever keeps it can build the same one.
         sketch_is_approximate: the sketch has gone through folds since it was built from the weights.
     """
 
@@ -82,7 +84,7 @@ class ActivationIndex:
         self.factory = config.index_factory
         self.backend_name = config.backend
         self.backend(output.weight.device)  # one that is not there is told now
-        self.tokens: Tensor | None = None
+        self.summary: Tensor | None = None
         self.build()
         empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
 
@@ -93,13 +95,13 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows anew, for the tokens that were fitted last, and measure the output rows.
+        """Sketch the base input rows anew, for the tokens that it was fitted to last, and measure the output rows.
 
         Raises:
             WeightsError: an input weight holds NaN or infinite values, as one that was loaded after the patch may.
                 The index is as it was.
         """
-        self._build(self.tokens)
+        self._build(self.summary)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
@@ -117,19 +119,25 @@ class ActivationIndex:
             generator = torch.Generator().manual_seed(self.seed)
             some = torch.randperm(len(tokens), generator=generator)[:_FITTED_TOKENS].sort().values
             tokens = tokens[some.to(tokens.device)]
-        self._build(tokens.clone())
+        try:
+            summary = summary_of(tokens, _SUMMARY * self.rank, self.seed)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{self.name} cannot be fitted to its input: {error}; leave that batch out"
+            ) from error
+        self._build(summary)
 
-    def _build(self, tokens: Tensor | None) -> None:
+    def _build(self, summary: Tensor | None) -> None:
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:
-            sketch = build_sketch(stacked, self.rank, self.seed, tokens)
-        except (WeightsError, CalibrationError) as error:
-            raise type(error)(f"{self.name}: {error}: load its weights anew, or take tokens of a sane batch") from error
+            sketch = build_sketch(stacked, self.rank, self.seed, summary)
+        except WeightsError as error:
+            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them anew") from error
         self.sketch: Sketch = sketch
-        self.tokens = tokens
+        self.summary = summary
         self.sketch_is_approximate = False
         self._note_weights()
-        self.refresh()
+        self.output_norms = self.output.row_norms()
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed, or replaced, since. True if it was."""
@@ -140,7 +148,9 @@ class ActivationIndex:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Measure ||v_j||^2 of the live output rows anew: float32 [m]."""
+        """Measure ||v_j||^2 of the live output rows; `build` if base weights were changed behind PyTorch's back."""
+        if not all(map(_same, self._samples, self._projections)):
+            return self.build()
         self.output_norms = self.output.row_norms()
 
     @torch.no_grad()
@@ -150,7 +160,7 @@ class ActivationIndex:
         blocks = [p.update.factors() for p in self.inputs]
         left = torch.block_diag(*[u for u, _ in blocks])
         right = torch.cat([v for _, v in blocks])
-        self.sketch = add_low_rank(self.sketch, left, right, self.tokens)
+        self.sketch = add_low_rank(self.sketch, left, right, self.summary)
         for projection in self._projections:
             projection.set_rows(projection.merged_rows())
             projection.update.restart()
@@ -243,7 +253,7 @@ class ActivationIndex:
     def _note_weights(self) -> None:
         """Remember which base weights the index is of."""
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
-        self._samples = [projection.sample() for projection in self._projections]
+        self._samples = [projection.sample().clone() for projection in self._projections]
         self._seen: tuple[Any, ...] | None = self._base_version()
         self._warned = False
 
@@ -267,7 +277,6 @@ class ActivationIndex:
         if self.sketch.basis.device != device:
             self.sketch = self.sketch.to(device)
             self.output_norms = self.output_norms.to(device)
-            self._samples = [sample.to(device) for sample in self._samples]
         if not self._warned and self._is_stale():
             self._warned = True
             warnings.warn(
