@@ -24,9 +24,9 @@ from .half_space import Report, ReportingIndex, empty_index
 from .selection_quality import outputs
 from .sketch import Sketch, add_low_rank, build_sketch, summary_of
 
-# Measured on pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
-_SCORED_TOKENS = 16  # of each tile
-_TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
+_SCORED_TOKENS = 16  # of each tile, at least
+_SCORING = 0.05  # of a tile's products, forward and backward, that scoring more of its tokens may take
+_TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other: measured to do best
 _FITTED_TOKENS = 2048  # at most: more hardly fit better
 _SUMMARY = 2  # rows of their summary for each of the sketch's
 
@@ -172,11 +172,11 @@ class ActivationIndex:
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
         """Tiles of the tokens x [N, d], and the k most important neurons of each.
 
-        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens, plus
-        what a small change of its pre-activations would do to that.
+        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over `scored_tokens` of it, plus what a
+        small change of its pre-activations would do to that.
         """
         tiles = self.tile(x, tile_size, order)
-        return Selection(tiles, self.choose(x[_sampled(tiles.slots)], k))
+        return Selection(tiles, self.choose(x[self._sampled(tiles.slots)], k))
 
     @torch.no_grad()
     def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
@@ -194,7 +194,7 @@ class ActivationIndex:
         k = self.round_up_k(k)
         if k >= self.neurons:
             return torch.arange(self.neurons, device=tile_tokens.device).expand(len(tile_tokens), -1)
-        return self.backend(tile_tokens.device).top_neurons(self.tile_scores(_sampled(tile_tokens)), k)
+        return self.backend(tile_tokens.device).top_neurons(self.tile_scores(self._sampled(tile_tokens)), k)
 
     def round_up_k(self, k: int) -> int:
         """How many neurons are computed if k are asked for: what costs the same on the device, at most all."""
@@ -203,7 +203,7 @@ class ActivationIndex:
     @torch.no_grad()
     def ranked(self, tile_tokens: Tensor, k: int) -> Tensor:
         """The k most important neurons of each of the given tiles, tokens [n, T, d], the most important first."""
-        return self.tile_scores(_sampled(tile_tokens)).topk(k, dim=1).indices
+        return self.tile_scores(self._sampled(tile_tokens)).topk(k, dim=1).indices
 
     @torch.no_grad()
     def tile_scores(self, sample: Tensor) -> Tensor:
@@ -250,6 +250,24 @@ class ActivationIndex:
         """Activations [..., m] from the pre-activations of the input projections."""
         return combine(pre, self.activation, self.gated)
 
+    def scored_tokens(self, size: int) -> int:
+        """How many tokens of a tile of `size` are scored at most, evenly spread.
+
+        All, if scoring them takes a twentieth of the products of a forward and backward pass through half of the
+        neurons; else as many as do, but no fewer than 16.
+        """
+        rank, width = self.sketch.basis.shape
+        rows = len(self.sketch.codes)
+        scoring, products = rank * (width + rows), (rows + self.neurons) * width
+        affordable = max(_SCORED_TOKENS, int(size * _SCORING * products / scoring))
+        most = self.backend(self.output.weight.device).most_scored
+        return min(size, affordable, most or size)
+
+    def _sampled(self, by_slot: Tensor) -> Tensor:
+        """Of [n, T, ...], the slots of each tile that are scored."""
+        size = by_slot.shape[1]
+        return by_slot[:, :: -(-size // self.scored_tokens(size))]
+
     def _note_weights(self) -> None:
         """Remember which base weights the index is of."""
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
@@ -293,11 +311,6 @@ def _same(sample: Tensor, projection: NeuronProjection) -> bool:
     """Whether a sample is of a projection's base weights, but for a cast of them."""
     now, rounding = projection.sample(), torch.finfo(projection.weight.dtype)
     return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
-
-
-def _sampled(by_slot: Tensor) -> Tensor:
-    """Of [n, T, ...], the slots of each tile that are scored."""
-    return by_slot[:, :: -(-by_slot.shape[1] // _SCORED_TOKENS)]
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:
