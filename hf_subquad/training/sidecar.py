@@ -51,8 +51,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     for mlp in require_patched(model):
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
-        if mlp.index.tokens is not None:
-            tensors[f"{mlp.name}.tokens"] = mlp.index.tokens
+        if mlp.index.summary is not None:
+            tensors[f"{mlp.name}.summary"] = mlp.index.summary
         for name, correction in mlp.corrections.items():
             tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -107,8 +107,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
         device = mlp.output.weight.device
-        mlp.index.tokens = tokens.to(device) if (tokens := tensors.get(f"{mlp.name}.tokens")) is not None else None
-        mlp.index.build()
+        summary = tensors.get(f"{mlp.name}.summary")
+        mlp.index.adopt(None if summary is None else summary.to(device))
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
         mlp.corrections = {
             name: Compensation(*(tensors[path] for path in paths)).to(device)
@@ -173,7 +173,7 @@ def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> No
     projections, found = _projections(model), set(tensors)
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
     for mlp in require_patched(model):
-        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.tokens"} & found)
+        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
         for paths in map(set, _correction_names(mlp).values()):
             wanted |= paths if paths & found else set()
     odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
