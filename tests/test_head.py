@@ -386,7 +386,7 @@ def test_resized_head_is_found(four_rows: None) -> None:
 
 
 def test_compiled_model_is_left_whole() -> None:
-    model, inputs = patch_head(model_of("llama")), labelled_batch()
+    model, inputs = patch_head(build("llama", num_hidden_layers=1)), labelled_batch()
     compiled = torch.compile(model, backend="eager")
     assert compiled(**inputs).logits is not None
     assert model(**inputs).logits is None

@@ -24,7 +24,8 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise NotHereError("it has no output embeddings")
-    if (getattr(stock, "__module__", None) or "").startswith("liger"):
+    own_forward = model.__dict__.get("forward")
+    if (getattr(own_forward, "__module__", None) or "").startswith("liger_kernel"):
         raise NotHereError("Liger's fused loss is in place, which does without logits already")
     if hooked := [name or "head" for name, m in head.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
         raise NotHereError(f"hooks on its head ({', '.join(hooked)}) would see the labelled rows only")

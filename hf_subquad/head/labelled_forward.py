@@ -1,7 +1,6 @@
 """A model's forward that computes logits at the labelled positions only, in training."""
 
 import inspect
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -34,13 +33,15 @@ class LabelledForward:
         self.way: Way | None = None
         self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `way` was found for
 
-    @property
-    def stock(self) -> Callable[..., Any]:
-        return self.replaced or MethodType(type(self.model).forward, self.model)
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that this one stands in for."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:  # by which the Trainer chooses columns of the data
-        return inspect.signature(self.stock)
+        return inspect.signature(self.replaced or MethodType(type(self.model).forward, self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.model:  # accelerate makes a method of it when it undoes its mixed precision

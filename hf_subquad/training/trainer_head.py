@@ -64,7 +64,6 @@ def reader_of_logits(trainer: Trainer | None) -> str | None:
     return None
 
 
-
 def _say(trainer: Trainer | None, text: str) -> None:
     if trainer is None or trainer.is_world_process_zero():
         logger.warning(text)
