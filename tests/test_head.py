@@ -150,6 +150,26 @@ def test_bf16_autocast_is_as_good_as_stock(family: str, four_rows: None) -> None
     assert distance(gradients, exact) <= 3 * distance(stock, exact)
 
 
+def test_float16_keeps_the_loss_scale() -> None:
+    """Chunks would lose gradients below 6e-8, which the scale of the loss is there for; rows come before it."""
+    model, inputs = model_of("llama", torch.float32), labelled_batch()
+    scale = 2.0**16
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            outputs = model(**inputs, num_items_in_batch=10**6)
+        (outputs.loss * scale).backward()
+        return {name: p.grad / scale for name, p in model.named_parameters()}
+
+    _, exact = exact_loss_and_gradients(model, inputs)
+    count = (inputs["labels"][:, 1:] != IGNORED).sum() / 10**6
+    exact = {name: gradient * count for name, gradient in exact.items()}
+    stock = run()
+    patch_head(model)
+    assert distance(run(), exact) <= 3 * distance(stock, exact)
+
+
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0},
                                       {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
                                       {"target_modules": ["q_proj"]}])  # fmt: skip

@@ -57,7 +57,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
 
 def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
     embeddings = model.get_input_embeddings()
-    vocabulary = min(embeddings.weight.shape[0], model.config.get_text_config(decoder=True).vocab_size)
+    vocabulary = min(embeddings.get_parameter("weight").shape[0], model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
     length = _TARGETS if model.config.is_encoder_decoder else _LENGTH
     ids = torch.randint(vocabulary, (2, _LENGTH), generator=generator).to(model.device)

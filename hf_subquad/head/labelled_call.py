@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ def run_on_labelled_rows(
         NotHereError: these inputs, or this model, need the stock forward.
     """
     labels = inputs.get("labels")
-    if not _is_plain(inputs, labels, model):
+    if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
         raise NotHereError
     rows = LabelledRows.of(labels, shifted=way != "labels" and model.loss_function is ForCausalLMLoss)
     if not len(rows.index):  # the loss of no labels is what the stock forward makes of it
@@ -54,25 +54,20 @@ def run_on_labelled_rows(
     return dataclasses.replace(outputs, logits=None)
 
 
-@dataclasses.dataclass
 class _Call:
-    """What replaces head and loss function during one forward pass."""
+    """What stands in for head and loss function during one forward pass."""
 
-    model: PreTrainedModel
-    rows: LabelledRows
-    labels: Tensor
-    megabytes: int
-    way: Way
-    head_calls: int = 0
-    loss_calls: int = 0
-    stand_in: Tensor | None = None  # for the logits, between head and loss: the labelled hidden states
+    def __init__(self, model: PreTrainedModel, rows: LabelledRows, labels: Tensor, megabytes: int, way: Way) -> None:
+        self.model, self.rows, self.labels, self.megabytes, self.way = model, rows, labels, megabytes, way
+        self.head: nn.Module = model.get_output_embeddings()
+        self.head_forward = self.head.forward
+        self.linear = type(self.head) is nn.Linear and "forward" not in vars(self.head)
+        self.loss_function = model.loss_function
+        self.head_calls = self.loss_calls = 0
+        self.stand_in: Tensor | None = None  # for the logits, between head and loss: the labelled hidden states
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        self.head: nn.Module = self.model.get_output_embeddings()
-        self.stock_head = "forward" not in self.head.__dict__
-        self.head_forward = self.head.forward
-        self.loss_function = self.model.loss_function
         loss = {"chunks": self.loss_of_chunks, "rows": self.loss_of_rows, "labels": self.unexpected_loss}[self.way]
         with ExitStack() as stack:
             stack.enter_context(_attribute(self.head, "forward", self.gathered))
@@ -85,10 +80,11 @@ class _Call:
             raise NotHereError("its forward calls the head more than once")
         if hidden.shape[:-1] != self.rows.shape:
             raise NotHereError(f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.rows.shape)}")
-        if self.way == "chunks":
-            self.stand_in = self.rows.gather(hidden)
-            return self.stand_in
-        return self.head_forward(self.rows.gather(hidden))
+        labelled = self.rows.gather(hidden)
+        if self.way != "chunks" or _in_float16(hidden):
+            return cast("Tensor", self.head_forward(labelled))
+        self.stand_in = labelled
+        return labelled
 
     def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
         _, compact = self._checked(logits, labels, kwargs)
@@ -100,6 +96,8 @@ class _Call:
         self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
+        if self.stand_in is None:
+            return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
         hidden, compact = self._checked(logits, labels, kwargs)
         if hidden is not self.stand_in:
             raise NotHereError("its forward changes the logits between head and loss")
@@ -111,7 +109,7 @@ class _Call:
             len(compact[0]) if num_items_in_batch is None else num_items_in_batch,
             vocab_size,
             self.megabytes,
-            self.head.weight if type(self.head) is nn.Linear and self.stock_head else None,
+            cast("nn.Linear", self.head).weight if self.linear else None,
         )
 
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -127,9 +125,9 @@ class _Call:
         return logits, self.rows.labels.unsqueeze(0).to(logits.device)
 
 
-def _is_plain(inputs: dict[str, Any], labels: Any, model: PreTrainedModel) -> bool:
+def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:
     """Whether a call asks for the loss of token ids, and for nothing else that depends on the logits of all."""
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+    if labels.dim() != 2 or labels.is_floating_point():
         return False
     if inputs.get("return_dict", getattr(model.config, "return_dict", True)) is False:
         return False
@@ -145,11 +143,19 @@ def _with_decoder_inputs(model: PreTrainedModel, inputs: dict[str, Any], labels:
         return inputs
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
         return inputs
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return {**inputs, "decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels=labels)}
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+    # Others shift the labels by one position inside their forward; the check has compared the loss.
     start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
     shifted = torch.cat([start, labels[:, :-1]], dim=1)
     return {**inputs, "decoder_input_ids": shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)}
+
+
+def _in_float16(hidden: Tensor) -> bool:
+    """Chunks compute gradients before the loss scale of float16 could keep the small ones from vanishing."""
+    device = hidden.device.type
+    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype) == torch.float16
 
 
 @contextmanager
