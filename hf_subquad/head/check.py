@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..planning.preserve_mode_and_rng import preserve_mode_and_rng
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from .labelled_call import NotHereError, Way, run_on_labelled_rows, supported_loss
 from .labelled_rows import IGNORED
 

@@ -81,8 +81,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
         if runtime.plan is not None and state.is_world_process_zero:
-            for line in runtime.plan.table().splitlines():
-                logger.info(line)
+            logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
         trainer, _ = _trainer_and("trial", sys._getframe(1))

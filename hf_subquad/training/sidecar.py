@@ -61,6 +61,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         "step": step,
         "merged": merged,
         "restarts": restarts,
+        "folded": runtime_of(model).folded,
         "config": config.to_dict(),
         "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
         "files": _other_files(path.parent),
@@ -97,12 +98,13 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     plan = _plan(path, model, about)
     with torch.no_grad():
         for name, projection in projections.items():
-            update = projection.update
+            update, whole = projection.update, projection.merged_rows()
             update.U.copy_(tensors[f"{name}.U"])
             update.V.copy_(tensors[f"{name}.V"])
             update.restarts = about["restarts"][name]
+            projection.moments_are_stale = False
             if about["merged"]:
-                projection.set_rows(update.added_to(projection.rows(), sign=-1))
+                projection.set_rows(update.added_to(whole, sign=-1))
             elif f"{name}.rows" in tensors:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
@@ -118,6 +120,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     if plan is not None:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
+    runtime_of(model).folded = about.get("folded", any(about["restarts"].values()))
     return about["step"]
 
 
@@ -199,7 +202,7 @@ def _check_fits(
     if f"{name}.rows" in tensors:
         return
     expected = tensors[f"{name}.sample"]
-    found = projection.sample().cpu()
+    found = projection.sample(live=about["merged"]).cpu()
     tolerance = 4 * torch.finfo(projection.weight.dtype).eps
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
         raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
