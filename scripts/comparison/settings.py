@@ -1,9 +1,7 @@
-"""What one method of a comparison is run with: plain data that goes to its process and into the report."""
+"""What one method of a comparison is run with: plain data that goes to its processes and into the report."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
-
-Arch = Literal["opt", "llama"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class Shape:
     intermediate: int
     layers: int
     vocab: int
-    arch: Arch = "opt"
+    arch: Literal["opt", "llama"] = "opt"
 
     def __post_init__(self) -> None:
         if self.arch not in ("opt", "llama"):
@@ -49,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of one method's run. All methods of a comparison share all but `method`, `learning_rate`, `save_to`.
+    """Settings of one method. All methods of a comparison share all but `method`, `learning_rate` and `save_to`.
 
     Exactly one of `model` (a folder or a Hub name, with `train_file` and `eval_file`) and `shape` is set.
     """
@@ -80,8 +78,10 @@ class RunSettings:
     alpha: float = 16.0
     rest: Literal["lora", "frozen", "full"] = "lora"
     subquad: dict[str, Any] = field(default_factory=dict)  # fields of SubquadConfig; rank, alpha, seed from above
+    plan: str | None = None  # JSON file; with it nothing is planned
 
-    turn_steps: int = 4  # steps of a turn
-    untimed_steps: int = 2  # first steps, left out of medians (warm-up)
-    profile_steps: int = 5  # extra steps of a baseline in which its MLPs are timed
+    rounds: int = 3  # of timing: in each, every method has a turn
+    turn_steps: int = 4  # timed steps of a turn
+    untimed_steps: int = 2  # steps before them, to warm up
+    profile_steps: int = 2  # steps after them, in which MLPs are timed
     save_to: str | None = None  # plain checkpoint

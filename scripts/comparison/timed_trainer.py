@@ -1,9 +1,8 @@
-"""A Trainer whose steps are timed, and taken in turns with other processes."""
+"""A Trainer whose steps are timed."""
 
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,75 +10,67 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .memory import PeakMemory
-from .run_settings import RunSettings
-from .turns import Turns
+from .mlp_time import MlpTimer
+from .settings import RunSettings
 
 Batch = Mapping[str, torch.Tensor]
 
 
-@dataclass
-class Measured:
-    """Attributes:
-    steps: one row a step: round, seconds, tokens, train_loss.
-    evaluations: one row an evaluation, the first before training: step, seconds of training, eval_loss.
-    setup_seconds: patching, and what callbacks did before the first step.
-    logs: what the method's callbacks logged, by step.
-    """
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    setup_seconds: float = 0.0
-    logs: list[dict[str, Any]] = field(default_factory=list)
-    digest: str = ""  # of all token ids trained on, in order
-
-
 class TimedTrainer(Trainer):
-    """The Trainer, with these additions outside the timed part of a step: it waits for its turn, keeps the loss of
-    each step, and evaluates.
+    """The Trainer, which outside of the timed part of a step keeps its loss, and evaluates.
 
     The time of a step runs from the first callback's `on_step_begin` to the last callback's `on_step_end`: forward,
     backward, gradient clipping, optimizer, and all that the method's own callbacks do in between. Fetching the
-    batch, waiting and evaluating are not in it.
+    batch and evaluating are not in it.
 
     Args:
         callbacks: the method's own.
         evaluate_loss: mean held-out loss of a model, or None for no evaluations.
-        share: what this process tells the others, with its first wait.
+        report: told of each step.
+        mlps: if given, this is a turn: `untimed_steps`, `turn_steps`, and `profile_steps` in which these MLPs (see
+            MlpTimer) are timed.
     """
 
     def __init__(
         self,
         model: nn.Module,
         settings: RunSettings,
-        turns: Turns,
         train: Any,
         collate: Callable[[list[Any]], dict[str, torch.Tensor]],
         callbacks: list[TrainerCallback],
         output_dir: str,
         evaluate_loss: Callable[[nn.Module], float] | None = None,
-        share: dict[str, Any] | None = None,
+        report: Callable[[Any], None] = lambda progress: None,
+        mlps: Mapping[str, Any] | None = None,
     ) -> None:
-        self.settings, self.turns, self.evaluate_loss, self.share = settings, turns, evaluate_loss, share
-        self.measured = Measured()
+        self.settings, self.evaluate_loss, self.report, self.mlps = settings, evaluate_loss, report, mlps
+        self.steps: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+        self.logs: list[dict[str, Any]] = []
+        self.setup_seconds = 0.0
         self.memory = PeakMemory(settings.device)
-        self._hash = hashlib.sha256()
+        self.digest = hashlib.sha256()
+        self._timer: MlpTimer | None = None
         self._loss = self._tokens = torch.zeros(())
         self._started = 0.0
 
+        timed_steps = settings.untimed_steps + settings.turn_steps
+        steps = settings.steps if mlps is None else timed_steps + settings.profile_steps
+        self._profile_from = None if mlps is None else timed_steps
         super().__init__(
             model=model,
-            args=training_arguments(settings, output_dir),
+            args=training_arguments(settings, output_dir, steps),
             train_dataset=train,
             data_collator=collate,
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # Around all others: a callback may have moved itself to the front.
+        # Around all others, so that their time counts; a callback may have moved itself to the front.
         self.callback_handler.callbacks.insert(0, _Before(self))
         self.callback_handler.callbacks.append(_After(self))
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._hash.update(inputs["input_ids"].cpu().numpy().tobytes())
+        self.digest.update(inputs["input_ids"].cpu().numpy().tobytes())
         self._tokens = inputs["attention_mask"].sum()
         self._loss = super().training_step(model, inputs, *args, **kwargs)
         return self._loss
@@ -90,61 +81,36 @@ class TimedTrainer(Trainer):
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def train_begins(self) -> None:
-        self._started = self.now()
-
-    def train_begun(self) -> None:
-        self.measured.setup_seconds += self.now() - self._started
-        self._evaluate_if_due(step=0)
-
-    def step_begins(self, step: int) -> None:
-        """Args: step: number of steps done."""
-        if step % self.settings.turn_steps == 0:
-            self.turns.wait(self.progress(step), self.share)
+    def step_begins(self, steps_done: int) -> None:
+        if steps_done == self._profile_from:
+            self._timer = MlpTimer(self.model, self.mlps or {}, self.now)
+        if self._timer:
+            self._timer.restart()
         self.memory.start()
         self._started = self.now()
 
     def step_ends(self, step: int) -> None:
         seconds = self.now() - self._started
         self.memory.stop()
-        row = {
-            "step": step,
-            "round": self.turns.round,
-            "seconds": seconds,
-            "tokens": int(self._tokens),
-            "train_loss": float(self._loss),
-        }
-        self.measured.steps.append(row)
-        self._evaluate_if_due(step)
-        self.measured.digest = self._hash.hexdigest()[:16]
+        row = {"step": step, "seconds": seconds, "tokens": int(self._tokens), "train_loss": float(self._loss)}
+        self.steps.append(row | ({"mlp_seconds": self._timer.seconds} if self._timer else {}))
+        self.evaluate_if_due(step)
+        self.report({"step": step, "eval_loss": self.evaluations[-1]["eval_loss"] if self.evaluations else None})
 
-    def keep_logs(self, step: int, logs: dict[str, Any]) -> None:
-        ours = {name: value for name, value in logs.items() if name.startswith("subquad/")}
-        if ours:
-            self.measured.logs.append({"step": step} | ours)
-
-    def _evaluate_if_due(self, step: int) -> None:
+    def evaluate_if_due(self, step: int) -> None:
         every, last = self.settings.eval_every, self.args.max_steps
-        if self.evaluate_loss is None or not (step in (0, last) or (every and step % every == 0)):
-            return
-        seconds = self.measured.setup_seconds + sum(row["seconds"] for row in self.measured.steps)
-        loss = self.evaluate_loss(self.model)
-        self.measured.evaluations.append({"step": step, "seconds": seconds, "eval_loss": loss})
-
-    def progress(self, step: int) -> dict[str, Any]:
-        """What the parent displays."""
-        evaluations = self.measured.evaluations
-        return {"step": step, "eval_loss": evaluations[-1]["eval_loss"] if evaluations else None}
+        if self.evaluate_loss is not None and (step in (0, last) or (every and step % every == 0)):
+            self.evaluations.append({"step": step, "eval_loss": self.evaluate_loss(self.model)})
 
 
 class _Before(TrainerCallback):
-    """Stands before the method's callbacks, so that their time counts."""
+    """Stands before the method's callbacks."""
 
     def __init__(self, trainer: TimedTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_begins()
+        self.trainer._started = self.trainer.now()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_begins(state.global_step)
@@ -157,20 +123,23 @@ class _After(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.train_begun()
+        self.trainer.setup_seconds = self.trainer.now() - self.trainer._started
+        self.trainer.evaluate_if_due(step=0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_ends(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self.trainer.keep_logs(state.global_step, logs or {})
+        ours = {name: value for name, value in (logs or {}).items() if name.startswith("subquad/")}
+        if ours:
+            self.trainer.logs.append({"step": state.global_step} | ours)
 
 
-def training_arguments(settings: RunSettings, output_dir: str) -> TrainingArguments:
+def training_arguments(settings: RunSettings, output_dir: str, steps: int) -> TrainingArguments:
     """What every method is trained with."""
     return TrainingArguments(
         output_dir=output_dir,
-        max_steps=settings.steps,
+        max_steps=steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.scheduler,

@@ -9,6 +9,7 @@ from lm_data import NO_LOSS, make_sequences
 from settings import LmSettings
 from training import load_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     LlamaConfig,
@@ -19,7 +20,10 @@ from transformers import (
     default_data_collator,
 )
 
-from .run_settings import RunSettings, Shape
+from .settings import RunSettings, Shape
+
+_LIBRARIES = 700_000_000
+_KEPT_OF_HIDDEN, _KEPT_OF_NEURONS = 14, 4  # values that a layer keeps of a token, in units of its sizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,7 +53,7 @@ def load_inputs(settings: RunSettings) -> Inputs:
         train_file=settings.train_file,
         eval_file=settings.eval_file,
         max_length=settings.seq_length,
-        max_eval_rows=settings.max_eval_rows if "prompt_template" in settings.data else None,
+        max_eval_rows=settings.max_eval_rows if "prompt_template" in settings.data else None,  # blocks are cut below
         **settings.data,
     )
     tokenizer = load_tokenizer(recipe)
@@ -65,7 +69,7 @@ def _sequences(recipe: LmSettings, part: Any, tokenizer: PreTrainedTokenizerBase
     """Token sequences. Of plain text only full blocks, so that every step has the same number of tokens."""
     rows = load_rows(recipe, part)
     sequences = make_sequences(rows, tokenizer, recipe).dataset.to_list()
-    if recipe.prompt_template is None:
+    if recipe.prompt_template is None or recipe.packing:
         sequences = [row for row in sequences if len(row["input_ids"]) == recipe.max_length]
         if not sequences:
             raise DataError(f"{rows.source} holds less than one block of {recipe.max_length} tokens")
@@ -79,7 +83,7 @@ def _random_inputs(settings: RunSettings, shape: Shape) -> Inputs:
     )
     generator = torch.Generator().manual_seed(settings.seed)
     # Enough for every step of a short run; a long one goes round.
-    count = min(settings.steps, 64) * settings.batch_size
+    count = min(max(settings.steps, 8), 64) * settings.batch_size
     # The first ids are the special ones (padding, start, end), which mean something to the model.
     low = min(4, shape.vocab - 1)
     ids = torch.randint(low, shape.vocab, (count, settings.seq_length), generator=generator)
@@ -102,3 +106,27 @@ def shape_config(shape: Shape, positions: int) -> PretrainedConfig:
     return OPTConfig(
         **common, ffn_dim=shape.intermediate, word_embed_proj_dim=shape.hidden, dropout=0.0, attention_dropout=0.0
     )
+
+
+def expected_memory(settings: RunSettings) -> dict[str, int]:
+    """About how many bytes a process of each kind of training will take on a CPU: "full" (every weight is trained) and
+    "low_rank". For the longest batch; evaluation takes less.
+
+    Counted are libraries, weights (trained in full: with gradients and two moments), the inputs that a transformer
+    layer's operations keep for the backward pass, and logits with their gradient and its softmax. Freed memory that the
+    allocator keeps comes on top.
+    """
+    if settings.shape is not None:
+        config = shape_config(settings.shape, settings.seq_length)
+    else:
+        config = AutoConfig.from_pretrained(settings.model)
+    with torch.device("meta"):
+        weights = sum(w.numel() for w in AutoModelForCausalLM.from_config(config).parameters())
+    size = DTYPES[settings.dtype].itemsize
+    tokens = settings.batch_size * settings.seq_length
+    hidden = config.hidden_size
+    neurons = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
+    kept = tokens * config.num_hidden_layers * (_KEPT_OF_HIDDEN * hidden + _KEPT_OF_NEURONS * neurons) * size
+    logits = 3 * tokens * config.vocab_size * 4  # the loss is computed in fp32
+    rest = _LIBRARIES + kept + logits
+    return {"full": rest + 4 * weights * size, "low_rank": rest + weights * size}
