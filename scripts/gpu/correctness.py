@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_subquad import sparse_mlps
 from hf_subquad.index.activation_index import Selection
+from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.backends import backend_for
 from hf_subquad.ops.token_tiles import tile_shape
 
 from .bench import NEEDS_CUDA, Bench, Case, Row, dtype_name
 from .clock import captured
-from .mlps import build, sparse, tokens
 from .problem import OPERATIONS, Problem, ProblemSize, make
 
 PRODUCTS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -109,9 +110,9 @@ def _spread(features: Tensor, entries: Tensor) -> Tensor:
 
 def _mlp(bench: Bench, dtype: torch.dtype) -> Iterator[Row]:
     """Output and gradients of one MLP, each against float64 with the same selection."""
-    for shape in (bench.sizes.main, bench.sizes.others[-1]):
-        layer = _trained(build(bench, shape, "subquad", dtype))
-        x, grad = tokens(bench, shape, bench.sizes.tokens[0], dtype)
+    for shape in (bench.main, bench.other):
+        layer = _trained(bench.sparse_mlp(shape, dtype))
+        x, grad = bench.batch(shape, dtype)
         mlp = sparse(layer)
         selection = mlp.index.select(x.detach(), mlp.k, mlp.runtime.config.tile_size, "similar")
         _poison(bench)
@@ -207,9 +208,8 @@ def _compiled(bench: Bench) -> Iterator[Row]:
 
 def _example(bench: Bench) -> tuple[nn.Module, Tensor, Tensor]:
     """A sparse MLP of the main shape with a live update, tokens and a gradient."""
-    shape = bench.sizes.main
-    layer = bench.once("checked MLP", lambda: _trained(build(bench, shape, "subquad", bench.dtype)))
-    return layer, *tokens(bench, shape, bench.sizes.tokens[0])
+    layer = bench.once("checked MLP", lambda: _trained(bench.sparse_mlp(bench.main, bench.dtype)))
+    return layer, *bench.batch(bench.main)
 
 
 @torch.no_grad()
@@ -219,6 +219,10 @@ def _trained(layer: nn.Module) -> nn.Module:
         for factor in projection.update.parameters():
             factor.copy_(torch.randn_like(factor) * factor.shape[1] ** -0.5 / 4)
     return layer
+
+
+def sparse(layer: nn.Module) -> SparseMLP:
+    return sparse_mlps(layer)[0]
 
 
 def _with_backend(layer: nn.Module, dtype: torch.dtype) -> nn.Module:

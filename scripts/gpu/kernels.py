@@ -7,10 +7,9 @@ from typing import Any
 
 from hf_subquad.ops.backends import backend_for, triton_products
 
-from .bench import Bench, Case, Row, dtype_name
+from .bench import Bench, Case, Row, Shape, dtype_name
 from .clock import Work
 from .problem import Problem, ProblemSize, gathered_down, gathered_up, make
-from .shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -30,27 +29,24 @@ class Kernel:
 
 
 def cases(bench: Bench) -> list[Case]:
-    shapes = (bench.sizes.main, *bench.sizes.others)
-    return [(shape.name, partial(_shape, bench, shape)) for shape in shapes]
+    return [(shape.name, partial(_shape, bench, shape)) for shape in (bench.main, bench.other)]
 
 
 def problem_of(bench: Bench, shape: Shape) -> Problem:
-    """Inputs of production, at the first token count and the paper's share."""
-    count, tile = bench.sizes.tokens[0], bench.sizes.tile
-    tiles = max(1, count // tile)
-    active = backend_for("triton", bench.device).round_up_k(shape.paper_active)
+    """Inputs of production, at the paper's share."""
+    tiles = max(1, bench.tokens // bench.tile)
+    active = backend_for("triton", bench.device).round_up_k(shape.active)
     size = ProblemSize(
-        shape.name, count, tiles, -(-count // tiles), active, shape.intermediate, shape.hidden, bench.sizes.rank
+        shape.name, bench.tokens, tiles, -(-bench.tokens // tiles), active, shape.intermediate, shape.hidden, bench.rank
     )
     return make(size, bench.dtype, bench.device)
 
 
 def _shape(bench: Bench, shape: Shape) -> Iterator[Row]:
     p = problem_of(bench, shape)
-    main = shape == bench.sizes.main
     about = {
         "shape": shape.name, "tokens": p.size.tokens, "active": p.size.active, "tile": p.size.slots,
-        "dtype": dtype_name(bench.dtype), "main": main,
+        "dtype": dtype_name(bench.dtype),
     }  # fmt: skip
     weight = p.matrices[0].rows.t()
     dense_ms = bench.clock.median(lambda: p.x @ weight)

@@ -1,6 +1,6 @@
 """How fast does each method bring the loss of a wide net to zero, by iteration and by second?
 
-    python scripts/wide_net_methods.py --width 4096 --samples 64 --json out/methods.json --png out/methods.png
+    python scripts/studies/wide_net_methods.py --width 4096 --samples 64 --json out/methods.json --png out/methods.png
 
 All methods train the same m x m matrix of the same net on the same realisable task, in turns of one iteration, until
 the loss is --goal of its start. Gauss-Newton: the library's with each solver, and dense. Gradient descent, with step
@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparison.plots import plots_available
-from comparison.report import write_json, write_whole
-from environment import provenance
-from study.report import Panel, draw, text_table
 from torch import Tensor
 from tqdm import tqdm
-from wide_nets.dense import DenseGaussNewton
-from wide_nets.tasks import TASKS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from environment import provenance
+from reporting import Panel, draw, plots_available, text_table, write_json
+from studies.wide_nets import TASKS, DenseGaussNewton
 
 from hf_subquad.theory import GaussNewton, MaintainedState, WideNet
 from hf_subquad.theory.solvers import gram
@@ -220,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(report, options.json)
     if options.png:
-        write_whole(options.png, lambda file: draw(panels(report), f"m = {options.width}, n = {options.samples}", file))
+        draw(panels(report), f"m = {options.width}, n = {options.samples}", options.png)
     return 0
 
 

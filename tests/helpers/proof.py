@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from helpers.models import fill_updates
-from helpers.reference import mask_of, plain_output, selections_by_mlp
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from helpers.models import fill_updates
+from helpers.reference import mask_of, plain_output, selections_by_mlp
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, unpatch_model
 
 CONFIG = SubquadConfig(rank=3, alpha=5.0, active=0.25, tile_size=8, sketch_rank=12, layers_to_transform="all")

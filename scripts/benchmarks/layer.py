@@ -1,6 +1,6 @@
 """Time one MLP layer, forward and backward: dense fully trained, dense frozen with LoRA, and subquad.
 
-    python scripts/bench_layer.py --tokens 2048 --hidden 2048 --intermediate 8192 --dtype fp32 --json row.json
+    python scripts/benchmarks/layer.py --tokens 2048 --hidden 2048 --intermediate 8192 --dtype fp32 --json row.json
 
 The three run interleaved, one after the other in every round, and the medians over the rounds are reported; ratios
 are medians of the ratios within a round. Weights and tokens are random, which costs the same as pretrained ones.
@@ -10,7 +10,6 @@ Several values, separated by commas, make a grid.
 import argparse
 import ctypes
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,10 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comparison.memory import PeakMemory, resident_bytes
-from environment import commit, machine, versions
 from torch import Tensor, nn
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from comparison.memory import PeakMemory, resident_bytes
+from environment import provenance
+from reporting import write_json
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
 from hf_subquad.planning.mlp_timing import timed
@@ -225,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for values in tqdm(list(itertools.product(*(getattr(args, name) for name in names))), unit="row"):
         point = argparse.Namespace(**{**vars(args), **dict(zip(names, values, strict=True))})
-        row = {**bench(point), "versions": versions(), "commit": commit(), "machine": machine()}
+        row = {**bench(point), **provenance()}
         rows.append(row)
         tqdm.write(
             f"N={row['tokens']} d={row['hidden']} m={row['intermediate']} k={row['active']} T={row['tile']} "
@@ -235,8 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             f"saved {row['saved_share_of_dense']:.0%} of dense"
         )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1))
+        write_json(rows, args.json)
 
 
 if __name__ == "__main__":

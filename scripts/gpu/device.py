@@ -16,29 +16,26 @@ def facts(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         found |= {
-            "name": about.name,
-            "capability": f"{about.major}.{about.minor}",
-            "memory_bytes": about.total_memory,
-            "multiprocessors": about.multi_processor_count,
-            "l2_bytes": getattr(about, "L2_cache_size", None),
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-        }
+            "name": about.name, "capability": f"{about.major}.{about.minor}", "memory_bytes": about.total_memory,
+            "multiprocessors": about.multi_processor_count, "cuda": torch.version.cuda, "driver": _driver(),
+        }  # fmt: skip
     return found
 
 
 def cases(bench: Bench) -> list[Case]:
-    return [("dense GEMM", lambda: _gemm(bench)), ("copy", lambda: _copy(bench))]
+    return [("facts", lambda: _facts(bench)), ("dense GEMM", lambda: _gemm(bench)), ("copy", lambda: _copy(bench))]
+
+
+def _facts(bench: Bench) -> Iterator[Row]:
+    yield {"what": "facts", **facts(bench.device)}
 
 
 def _gemm(bench: Bench) -> Iterator[Row]:
     size = 64 if bench.tiny else 8192
     left, right = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
     ms = bench.clock.median(lambda: left @ right)
-    yield {
-        "what": "dense GEMM", "size": size, "dtype": dtype_name(bench.dtype), "ms": ms,
-        "tflops": 2 * size**3 / ms / 1e9,
-    }  # fmt: skip
+    about = {"what": "dense GEMM", "size": size, "dtype": dtype_name(bench.dtype)}
+    yield about | {"ms": ms, "tflops": 2 * size**3 / ms / 1e9}
 
 
 def _copy(bench: Bench) -> Iterator[Row]:

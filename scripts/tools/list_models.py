@@ -1,9 +1,9 @@
 """Try every model type of the installed transformers, tiny and with random weights, and list the outcomes.
 
-    python scripts/list_models.py                   write docs/models.md
-    python scripts/list_models.py llama bert        print the rows of some types
+    python scripts/tools/list_models.py                   write docs/models.md
+    python scripts/tools/list_models.py llama bert        print the rows of some types
 
-Each model that can be patched is proved to be the same one (`architectures/proof.py`); one that is not is an error.
+Each model that can be patched is proved to be the same one (`tests/helpers/proof.py`); one that is not is an error.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import torch
 import transformers
 from transformers.utils import logging
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "tests")]
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from architectures.proof import CONFIG, NotComparedError, prove  # noqa: E402
-from architectures.tiny import NotBuiltError, class_name, model_types, outline, tiny_batch, tiny_model  # noqa: E402
+from helpers.proof import CONFIG, NotComparedError, prove
+from helpers.tiny_models import NotBuiltError, class_name, model_types, outline, tiny_batch, tiny_model
 
-from hf_subquad import EmptyBatchError, NoMatchError, UnsupportedModuleError, patch_model, sparse_mlps  # noqa: E402
-from hf_subquad.layers.sparse_mlp import SparseMLP  # noqa: E402
-from hf_subquad.patching.mlp_patterns import find_mlps, fused_experts  # noqa: E402
+from hf_subquad import EmptyBatchError, NoMatchError, UnsupportedModuleError, patch_model, sparse_mlps
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.patching.mlp_patterns import find_mlps, fused_experts
 
 PAGE = REPOSITORY / "docs" / "models.md"
 
@@ -147,7 +147,8 @@ def page(verdicts: Iterable[Verdict]) -> str:
     parts = [
         "# Model types",
         f"Every model type of transformers {transformers.__version__} that has a model, tiny and with random weights, "
-        "as `python scripts/list_models.py` finds it. A type stands for one class, with default settings but sizes.",
+        "as `python scripts/tools/list_models.py` finds it. A type stands for one class, with default settings but "
+        "sizes.",
     ]
     for name, section in SECTIONS.items():
         rows = [verdict.row for verdict in verdicts if verdict.section == name]

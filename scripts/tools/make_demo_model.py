@@ -1,7 +1,7 @@
 """Train the small language model that ships with this repository, from text that ships with Python.
 
-    python scripts/make_demo_model.py             # 5000 steps, 4.5 a second on 2 free cores with AMX
-    python scripts/make_demo_model.py --check     # one minute: what this machine would reach
+    python scripts/tools/make_demo_model.py             # 5000 steps, 4.5 a second on 2 free cores with AMX
+    python scripts/tools/make_demo_model.py --check     # one minute: what this machine would reach
 
 An OPT model with ReLU whose MLPs hold most of the weights, as in large models, so that its activations are
 sparse for the reason that theirs are: training. It is for demonstrations and tests only.
@@ -13,17 +13,22 @@ import ctypes
 import hashlib
 import math
 import platform
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from corpus import HELD_OUT_EVERY, standard_library_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-FOLDER = Path(__file__).resolve().parent / "demo_model"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from corpus import HELD_OUT_EVERY, standard_library_text
+
+FOLDER = Path(__file__).resolve().parents[1] / "demo_model"
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 BLOCK = 512  # tokens of a training sequence, and the model's number of positions
 
@@ -183,7 +188,7 @@ tags: [opt, relu, demo]
 ---
 # Demo model: a small OPT with wide, sparse MLPs
 
-Made by `python scripts/make_demo_model.py` from text that comes with Python. It exists so that the comparison of
+Made by `python scripts/tools/make_demo_model.py` from text that comes with Python. It exists so that the comparison of
 `make demo` runs on a really trained model without a download. It is for demonstrations and tests, and of no use for
 writing code or text.
 
@@ -299,8 +304,6 @@ def main() -> None:
     keep_freed_memory()
     how = Training(steps=options.steps, minutes=options.minutes, seed=options.seed)
     if options.check:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), Training(steps=how.steps, minutes=1.0, seed=how.seed))
         return

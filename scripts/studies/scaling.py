@@ -1,6 +1,6 @@
 """How does the time of an iteration grow with the width m? The paper's loop, dense twins, and the fine-tuning layer.
 
-    python scripts/scaling.py --max-width 16384 --samples 64 --json out/scaling.json --png out/scaling.png
+    python scripts/studies/scaling.py --max-width 16384 --samples 64 --json out/scaling.json --png out/scaling.png
 
 First part: Gauss-Newton on a wide net with n samples, whose trained matrix is m x m. `subquad` is the library's;
 `dense` computes H W^T and W -= D^T H in each iteration; `sparse` does so at non-zeros only, and like `dense` keeps
@@ -8,29 +8,30 @@ nothing from one iteration to the next. The solve is the same in all three. They
 iterations of subquad and one of each twin.
 
 Second part: one MLP layer of the fine-tuning side, forward and backward, with d = m / 4 and ceil(m^0.8) neurons,
-selection included, beside the dense layer, trained fully and with LoRA (scripts/bench_layer.py).
+selection included, beside the dense layer, trained fully and with LoRA (scripts/benchmarks/layer.py).
 
 Memory, about: 12 bytes for each of m x m entries, 4 less for each twin that is left out of --methods.
 """
 
 import argparse
 import math
+import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import bench_layer
 import torch
-from comparison.plots import plots_available
-from comparison.report import write_json, write_whole
-from environment import provenance
-from study.report import Panel, Points, draw, lines_of, text_table
 from tqdm import tqdm
-from wide_nets.dense import DenseGaussNewton, SparseGaussNewton
-from wide_nets.slopes import measured_slope
-from wide_nets.tasks import smooth_task
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import layer
+from environment import provenance
+from reporting import Panel, Points, draw, lines_of, plots_available, text_table, write_json
+from studies.wide_nets import DenseGaussNewton, SparseGaussNewton, smooth_task
 
 from hf_subquad.theory import GaussNewton, Step, WideNet
 
@@ -38,6 +39,9 @@ METHODS = {"subquad": GaussNewton, "dense": DenseGaussNewton, "sparse": SparseGa
 PARTS = ("forward", "solve", "update", "maintenance")
 LAYERS = {"subquad": "subquad", "dense": "dense_full", "lora": "dense_lora"}
 FITTED_FROM = 4096
+# Two-sided 95% quantiles of Student's t by degrees of freedom.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+_RESAMPLES = 2000
 _SHOWN_LOSSES = 10
 
 DEFINITIONS = {
@@ -164,7 +168,7 @@ def layer_scaling(options: argparse.Namespace) -> dict[str, Any]:
                 tokens=options.tokens, hidden=width // 4, intermediate=width, active=None, tile=128, dtype="fp32",
                 rank=16, gated=False, device="cpu", rounds=options.layer_rounds, warmup=1,
             )  # fmt: skip
-            row = bench_layer.bench(point)
+            row = layer.bench(point)
             rows += [
                 {"method": name, "width": width, "seconds": {"total": row["round_seconds"][kind]}, "share": share}
                 for name, kind in LAYERS.items()
@@ -190,6 +194,42 @@ def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
     return median(a / b for a, b in zip(above, below, strict=True))
 
 
+# Exponents
+
+
+def fitted_slope(points: Mapping[float, float]) -> tuple[float, float | None]:
+    """Least-squares slope of log y against log x, and half of its 95% interval from the residuals, of 3 points up."""
+    xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - x_mean) ** 2 for x in xs)
+    slope = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread
+    freedom = len(xs) - 2
+    if freedom < 1:
+        return slope, None
+    missed = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in zip(xs, ys, strict=True))
+    return slope, _STUDENT[min(freedom, max(_STUDENT))] * math.sqrt(missed / freedom / spread)
+
+
+def measured_slope(repeats: Mapping[int, Sequence[float]], seed: int = 0) -> dict[str, Any]:
+    """Slope of the medians of repeated measurements by width, with two intervals of 95%.
+
+    `bootstrap_95` resamples the repeats of each width: how much the slope owes to noise. `line_95` is Student's, from
+    the distances of the medians to the line: how well a power law fits; None for fewer than three widths.
+    """
+    slope, half = fitted_slope({width: median(values) for width, values in repeats.items()})
+    draw = random.Random(seed)
+    resampled = sorted(
+        fitted_slope({width: median(draw.choices(values, k=len(values))) for width, values in repeats.items()})[0]
+        for _ in range(_RESAMPLES)
+    )
+    return {
+        "slope": slope,
+        "bootstrap_95": [resampled[round(share * (_RESAMPLES - 1))] for share in (0.025, 0.975)],
+        "line_95": None if half is None else [slope - half, slope + half],
+        "widths": list(repeats),
+    }
+
+
 # What is printed and drawn
 
 
@@ -210,13 +250,13 @@ def table(report: Mapping[str, Any]) -> str:
     )
     text.append(f"speed-up at m = {report['rows'][-1]['width']:,}: {report['speedup_at_max_width']:.1f}x")
     if report["layer"]:
-        layer = report["layer"]
         lines = [
             [row["method"], f"{row['width']:,}", f"{1000 * median(row['seconds']['total']):.1f}", f"{row['share']:.1%}"]
-            for row in layer["rows"]
+            for row in report["layer"]["rows"]
         ]
         text.append(text_table(["layer", "m", "total (ms)", "share"], lines))
-        text.append(_slope_table([("layer", name, "total", parts["total"]) for name, parts in layer["slopes"].items()]))
+        found = report["layer"]["slopes"].items()
+        text.append(_slope_table([("layer", name, "total", parts["total"]) for name, parts in found]))
     return "\n\n".join(text)
 
 
@@ -303,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(report, options.json)
     if options.png:
-        write_whole(options.png, lambda file: draw(panels(report), "time against width", file))
+        draw(panels(report), "time against width", options.png)
     return 0
 
 
