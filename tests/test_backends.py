@@ -207,7 +207,7 @@ def test_an_mlp_equals_its_masked_dense_twin(kind: Kind, bias: bool, device: str
     expected.backward(upstream.double())
 
     tiles = type(selection.tiles).of(selection.tiles.entries.to(device), N)
-    mlp.forced = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
+    mlp.selection_override = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
     x = x.to(device).requires_grad_()
     found = module.to(device)(x)
     found.backward(upstream.to(device))

@@ -159,7 +159,7 @@ def test_one_wrong_neuron_a_tile_changes_the_output(family: str) -> None:
     with recorded_selections() as selections:
         before = logits(model, inputs)
     mlp, selection = sparse_mlps(model)[0], selections[0]
-    mlp.forced = selection
+    mlp.selection_override = selection
     torch.testing.assert_close(logits(model, inputs), before)
     for chosen in selection.neurons:
         chosen[0] = next(j for j in range(NEURONS) if j not in chosen)

@@ -1,15 +1,19 @@
 """Does the index find the neurons that matter, report half-spaces exactly, and stay current?"""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from helpers.mlps import KINDS, Kind, patched
 from helpers.models import CONFIG, assert_same, fill_updates, llama, opt, snapshot, tokens
 from torch import Tensor
 
-from hf_subquad import ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps
+from hf_subquad import CalibrationError, ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps, sync_model
 from hf_subquad.index import activation_index as index_module
 from hf_subquad.index.activation_index import ActivationIndex
 from hf_subquad.index.half_space import Report, ReportingIndex
+from hf_subquad.index.selection_quality import evaluate_selection, outputs, recall
 from hf_subquad.index.sketch import add_low_rank
 
 D, M, N = 12, 40, 21
@@ -49,9 +53,9 @@ def test_outputs_of_all_neurons_in_parts_are_the_whole(kind: Kind) -> None:
     index = made(kind)
     tile_tokens = inputs(20).view(4, 5, D)
     neurons = torch.stack([torch.randperm(M, generator=torch.Generator().manual_seed(t)) for t in range(4)])
-    parts = [index.outputs(tile_tokens, part) for part in neurons.tensor_split([7, 7, 30], 1)]
+    parts = [outputs(index, tile_tokens, part) for part in neurons.tensor_split([7, 7, 30], 1)]
     assert not parts[1].any() and all(part.any() for part in (parts[0], *parts[2:]))
-    found = index.evaluate_selection(tile_tokens, neurons[:, :7])
+    found = evaluate_selection(index, tile_tokens, neurons[:, :7])
     torch.testing.assert_close(sum(parts), found.whole.flatten(0, 1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(parts[2] + parts[3], found.missed.flatten(0, 1), rtol=1e-4, atol=1e-5)
 
@@ -98,6 +102,7 @@ def test_report_has_exact_ties_after_live_updates_too() -> None:
     with torch.no_grad():
         gate.weight.zero_()
         gate.bias.copy_(integers(M, seed=2))
+    index.build()
     x = integers(N, D, seed=3)
     for round_ in range(3):
         with torch.no_grad():
@@ -132,6 +137,7 @@ def test_report_follows_other_changes(change: str) -> None:
     if change == "weight":
         with torch.no_grad():
             gate.weight.mul_(-1.5)
+        assert index.rebuild_if_stale()
     elif change == "fold":
         index.fold()
     else:
@@ -186,7 +192,7 @@ def test_a_spoiled_token_does_not_change_what_others_report(value: float) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("order", ["similar", "consecutive"])
 def test_recall_is_one_with_a_full_sketch_and_all_tokens_scored(kind: Kind, order: str) -> None:
-    assert made(kind).recall(inputs(32), k=9, tile_size=16, order=order) == 1.0
+    assert recall(made(kind), inputs(32), k=9, tile_size=16, order=order) == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,7 +203,7 @@ def test_recall_falls_with_the_rank_of_the_sketch(kind: Kind) -> None:
         index = made(kind, sketch_rank=rank)
         for projection in index.inputs:
             projection.update.restart()
-        recalls.append(index.recall(inputs(64), k=9, tile_size=16))
+        recalls.append(recall(index, inputs(64), k=9, tile_size=16))
     assert recalls[0] == 1.0
     assert recalls[0] > recalls[1] > recalls[2] > 0
 
@@ -216,7 +222,7 @@ def test_recall_is_a_share_of_the_true_top() -> None:
         best = set(true[slots].sum(0).topk(k).indices.tolist())
         hits.append(len(best & set(chosen.tolist())) / k)
     assert 0 < sum(hits) / len(hits) < 1
-    assert index.recall(x, k, 16) == pytest.approx(sum(hits) / len(hits))
+    assert recall(index, x, k, 16) == pytest.approx(sum(hits) / len(hits))
 
 
 def planted() -> tuple[ActivationIndex, Tensor, Tensor]:
@@ -230,6 +236,7 @@ def planted() -> tuple[ActivationIndex, Tensor, Tensor]:
         for group in range(4):
             index.inputs[0].weight[5 * group : 5 * group + 5, group] = 8.0
         index.output.weight.fill_(0.1)
+    index.build()
     group = torch.arange(4).repeat_interleave(16)[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
     x = torch.zeros(64, D)
     x[torch.arange(64), group] = 1.0
@@ -255,6 +262,7 @@ def test_select_weighs_by_output_rows() -> None:
     index, x, _ = planted()
     with torch.no_grad():
         index.output.weight[:, 2] = 0.0
+    index.build()
     chosen = index.select(x, 5, 16, "similar").neurons
     assert not (chosen == 2).any()
     assert sorted({0, 1, 3, 4} & set(chosen.flatten().tolist())) == [0, 1, 3, 4]
@@ -297,7 +305,7 @@ def test_an_activation_with_parameters_in_any_dtype(dtype: torch.dtype, autocast
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         module(x.to(weights)).sum().backward()
     assert mlp.index.activation.weight.grad.isfinite().all()
-    assert mlp.index.recall(x.to(weights), 9, 8) > 0.5
+    assert recall(mlp.index, x.to(weights), 9, 8) > 0.5
 
 
 def test_select_in_float16_does_not_overflow() -> None:
@@ -311,6 +319,7 @@ def test_select_in_float16_does_not_overflow() -> None:
         index.inputs[0].bias.fill_(300.0)
         index.inputs[0].bias[-6:] = 600.0
         index.output.weight.fill_(0.1)
+    index.build()
     chosen = index.select(inputs(16).half(), 6, 16, "similar").neurons
     assert sorted(chosen.flatten().tolist()) == list(range(M - 6, M))
 
@@ -324,6 +333,10 @@ def test_features_that_are_not_finite_do_not_crash() -> None:
 # Staying current
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("the weights were read")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     index = made(kind, sketch_rank=6)
@@ -333,10 +346,7 @@ def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.
     right = torch.cat([v.detach() for _, v in updates])
     apart = add_low_rank(index.sketch, left, right)
     live = [projection.merged_rows().clone() for projection in (*index.inputs, index.output)]
-    recall = index.recall(x, 9, 16)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the weights were read")
+    before = recall(index, x, 9, 16)
 
     monkeypatch.setattr(index_module, "build_sketch", refuse)
     index.fold()
@@ -345,8 +355,8 @@ def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.
         assert torch.equal(projection.rows(), rows)
         assert projection.update.is_zero() and projection.update.restarts == 1
     torch.testing.assert_close(index.output_norms, live[-1].square().sum(1))
-    after = index.recall(x, 9, 16)  # still without sketching
-    assert after >= recall - 0.25 and after > 9 / M
+    after = recall(index, x, 9, 16)  # still without sketching
+    assert after >= before - 0.25 and after > 9 / M
 
 
 def test_fold_keeps_recall_with_a_full_sketch() -> None:
@@ -357,18 +367,135 @@ def test_fold_keeps_recall_with_a_full_sketch() -> None:
                 for factor in projection.update.parameters():
                     factor.copy_(torch.randn(factor.shape, generator=torch.Generator().manual_seed(round_)) * 0.3)
         index.fold()
-        assert index.recall(inputs(32), 9, 16) == pytest.approx(1.0, abs=0.04)
+        assert recall(index, inputs(32), 9, 16) == pytest.approx(1.0, abs=0.04)
 
 
-def test_changed_weights_rebuild_the_index() -> None:
+def neurons(index: ActivationIndex) -> Tensor:
+    return index.select(inputs(32), 9, 8, "similar").neurons.sort().values
+
+
+def test_a_query_goes_on_with_a_stale_sketch_and_says_so_once() -> None:
     index = made()
-    before = index.sketch
-    index.select(inputs(), 5, 4, "similar")
-    assert index.sketch is before
+    before, chosen = index.sketch, neurons(index)
     with torch.no_grad():
         index.inputs[0].weight.neg_()
-    assert index.recall(inputs(16), 5, 16) == 1.0
-    assert index.sketch is not before
+    with pytest.warns(UserWarning, match=f"weights of {index.name or '.*'} were changed.*sync_model"):
+        assert torch.equal(neurons(index), chosen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        index.report(inputs(), 0.5)
+        assert index.sketch is before
+        assert index.rebuild_if_stale() and not index.rebuild_if_stale()
+        assert recall(index, inputs(16), 5, 16) == 1.0
+    with torch.no_grad():
+        index.output.weight.neg_()
+    with pytest.warns(UserWarning, match="were changed"):
+        neurons(index)
+
+
+def test_training_rebuilds_a_stale_sketch_at_the_next_sync() -> None:
+    model = patch_model(opt(), CONFIG)
+    first, second = sparse_mlps(model)[:2]
+    sketches = first.index.sketch, second.index.sketch
+    with torch.no_grad():
+        first.inputs[0].weight.mul_(1.5)
+    sync_model(model, 1)
+    assert first.index.sketch is not sketches[0] and second.index.sketch is sketches[1]
+    torch.testing.assert_close(first.index.sketch.basis, 1.5 * sketches[0].basis, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_rebuilds_the_index_at_once(assign: bool) -> None:
+    model, other = patch_model(opt(), CONFIG), opt()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    fresh = patch_model(other, CONFIG)
+    for mine, theirs in zip(sparse_mlps(model), sparse_mlps(fresh), strict=True):
+        assert torch.equal(mine.index.sketch.codes, theirs.index.sketch.codes)
+        assert torch.equal(mine.index.output_norms, theirs.index.output_norms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_moves_the_index(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sketch serves, without a word, also in a copy of the model."""
+    model = patch_model(opt(), CONFIG)
+    monkeypatch.setattr(index_module, "build_sketch", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for moved in (copy.deepcopy(model), model):
+            copied = copy.deepcopy(moved.to(dtype))
+            copied(tokens()).logits.sum().backward()
+            assert not any(mlp.index.rebuild_if_stale() for mlp in sparse_mlps(copied))
+
+
+def test_a_copy_that_was_changed_is_stale() -> None:
+    model = copy.deepcopy(patch_model(opt(), CONFIG))
+    index = sparse_mlps(model)[0].index
+    with torch.no_grad():
+        index.inputs[0].weight.neg_()
+    with pytest.warns(UserWarning, match=index.name):
+        model(tokens())
+    assert index.rebuild_if_stale()
+
+
+# Fitted to tokens
+
+
+def narrow(count: int = 300, seed: int = 6) -> Tensor:
+    """Tokens that lie near 3 of D directions, along which the weights are no larger than elsewhere."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(3, D, generator=generator)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, generator=generator) @ directions + 0.05 * torch.randn(count, D, generator=generator)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_finds_more_of_the_neurons_that_matter(kind: Kind) -> None:
+    index, x = made(kind, sketch_rank=4), narrow(seed=8)
+    before = recall(index, x, 9, 16)
+    index.fit(narrow())
+    after = recall(index, x, 9, 16)
+    assert after > 0.9 and after - before > 0.5 * (1 - before)
+    sketch = index.sketch
+    index.build()  # as after loading weights: still for these tokens
+    assert torch.equal(index.sketch.codes, sketch.codes)
+
+
+def test_a_fit_takes_tokens_of_any_shape_and_a_sample_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, x, state = made(sketch_rank=4), narrow(5000), torch.get_rng_state()
+    seen: list[Tensor] = []
+    sketched = index_module.build_sketch
+    monkeypatch.setattr(index_module, "build_sketch", lambda *given: seen.append(given[3]) or sketched(*given))
+    for tokens_ in (x, x.view(50, 100, D), x[:70]):
+        index.fit(tokens_)
+    assert [len(tokens_) for tokens_ in seen] == [2048, 2048, 70]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(torch.get_rng_state(), state)
+    places = (x[:, None, 0] == seen[0][None, :, 0]).any(1).nonzero().flatten()
+    assert len(places) == 2048 and places[-1] - places[0] > 4900 and places.diff().max() < 50  # spread, each once
+
+
+def test_a_fold_keeps_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, x = made("gated", sketch_rank=5), narrow(seed=8)
+    index.fit(narrow())
+    before = recall(index, x, 9, 16)
+    monkeypatch.setattr(index_module, "build_sketch", refuse)
+    index.fold()
+    assert index.sketch_is_approximate
+    assert recall(index, x, 9, 16) > before - 0.1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_fit_to_spoiled_tokens_is_refused_and_changes_nothing(value: float) -> None:
+    index, x = made(), narrow()
+    index.fit(x)
+    sketch = index.sketch
+    spoiled = x.clone()
+    spoiled[3, 4] = value
+    with pytest.raises(CalibrationError, match="tokens"):
+        index.fit(spoiled)
+    assert index.sketch is sketch and torch.equal(index.tokens, x)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -378,10 +505,11 @@ def test_changed_weights_that_are_not_finite_are_named(value: float) -> None:
     good = state["model.decoder.layers.2.fc1.weight"].clone()
     spoiled = good.clone()
     spoiled[3, 4] = value
-    model.load_state_dict({**state, "model.decoder.layers.2.fc1.weight": spoiled})
     for _ in range(2):
         with pytest.raises(WeightsError, match=r"layers\.2"):
-            model(tokens())
+            model.load_state_dict({**state, "model.decoder.layers.2.fc1.weight": spoiled})
+    with pytest.raises(WeightsError, match=r"layers\.2"):
+        sync_model(model, 1)
     model.load_state_dict({**state, "model.decoder.layers.2.fc1.weight": good})
     assert model(tokens()).logits.isfinite().all()
 

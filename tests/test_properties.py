@@ -244,7 +244,7 @@ def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None
     for step in range(1, folds + 1):
         assert sync_model(module, step).folded
     assert all(p.update.is_zero() and p.update.restarts == folds for p in mlp.projections)
-    mlp.forced = made[0]
+    mlp.selection_override = made[0]
     with torch.no_grad():
         with sparse_forward(module):
             torch.testing.assert_close(module(x), sparse, rtol=1e-9, atol=1e-9)

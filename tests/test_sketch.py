@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_subquad import CalibrationError, WeightsError
 from hf_subquad.index.sketch import Sketch, add_low_rank, build_sketch
 
 
@@ -48,9 +49,11 @@ def test_full_rank_is_exact_and_more_is_not_asked() -> None:
         torch.testing.assert_close(product(sketch), weight, rtol=1e-5, atol=1e-5)
 
 
-def test_basis_is_orthonormal() -> None:
-    basis = build_sketch(decaying(70, 30), 9, seed=0).basis
-    torch.testing.assert_close(basis @ basis.t(), torch.eye(9), rtol=0, atol=1e-5)
+def test_codes_are_orthonormal_and_leading_directions_come_first() -> None:
+    sketch = build_sketch(decaying(70, 30), 9, seed=0)
+    torch.testing.assert_close(sketch.codes.t() @ sketch.codes, torch.eye(9), rtol=0, atol=1e-5)
+    sizes = sketch.basis.norm(dim=1)
+    torch.testing.assert_close(sizes, 1 / torch.arange(1.0, 10.0), rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -73,6 +76,99 @@ def test_seed_decides_and_global_randomness_is_untouched() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.codes, second.codes) and torch.equal(first.basis, second.basis)
     assert not torch.equal(product(first), product(other))
+
+
+# Fitted to inputs
+
+
+def correlated(count: int, width: int, seed: int = 0) -> Tensor:
+    """Inputs whose directions differ in size by a factor of the width, turned so that no axis is one of them."""
+    generator = torch.Generator().manual_seed(7)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q
+    values = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+    return (values / torch.arange(1, width + 1)) @ turn
+
+
+def error(sketch: Sketch, weight: Tensor, tokens: Tensor) -> float:
+    return ((product(sketch) - weight) @ tokens.t()).norm().item()
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_a_fit_predicts_pre_activations_about_as_well_as_any_map_of_its_rank(rank: int) -> None:
+    """Held against the truncated SVD of all pre-activations, in float64 (Eckart and Young)."""
+    weight, tokens = decaying(200, 60), correlated(500, 60)
+    optimal = torch.linalg.svdvals(weight.double() @ tokens.double().t())[rank:].norm().item()
+    assert error(build_sketch(weight, rank, 3, tokens), weight, tokens) <= 1.02 * optimal
+    assert error(build_sketch(weight, rank, 3), weight, tokens) > 1.2 * optimal
+    unseen = correlated(500, 60, seed=1)
+    assert error(build_sketch(weight, rank, 3, tokens), weight, unseen) < error(
+        build_sketch(weight, rank, 3), weight, unseen
+    )
+
+
+def test_a_fit_does_not_depend_on_the_size_of_the_tokens() -> None:
+    weight, tokens = decaying(80, 30), correlated(100, 30)
+    expected = product(build_sketch(weight, 5, 0, tokens))
+    for size in (1e-12, 1e12):
+        torch.testing.assert_close(product(build_sketch(weight, 5, 0, size * tokens)), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        product(build_sketch(weight, 5, 0, tokens.bfloat16())), expected, rtol=0, atol=0.05 * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_few_tokens_leave_the_rest_to_the_plain_weights(count: int) -> None:
+    """Their directions are met, and the others are as in a sketch of the weights but for what that takes."""
+    weight, tokens = decaying(80, 30), correlated(count, 30)
+    fitted, plain = build_sketch(weight, 9, 0, tokens), build_sketch(weight, 9, 0)
+    assert fitted.basis.isfinite().all() and fitted.basis.shape == (9, 30)
+    if count:
+        assert error(fitted, weight, tokens) < 0.3 * error(plain, weight, tokens)
+    fewer = build_sketch(weight, 9 - count, 0)
+    assert (product(fitted) - weight).norm() <= 1.05 * (product(fewer) - weight).norm()
+
+
+@pytest.mark.parametrize("tokens", [torch.zeros(40, 30), torch.ones(40, 30), torch.eye(30)[:1].expand(40, 30)])
+def test_degenerate_tokens(tokens: Tensor) -> None:
+    weight = decaying(80, 30)
+    sketch = build_sketch(weight, 9, 0, tokens)
+    assert (product(sketch) - weight).norm() <= 1.05 * torch.linalg.svdvals(weight)[8:].norm()
+    torch.testing.assert_close(product(build_sketch(weight, 30, 0, tokens)), weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_values_that_cannot_be_fitted_are_told(value: float) -> None:
+    weight, tokens = decaying(40, 20), correlated(50, 20)
+    spoiled = tokens.clone()
+    spoiled[3, 4] = value
+    with pytest.raises(CalibrationError, match="tokens"):
+        build_sketch(weight, 5, 0, spoiled)
+    weight[3, 4] = value
+    for inputs in (None, tokens):
+        with pytest.raises(WeightsError, match="weight"):
+            build_sketch(weight, 5, 0, inputs)
+
+
+def test_a_fit_is_repeatable_and_leaves_global_randomness_alone() -> None:
+    weight, tokens, state = decaying(80, 30), correlated(100, 30), torch.get_rng_state()
+    first, second = (build_sketch(weight, 6, 1, tokens) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.codes, second.codes) and torch.equal(first.basis, second.basis)
+
+
+# Kept current
+
+
+def test_adding_to_a_fitted_sketch_serves_the_same_inputs() -> None:
+    """As well as a fit of the sum does, of what the sketch still knows; better than in the metric of no inputs."""
+    weight, tokens = decaying(80, 30), correlated(400, 30)
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(*shape, generator=generator) * 0.2 for shape in ((80, 4), (4, 30)))
+    sketch, whole = build_sketch(weight, 6, 0, tokens), weight + left @ right
+    added, blind = add_low_rank(sketch, left, right, tokens), add_low_rank(sketch, left, right)
+    torch.testing.assert_close(added.codes.t() @ added.codes, torch.eye(6), rtol=0, atol=1e-5)
+    best = error(build_sketch(whole, 6, 0, tokens), whole, tokens)
+    assert error(added, whole, tokens) <= 1.1 * best < error(blind, whole, tokens)
 
 
 def test_adding_equals_sketching_the_sum_of_low_rank_matrices() -> None:

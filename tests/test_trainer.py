@@ -214,11 +214,6 @@ def bypass(model: nn.Module) -> None:
     model.forward = forward
 
 
-def freeze(model: nn.Module) -> None:
-    for mlp in sparse_mlps(model):
-        mlp.inputs[0].update.U.requires_grad_(False)
-
-
 def rebind(model: nn.Module) -> None:
     layer = model.model.decoder.layers[2]
     original = type(layer).forward
@@ -232,7 +227,7 @@ def replace(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [(freeze, "frozen"), (rebind, r"layers\.2.*rebound"), (replace, r"layers\.2\.fc1 was replaced")],
+    [(rebind, r"layers\.2.*rebound"), (replace, r"layers\.2\.fc1 was replaced")],
 )
 def test_inactive_patch_is_an_error_before_training(tmp_path: Path, spoil: Any, words: str) -> None:
     model = patched_opt()
@@ -251,17 +246,6 @@ def test_rebound_class_forward_is_found(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(layer_class, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs))
     with pytest.raises(InactivePatchError, match="rebound"):
         trainer(model, tmp_path).train()
-
-
-def test_frozen_before_the_trainer_is_thawed(tmp_path: Path) -> None:
-    """PEFT freezes all but its own parameters; the callback knows."""
-    model = patched_opt()
-    freeze(model)
-    run = trainer(model, tmp_path, max_steps=1)
-    run.train()
-    assert all(
-        factor.requires_grad for m in sparse_mlps(model) for p in m.projections for factor in p.update.parameters()
-    )
 
 
 @pytest.mark.parametrize(
@@ -329,13 +313,13 @@ def test_optimizer_made_before_the_patch_is_an_error(tmp_path: Path) -> None:
 
 
 def test_patch_that_is_bypassed_in_training_is_an_error(tmp_path: Path) -> None:
-    """Nothing was rebound, yet no patched MLP ran: found after the first step."""
+    """Nothing was rebound, yet no patched MLP ran: found after the first steps."""
     model = patched_opt()
     bypass(model)
     run = trainer(model, tmp_path)
     with pytest.raises(InactivePatchError, match="no patched MLP did"):
         run.train()
-    assert run.state.global_step <= 1
+    assert run.state.global_step <= 5
 
 
 def test_second_training_is_checked_as_the_first(tmp_path: Path) -> None:
@@ -424,15 +408,11 @@ def test_custom_loop_does_all_the_callback_does() -> None:
     assert reports[-1].recall > 0.5
 
 
-def test_sync_of_what_is_not_patched_or_frozen() -> None:
+def test_sync_of_what_is_not_patched() -> None:
     with pytest.raises(NotPatchedError):
         sync_model(opt(), 0)
     with pytest.raises(NotPatchedError):
         check_active(opt())
-    model = patched_opt()
-    freeze(model)
-    with pytest.raises(InactivePatchError, match="frozen"):
-        sync_model(model, 1)
 
 
 def test_update_norm_is_that_of_all_updates() -> None:

@@ -10,6 +10,7 @@ from helpers.reference import mask_of, plain_output, selections_by_mlp
 from torch import Tensor, nn
 
 from hf_subquad import NoMatchError, SubquadConfig, UnsupportedModuleError, patch_model, sparse_mlps, unpatch_model
+from hf_subquad.index.selection_quality import exact_activations
 
 D, M = 12, 30
 ALL = SubquadConfig(**{**CONFIG.to_dict(), "layers_to_transform": "all"})
@@ -154,7 +155,7 @@ def test_index_scores_by_the_activation_that_is_written_inline(activation: str) 
     (mlp,) = sparse_mlps(module)
     x = torch.randn(7, D)
     expected = getattr(F, activation)(mlp.inputs[0].dense(x))
-    torch.testing.assert_close(mlp.index.exact_activations(x), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(exact_activations(mlp.index, x), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from helpers.training import TRAIN
 from torch import Tensor, nn
 
 from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, apply_plan, patch_model, sparse_mlps, sync_model
+from hf_subquad.index.selection_quality import evaluate_selection
 from hf_subquad.index.sketch import Sketch
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.lookup import runtime_of
@@ -58,7 +59,7 @@ def test_an_audit_by_hand() -> None:
     whole, missed = hidden @ down.merged_rows(), (hidden * (1 - mask)) @ down.merged_rows()
     found = audit(mlp, x, chosen)
     assert found.error == pytest.approx((missed.norm() / whole.norm()).item(), rel=1e-4)
-    assert found.recall == mlp.index.evaluate_selection(x, chosen).recall > 0.5
+    assert found.recall == evaluate_selection(mlp.index, x, chosen).recall > 0.5
     assert audit_live(mlp) == found
 
     mlp.compensation = made = Compensation(mlp.index.sketch.basis, torch.randn(D, D) * 0.01, torch.randn(D) * 0.01)
@@ -87,7 +88,7 @@ def test_an_audit_of_a_linear_mlp() -> None:
     patch_model(module, SubquadConfig(rank=2, sketch_rank=D, layers_to_transform="all"))
     mlp = sparse_mlps(module)[0]
     x = torch.randn(TILES, SIZE, D, generator=torch.Generator().manual_seed(8))
-    truth = mlp.index.evaluate_selection(x, mlp.index.choose(x, 24))
+    truth = evaluate_selection(mlp.index, x, mlp.index.choose(x, 24))
     with torch.no_grad():
         torch.testing.assert_close(truth.whole, module.eval()(x) - module.fc2.bias, rtol=1e-4, atol=1e-4)
 

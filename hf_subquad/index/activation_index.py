@@ -1,10 +1,12 @@
 """The activation index: which neurons matter for which tokens, without computing them all.
 
-Built once per MLP from its weights. Two queries: `select` (the k most important neurons of each tile of tokens) and
-`report` (per token, every neuron whose pre-activation reaches a threshold: half-space reporting). Both are
-approximate up to the sketch of the base weights; the live low-rank updates enter exactly.
+Built once per MLP from its weights, and fitted to the tokens that it sees. Two queries: `select` (the k most important
+neurons of each tile of tokens) and `report` (per token, every neuron whose pre-activation reaches a threshold:
+half-space reporting). Both are approximate up to the sketch of the base weights; the live low-rank updates enter
+exactly.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,17 +15,19 @@ import torch
 from torch import Tensor
 
 from ..config import SubquadConfig, TileOrder
-from ..errors import WeightsError
-from ..ops.backends import Backend, EstimatedInput, MergedWeight, Scoring, backend_for
-from ..ops.importance import Activation, combine, importance
+from ..errors import CalibrationError, WeightsError
+from ..ops.backends import Backend, EstimatedInput, Scoring, backend_for
+from ..ops.importance import Activation, combine
 from ..ops.token_tiles import TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from .half_space import Report, ReportingIndex, empty_index
+from .selection_quality import outputs
 from .sketch import Sketch, add_low_rank, build_sketch
 
-# Measured on two pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
+# Measured on pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
 _SCORED_TOKENS = 16  # of each tile
 _TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
+_FITTED_TOKENS = 2048  # at most: more hardly fit better
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,6 @@ class Selection:
     neurons: Tensor
 
 
-@dataclass(frozen=True)
-class SelectionQuality:
-    """A selection held against the truth.
-
-    Attributes:
-        recall: share of the truly most important neurons that were chosen.
-        whole: what all neurons add to the MLP's output, float32 [n, T, d_out].
-        missed: what the skipped ones do, float32 [n, T, d_out].
-    """
-
-    recall: float
-    whole: Tensor
-    missed: Tensor
-
-
 class ActivationIndex:
     """Index over the m neurons of one MLP.
 
@@ -64,7 +53,13 @@ class ActivationIndex:
         activation: the MLP's own elementwise activation.
         gated: neurons are activation(gate) * up, with gate and up in two projections or stacked in one.
 
+    It is rebuilt when it is told to: by `build`, `fit` and `fold`, and by `rebuild_if_stale` after base weights were
+    changed from outside. A query never rebuilds it.
+
     Attributes:
+        sketch: of the base input rows of all input projections, stacked.
+        output_norms: ||v_j||^2 of the output rows, float32 [m].
+        tokens: [N, d] that the sketch is fitted to; None while it is made from the weights alone.
         sketch_is_approximate: the sketch has gone through folds since it was built from the weights.
     """
 
@@ -87,7 +82,7 @@ class ActivationIndex:
         self.factory = config.index_factory
         self.backend_name = config.backend
         self.backend(output.weight.device)  # one that is not there is told now
-        self._copied_with: list[Tensor] | None = None  # in a copy: samples of the weights it was built from
+        self.tokens: Tensor | None = None
         self.build()
         empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
 
@@ -98,40 +93,69 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows of all input projections, stacked, and measure the output rows.
+        """Sketch the base input rows anew, for the tokens that were fitted last, and measure the output rows.
 
         Raises:
             WeightsError: an input weight holds NaN or infinite values, as one that was loaded after the patch may.
+                The index is as it was.
         """
+        self._build(self.tokens)
+
+    @torch.no_grad()
+    def fit(self, tokens: Tensor) -> None:
+        """Fit the sketch to the inputs that the MLP sees, so that it knows best what they can tell apart.
+
+        Args:
+            tokens: [N, d], any float dtype, from as many batches as are at hand; some 2048 of them are used.
+
+        Raises:
+            CalibrationError: a token holds NaN or infinite values. The index is as it was.
+            WeightsError: an input weight does.
+        """
+        tokens = tokens.detach().reshape(-1, tokens.shape[-1])
+        if len(tokens) > _FITTED_TOKENS:
+            generator = torch.Generator().manual_seed(self.seed)
+            some = torch.randperm(len(tokens), generator=generator)[:_FITTED_TOKENS].sort().values
+            tokens = tokens[some.to(tokens.device)]
+        self._build(tokens.clone())
+
+    def _build(self, tokens: Tensor | None) -> None:
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:
-            self.sketch: Sketch = build_sketch(stacked, self.rank, self.seed)
-        except torch.linalg.LinAlgError as error:
-            raise WeightsError(f"a weight of {self.name} holds NaN or infinite values: load them anew") from error
-        self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
-        self._seen = self._base_version()
+            sketch = build_sketch(stacked, self.rank, self.seed, tokens)
+        except (WeightsError, CalibrationError) as error:
+            raise type(error)(f"{self.name}: {error}: load its weights anew, or take tokens of a sane batch") from error
+        self.sketch: Sketch = sketch
+        self.tokens = tokens
         self.sketch_is_approximate = False
+        self._note_weights()
         self.refresh()
+
+    def rebuild_if_stale(self) -> bool:
+        """`build` if base weights were changed, or replaced, since. True if it was."""
+        stale = self._is_stale()
+        if stale:
+            self.build()
+        return stale
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Measure ||v_j||^2 of the live output rows anew: float32 [m]."""
-        self.output_norms = self._live_output_norms()
+        self.output_norms = self.output.row_norms()
 
     @torch.no_grad()
     def fold(self) -> None:
         """Fold the live updates into the base weights, and into the sketch without reading those weights."""
-        self._current()
+        self.rebuild_if_stale()
         blocks = [p.update.factors() for p in self.inputs]
         left = torch.block_diag(*[u for u, _ in blocks])
         right = torch.cat([v for _, v in blocks])
-        self.sketch = add_low_rank(self.sketch, left, right)
-        for projection in (*self.inputs, self.output):
+        self.sketch = add_low_rank(self.sketch, left, right, self.tokens)
+        for projection in self._projections:
             projection.set_rows(projection.merged_rows())
             projection.update.restart()
-        self._reporting = None
-        self._seen = self._base_version()
         self.sketch_is_approximate = True
+        self._note_weights()
         self.refresh()
 
     @torch.no_grad()
@@ -147,7 +171,7 @@ class ActivationIndex:
     @torch.no_grad()
     def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
         """Tiles of the tokens x [N, d] that resemble each other in the leading directions of the sketch."""
-        self._current()
+        self._place()
         directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
         return make_tiles((x @ directions.t()).float(), tile_size, order, self.backend(x.device).bisect)
 
@@ -174,7 +198,7 @@ class ActivationIndex:
     @torch.no_grad()
     def tile_scores(self, sample: Tensor) -> Tensor:
         """Importance of every neuron to tiles of which some tokens are given, [n, t, d]: float32 [n, m]."""
-        self._current()
+        self._place()
         inputs, first = [], 0
         for projection in self.inputs:
             u, v = projection.update.factors()
@@ -197,7 +221,7 @@ class ActivationIndex:
         The pre-activation is the index's own (sketch, live update and bias; of the gate in gated MLPs). With a flat
         faiss index the answer is all of them, with an inverted file or a graph those it visits.
         """
-        self._current()
+        self._place()
         gate = self.inputs[0]
         u, v = gate.update.factors()
         if self._reporting is None or not torch.equal(self._reporting[0], u):
@@ -208,87 +232,58 @@ class ActivationIndex:
         queries = torch.cat([x @ self.sketch.basis.t(), x @ v.float().t(), x.new_ones(len(x), 1)], 1)
         return self._reporting[1].report(queries, threshold)
 
-    @torch.no_grad()
-    def recall(self, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
-        """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
-        selection = self.select(x, k, tile_size, order)
-        return self.evaluate_selection(x[selection.tiles.slots], selection.neurons).recall
-
-    @torch.no_grad()
-    def evaluate_selection(self, tile_tokens: Tensor, neurons: Tensor) -> SelectionQuality:
-        """What a selection finds and what it misses, from the live weights themselves.
-
-        Args:
-            tile_tokens: [n, T, d].
-            neurons: int64 [n, k], the neurons chosen for each tile.
-        """
-        count, size, width = tile_tokens.shape
-        pre = self._exact(tile_tokens.reshape(-1, width))
-        scores = importance(pre, self.activation, self.gated).view(count, size, -1).sum(1) * self._live_output_norms()
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
-        recall = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
-        activations, rows = self.combine(pre).view(count, size, -1), self.output.merged_rows().float()
-        whole = activations @ rows
-        return SelectionQuality(recall, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
-
-    @torch.no_grad()
     def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> Tensor:
-        """What the given neurons of each tile add to the MLP's output, computed as in the sparse forward.
-
-        Args:
-            tile_tokens: [n, T, d] in the compute dtype.
-            neurons: int64 [n, k], in any order.
-
-        Returns:
-            [n T, d_out] in the compute dtype, without the output's bias.
-        """
-        count, size, _ = tile_tokens.shape
-        x, backend = tile_tokens.flatten(0, 1), self.backend(tile_tokens.device)
-        output = MergedWeight(self.output.rows(x.dtype), *self.output.update.factors())
-        if not neurons.shape[1]:
-            return x.new_zeros(len(x), output.rows.shape[1])
-        tiles = TokenTiles.of(torch.arange(len(x), device=x.device).view(count, size), len(x))
-        inputs = [MergedWeight(p.rows(x.dtype), *p.update.factors(), p.bias) for p in self.inputs]
-        stacked = range(0, len(inputs[0].rows), self.neurons)
-        compact, _ = backend.gathered_up(x, tiles, torch.cat([neurons + first for first in stacked], 1), inputs)
-        return backend.gathered_down([self.combine(compact)], tiles, neurons, [output])[0]
-
-    def exact_importance(self, x: Tensor) -> Tensor:
-        """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""
-        return importance(self._exact(x), self.activation, self.gated)
-
-    def exact_activations(self, x: Tensor) -> Tensor:
-        """True activations of all neurons on x [N, d]: float32 [N, m]."""
-        return self.combine(self._exact(x))
-
-    def _live_output_norms(self) -> Tensor:
-        rows = self.output.merged_rows()
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
-
-    def _exact(self, x: Tensor) -> list[Tensor]:
-        return [torch.addmm(_bias(p, torch.float32), x.float(), p.merged_rows().float().t()) for p in self.inputs]
+        """`selection_quality.outputs`."""
+        return outputs(self, tile_tokens, neurons)
 
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""
         return combine(pre, self.activation, self.gated)
 
-    def _base_version(self) -> tuple[Any, ...]:
-        return tuple(part for p in (*self.inputs, self.output) for part in p.version())
+    def _note_weights(self) -> None:
+        """Remember which base weights the index is of."""
+        self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
+        self._samples = [projection.sample() for projection in self._projections]
+        self._seen: tuple[Any, ...] | None = self._base_version()
+        self._warned = False
 
-    def _current(self) -> None:
-        """Rebuild if the base weights were changed from outside, as by `load_state_dict`."""
-        if self._copied_with is not None:
-            projections = zip(self._copied_with, (*self.inputs, self.output), strict=True)
-            if all(torch.equal(sample.to(p.weight.device), p.sample()) for sample, p in projections):
-                self._seen = self._base_version()
-            self._copied_with = None
-        if self._seen != self._base_version():
-            self.build()
+    @property
+    def _projections(self) -> list[NeuronProjection]:
+        return [*self.inputs, self.output]
+
+    def _base_version(self) -> tuple[Any, ...]:
+        """Changes with the values of the base weights, but not with their device or dtype."""
+        return tuple((id(p.weight), p.weight._version) for p in self._projections)
+
+    def _is_stale(self) -> bool:
+        if self._seen is None:  # a copy: its weights are others, with the same values
+            same = all(map(_same, self._samples, self._projections))
+            self._seen = self._base_version() if same else ()
+        return self._seen != self._base_version()
+
+    def _place(self) -> None:
+        """Follow the weights to their device; say so if they are not those that were sketched."""
+        device = self.output.weight.device
+        if self.sketch.basis.device != device:
+            self.sketch = self.sketch.to(device)
+            self.output_norms = self.output_norms.to(device)
+            self._samples = [sample.to(device) for sample in self._samples]
+        if not self._warned and self._is_stale():
+            self._warned = True
+            warnings.warn(
+                f"the base weights of {self.name} were changed after its activation index was built, so neurons are "
+                "chosen by the old ones: call sync_model (SubquadCallback does in every step), which rebuilds it",
+                stacklevel=2,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
-        samples = [projection.sample() for projection in (*self.inputs, self.output)]
-        return {**self.__dict__, "_reporting": None, "_seen": None, "_copied_with": samples}
+        return {**self.__dict__, "_reporting": None, "_seen": None}
+
+
+def _same(sample: Tensor, projection: NeuronProjection) -> bool:
+    """Whether a sample is of a projection's base weights, but for a cast of them."""
+    now, rounding = projection.sample(), torch.finfo(projection.weight.dtype)
+    return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
 
 
 def _sampled(by_slot: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
-"""A low-rank factorisation W ~ B A of weight rows: built once, kept current without reading W again."""
+"""A low-rank factorisation W ~ B A of weight rows: fitted to the inputs that the weights see, or to none."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError, WeightsError
+
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
+RIDGE = 1e-2  # of the inputs' mean square, in every direction: where no token points, the plain weights decide
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,8 @@ class Sketch:
     """W ~ B A.
 
     Attributes:
-        basis: A, float32 [r, d]; r directions of the input space.
-        codes: B, float32 [rows, r]; row i is weight row i.
+        basis: A, float32 [r, d]; r directions of the input space, the one that moves pre-activations most first.
+        codes: B, float32 [rows, r], orthonormal columns; row i is weight row i.
     """
 
     basis: Tensor
@@ -25,37 +28,74 @@ class Sketch:
         return Sketch(self.basis.to(device), self.codes.to(device))
 
 
-def build_sketch(weight: Tensor, rank: int, seed: int) -> Sketch:
-    """Randomised SVD with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1).
+def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = None) -> Sketch:
+    """The rank-r map that predicts the pre-activations W x best: reduced-rank regression (Izenman 1975).
 
-    The same weight and seed give the same sketch on every process; the global random state is not touched.
+    With C the inputs' second moment, B holds the leading left singular vectors of W C^(1/2), and A = B^T W. They are
+    found by a randomised range finder with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and
+    5.1) on W C W^T, of which no matrix is formed. Without tokens C is the identity, and B A the truncated SVD of W.
+
+    The same arguments give the same sketch on every process; the global random state is not touched.
 
     Args:
         weight: [rows, d], any float dtype.
         rank: r wanted; at most min(rows, d) is used.
+        tokens: [N, d], inputs to fit to, any float dtype; however few, a ridge towards the plain weights keeps the
+            fit defined.
+
+    Raises:
+        WeightsError: the weight holds NaN or infinite values, or its squares leave the range of float32.
+        CalibrationError: the tokens do.
     """
     weight = weight.detach().float()
     rows, width = weight.shape
-    rank = min(rank, rows, width)
+    rank, found = min(rank, rows, width), min(rank + _OVERSAMPLING, rows, width)
+    inputs = None if tokens is None or not len(tokens) else _scaled(tokens.to(weight.device))
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(width, min(rank + _OVERSAMPLING, rows, width), generator=generator)
-    span = torch.linalg.qr(weight @ probe.to(weight.device)).Q
+    probe = torch.randn(width, found, generator=generator).to(weight.device)
+    span = _orthonormal(weight @ _second_moment(inputs, probe))
     for _ in range(_POWER_ITERATIONS):
-        span = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ span).Q).Q
-    left, values, basis = torch.linalg.svd(span.t() @ weight, full_matrices=False)
-    return Sketch(basis[:rank].contiguous(), (span @ left[:, :rank]) * values[:rank])
+        span = _orthonormal(weight @ _second_moment(inputs, weight.t() @ span))
+    projected = span.t() @ weight
+    if not torch.isfinite(projected).all():
+        raise WeightsError("a weight holds NaN or infinite values, or such as are too large to be squared")
+    left = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, :rank]
+    return Sketch(left.t() @ projected, span @ left)
 
 
-def add_low_rank(sketch: Sketch, left: Tensor, right: Tensor) -> Sketch:
-    """Sketch of W + left right, sketch_is_approximate to the same rank from the factors alone.
+def add_low_rank(sketch: Sketch, left: Tensor, right: Tensor, tokens: Tensor | None = None) -> Sketch:
+    """Sketch of W + left right to the same rank, from the factors alone: W is not read.
 
     Args:
         left: [rows, q].
         right: [q, d].
+        tokens: as for `build_sketch`.
     """
-    rank = sketch.codes.shape[1]
-    q_left, r_left = torch.linalg.qr(torch.cat([sketch.codes, left.to(sketch.codes)], 1))
-    q_right, r_right = torch.linalg.qr(torch.cat([sketch.basis, right.to(sketch.basis)], 0).t())
-    core_left, values, core_right = torch.linalg.svd(r_left @ r_right.t())
-    codes = (q_left @ core_left[:, :rank]) * values[:rank]
-    return Sketch((q_right @ core_right[:rank].t()).t().contiguous(), codes)
+    inputs = None if tokens is None or not len(tokens) else _scaled(tokens.to(sketch.basis.device))
+    span, mixed = torch.linalg.qr(torch.cat([sketch.codes, left.to(sketch.codes)], 1))
+    projected = mixed @ torch.cat([sketch.basis, right.to(sketch.basis)])
+    core = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, : len(sketch.basis)]
+    return Sketch(core.t() @ projected, span @ core)
+
+
+def _scaled(tokens: Tensor) -> Tensor:
+    """Tokens of any size as float32 inputs X with trace(X^T X) = d, or zeros if they all are."""
+    tokens = tokens.detach().float()
+    size = torch.linalg.vector_norm(tokens) / tokens.shape[1] ** 0.5
+    if not torch.isfinite(size):
+        raise CalibrationError("tokens hold NaN or infinite values, or such as are too large to be squared")
+    return tokens / size.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _second_moment(inputs: Tensor | None, columns: Tensor) -> Tensor:
+    """C columns, with C = X^T X + ridge, or the identity without inputs."""
+    return columns if inputs is None else torch.addmm(columns, inputs.t(), inputs @ columns, beta=RIDGE)
+
+
+def _root(inputs: Tensor | None, rows: Tensor) -> Tensor:
+    """rows C^(1/2) up to a rotation from the right, which left singular vectors do not see."""
+    return rows if inputs is None else torch.cat([rows @ inputs.t(), RIDGE**0.5 * rows], 1)
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    return torch.linalg.qr(columns).Q

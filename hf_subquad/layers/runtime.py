@@ -1,12 +1,27 @@
-"""What all sparse MLPs of a model share: settings, the mode they run in, and what keeping in sync has noted."""
+"""What all sparse MLPs of a model share: settings, the mode they run in, and the batch under way."""
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import SubquadConfig
-from ..plan import Plan
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
 
-Forward = Literal["auto", "dense", "sparse"]
+from ..config import SubquadConfig
+from ..errors import InactivePatchError
+from ..plan import Plan
+from .preserve_mode_and_rng import preserve_mode_and_rng
+from .surroundings import Surroundings
+from .token_classes import BatchClasses, TokenClasses, classify
+
+Forward = Literal["auto", "dense", "exact", "sparse"]
+
+_REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
+_FAR = 30.0  # what padding holds while it is tried whether anything depends on it
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -14,25 +29,136 @@ class Runtime:
     """What all sparse MLPs of a model share.
 
     Attributes:
-        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); the others force it.
-        dense_step: the coming training step runs dense (`dense_share`).
+        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
+            others force what they say.
+        surroundings: the model around the MLPs.
+        exact_forward: the loss compares this model with a reference, so that a sparse forward would bias it.
+        dense_step: the coming training step spends no less than all neurons and the whole gradient (`dense_share`).
+        folded: updates were folded into base weights, so that there is no base model left to switch to.
         sync_seconds: time spent keeping in sync so far.
         synced_step: the step that was synced last.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
+        idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
         plan: where the budgets come from, if they were planned; kept up to date as they change.
+        skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
+        elsewhere: what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
+    surroundings: Surroundings = field(default_factory=Surroundings, repr=False)
     forward: Forward = "auto"
+    exact_forward: bool = False
     dense_step: bool = False
+    folded: bool = False
     sync_seconds: float = 0.0
     synced_step: int | None = None
     seen_calls: int = 0
+    idle_steps: int | None = 0
     last_report: Any = field(default=None, repr=False)
     plan: Plan | None = None
+    skips_padding: bool | None = None
+    elsewhere: float = 0.0
+    _batches: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED), repr=False)
+    _trying: bool = field(default=False, repr=False)
+
+    def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
+        """How a forward runs now.
+
+        Passes without gradients in training mode (rollouts, log-probabilities to compare with) are evaluation.
+        """
+        if self.updates_off():
+            return "dense"
+        if self.forward != "auto":
+            return self.forward
+        if not training or not (torch.is_grad_enabled() or self.surroundings.recomputed_without_gradients()):
+            return "sparse" if self.config.sparse_eval else "dense"
+        if self.exact_forward or self.dense_step:
+            return "exact"
+        if self.synced_step is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "patched MLPs train unplanned, and nothing keeps them in sync: give the Trainer "
+                "callbacks=[SubquadCallback()], or, in a loop of your own, call calibrate, apply_plan and compensate "
+                "before it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
+            )
+        return "sparse"
 
     def sparse(self, training: bool) -> bool:
-        if self.forward != "auto":
-            return self.forward == "sparse"
-        return not self.dense_step if training else self.config.sparse_eval
+        return self.mode(training) == "sparse"
+
+    def updates_off(self) -> bool:
+        """Whether this pass is one of the base model alone, as PEFT's `disable_adapter` asks for.
+
+        Raises:
+            InactivePatchError: folds have changed the base model.
+        """
+        off = self.surroundings.adapters_off()
+        if off and self.folded:
+            raise InactivePatchError(
+                "PEFT's adapters were switched off (disable_adapter) to run the base model, but fold_steps has folded "
+                "updates into its weights: set fold_steps=0, or compare with a reference model of its own"
+            )
+        return off
+
+    def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """A forward of the model starts with these inputs, by name."""
+        if self._trying or torch.compiler.is_compiling():
+            return
+        classes = classify(model, inputs)
+        padded = any(of_stack.padding for of_stack in classes.stacks.values())
+        if padded and self.skips_padding is None and (model.training or self.forward in ("exact", "sparse")):
+            self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
+            if not self.skips_padding:
+                logger.warning(
+                    f"the output of {type(model).__name__} depends on padding tokens (does it pool without the "
+                    "attention mask?): they are computed like all others"
+                )
+        self._batches.append(classes)
+
+    def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
+        """Classes of the tokens x [..., d] that an MLP sees, if they are known and padding may be skipped."""
+        if not self._batches or torch.compiler.is_compiling():
+            return None
+        batch = self._batches[-1]
+        if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
+            # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
+            batch = next((known for known in reversed(self._batches) if known.saw(number, x)), batch)
+        elif batch.stacks and not self._trying:
+            batch.note(number, x)
+        classes = batch.of(name, x)
+        return None if classes is not None and classes.padding and not self.skips_padding else classes
+
+    def forget_batches(self) -> None:
+        self._batches.clear()
+
+    @property
+    def latest_classes(self) -> Mapping[Any, TokenClasses]:
+        """Classes of the latest forward, by stack."""
+        return self._batches[-1].stacks if self._batches else {}
+
+    def _padding_is_out_of_reach(self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses) -> bool:
+        """Whether the model's loss stays as it is if MLPs return far-off values for padding."""
+        before, self._trying = (self.forward, self.elsewhere, self.skips_padding), True
+        try:
+            with preserve_mode_and_rng(model):
+                self._batches.append(classes)
+                self.forward, self.elsewhere, self.skips_padding = "exact", _FAR, True
+                poisoned = _loss(model, inputs)
+                self.forward = "dense"
+                plain = _loss(model, inputs)
+        finally:
+            (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
+            self._batches.clear()
+        if poisoned is None or plain is None:
+            return False
+        tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)
+        return bool((poisoned - plain).abs() <= tolerance * plain.abs().clamp_min(1.0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": deque(maxlen=_REMEMBERED)}
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    outputs = model(**inputs)
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None

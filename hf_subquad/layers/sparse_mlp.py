@@ -1,11 +1,12 @@
-"""The sparse MLP: leaf projections that hand a compact [n, T, k] tensor through the model's own middle.
+"""The sparse MLP: leaf projections that hand a compact tensor through the model's own middle.
 
-The input projections return the activations of the chosen neurons only, in tile order; the model applies its own
+The input projections return the activations of the chosen neurons only, part by part; the model applies its own
 activation, gate product and dropout; the output projection consumes the result and restores token order.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -15,9 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex, Selection
+from ..ops import parts as part_products
+from ..ops.parts import Part
 from ..ops.products import gathered_down, gathered_up
 from ..ops.token_tiles import TokenTiles, tile_shape
 from ..weights.projection import NeuronProjection, compute_dtype
+from .budget import Budget, TokenClass
 from .compensation import Compensation
 from .runtime import Runtime
 
@@ -27,9 +31,12 @@ _FEW = 4  # times fewer tokens than a tile has
 _numbers = itertools.count()
 _by_number: WeakValueDictionary[int, "SparseMLP"] = WeakValueDictionary()  # a compiled graph holds numbers only
 
+Corrections = Mapping[TokenClass, Compensation]
+Audited = tuple[Tensor, Tensor]
+
 
 class SparseMLP:
-    """One MLP: its projections, its index, and the selection between its first and its last projection.
+    """One MLP: its projections, its index, its budget, and the forward pass under way.
 
     Attributes:
         name: path of the MLP in the model, that of the bare one if it was patched inside PEFT's wrapper.
@@ -37,12 +44,14 @@ class SparseMLP:
         sources: the modules that the projections replaced, by path below the parent.
         trainable: which of their parameters were trainable.
         parent_forward: the forward that called the projections when they were patched in.
-        k: neurons that a tile computes.
-        dense: the forward is dense whatever the mode, as planned or because the watch gave the layer up.
+        budget: what it spends on a token of each class. Change it with `set_budget`, or for a while with `using`.
+        corrections: what stands in for skipped neurons, by class, once it was fitted.
         calls: sparse forward passes so far.
-        audited: tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if `auditing`.
-        compensation: what stands in for skipped neurons, once it was fitted.
-        forced: if set, the selection that is used in place of the index's.
+        audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
+            `auditing`.
+        selection_override: if set, the selection that is used in place of the index's for all tokens, or the parts.
+        opens: the input projection that the model calls first.
+        shares_input: all input projections are called on the same tensor.
     """
 
     def __init__(
@@ -67,38 +76,74 @@ class SparseMLP:
             for path, source in sources.items()
         }
         self.parent_forward = current_forward(parent)
-        self.k = runtime.config.active_neurons(index.neurons)
+        self.corrections: dict[TokenClass, Compensation] = {}
         self.calls = 0
-        self.dense = False
         self.auditing = False
-        self.audited: tuple[Tensor, Tensor] | None = None
-        self.compensation: Compensation | None = None
-        self.forced: Selection | None = None
+        self.audited: dict[TokenClass, Audited] = {}
+        self.selection_override: Selection | Sequence[Part] | None = None
+        self.opens: InputProjection = self.inputs[0]
+        self.shares_input = False
         self._call: _Call | None = None
+        self.set_active(runtime.config.active_neurons(index.neurons))
         self._enroll()
-        by_place: list[InputProjection | OutputProjection] = [*self.inputs, output]
-        for place, projection in enumerate(by_place):
-            projection.mlp, projection.place = self, place
+        for projection in (*self.inputs, output):
+            projection.mlp = self
 
     @property
     def projections(self) -> list[NeuronProjection]:
         return [*self.inputs, self.output]
 
     @property
+    def k(self) -> int:
+        """Neurons that a predicted token asks for."""
+        return self.index.neurons if self.budget.predicted is None else self.budget.predicted
+
+    @property
+    def dense(self) -> bool:
+        """All neurons are computed for all tokens."""
+        return self.budget.predicted is None and self.budget.context is None
+
+    @property
     def active(self) -> int:
-        """Neurons that a token costs in training: k as the device rounds it up, or all m."""
-        return self.index.neurons if self.dense else self.index.round_up_k(self.k)
+        """Neurons that a predicted token costs in training: k as the device rounds it up, or all m."""
+        return self.index.neurons if self.budget.predicted is None else self.index.round_up_k(self.budget.predicted)
+
+    def set_budget(self, budget: Budget) -> None:
+        """Spend this from now on; numbers that reach m mean all neurons."""
+        m = self.index.neurons
+        predicted, context = (None if k is None or k >= m else k for k in (budget.predicted, budget.context))
+        self.budget = Budget(predicted, context, budget.gradient)
 
     def set_active(self, k: int) -> None:
-        """Compute k neurons a tile from now on; all m of them: run dense."""
-        self.dense = k >= self.index.neurons
-        if not self.dense:
-            self.k = k
+        """Compute k neurons a tile for tokens of any class from now on; all m of them: run dense."""
+        self.set_budget(Budget.uniform(k))
+
+    @contextmanager
+    def using(
+        self,
+        budget: Budget | None = None,
+        corrections: Corrections | None = None,
+        selection: Selection | Sequence[Part] | None = None,
+    ) -> Iterator[None]:
+        """Inside, run with another budget, other corrections or a given selection; calls made inside do not count."""
+        before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
+        try:
+            if budget is not None:
+                self.set_budget(budget)
+            if corrections is not None:
+                self.corrections = dict(corrections)
+            self.selection_override = selection
+            yield
+        finally:
+            self.budget, self.corrections, self.selection_override, self.calls, self.audited = before
+            self.forget_call()
 
     def up_project(self, projection: "InputProjection", x: Tensor) -> Tensor | None:
-        """The compact activations [n, T, k] of an input projection on x [..., d]; None for a dense forward.
+        """The compact activations of an input projection on x [..., d]; None for a dense forward.
 
-        The first input projection called on a batch selects, a second one (up beside gate) follows it. Selection
+        They are [n, T, k] if all tokens lie in tiles of k neurons, else one flat tensor, part by part.
+
+        The input projection that the model calls first selects, a second one (up beside gate) follows it. Selection
         depends on x and the weights alone, so a recomputed forward (gradient checkpointing) selects the same.
 
         Raises:
@@ -110,75 +155,127 @@ class SparseMLP:
                 f"{self.name} is on the meta device (offloaded by accelerate?), where its low-rank updates hold no "
                 "values: offload the model that was saved, or call unpatch_model first"
             )
+        if projection is self.opens:
+            self._call = self._open(x, projection.training)
         call = self._call
-        if call is None or projection.place in call.served:
-            sparse = self.runtime.sparse(projection.training) and (not self.dense or self.forced is not None)
-            call = self._call = _Call(x, self._select(x, projection.training) if sparse else None)
-        together = self.inputs if x is call.x and not call.served else [projection]
-        call.served.append(projection.place)
-        if call.selection is None:
+        assert call is not None, "a second input projection was called before the first"
+        if call.parts is None:
             return None
-        if projection.place not in call.computed or x is not call.x:  # in some models each input has its own clamp
-            tiles, neurons = call.selection.tiles, call.selection.neurons
-            if projection.stacked:
-                neurons = torch.cat([neurons, neurons + self.index.neurons], 1)
-            tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-            matrices = [p.matrix(tokens.dtype) for p in together]
-            compact = gathered_up(tokens, tiles, neurons, matrices, self.index.backend_name)
-            call.computed.update(zip([p.place for p in together], compact, strict=True))
-        return call.computed.pop(projection.place)
+        if projection not in call.waiting:
+            together = self.inputs if self.shares_input else [projection]
+            call.waiting.update(zip(together, self._up(together, call, x), strict=True))
+        return call.waiting.pop(projection)
 
     def down_project(self, a: Tensor) -> Tensor | None:
-        """The MLP's output [..., d] for compact activations a [n, T, k]; None for a dense forward."""
+        """The MLP's output [..., d] for compact activations a; None for a dense forward."""
         assert self._call is not None, "an output projection was called before its input projection"
-        x, selection, self._call = self._call.x, self._call.selection, None
-        if selection is None:
+        call, self._call = self._call, None
+        if call.parts is None:
             return None
-        expected = (*selection.tiles.shape, selection.neurons.shape[1])
+        m, leading = self.index.neurons, call.x.shape[:-1]
+        only = call.only_tiles()
+        expected = only.shape(m) if only else (sum(part.size(m) for part in call.parts),)
         if a.shape != expected:
             raise SubquadError(
                 f"{self.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
                 "something between the projections is not elementwise"
             )
         a = a.to(compute_dtype(a))
-        matrix = self.output.matrix(a.dtype)
-        y = gathered_down(a, selection.tiles, selection.neurons, matrix, self.index.backend_name)
-        if self.compensation is not None:
-            y = y + self.compensation(x.reshape(-1, x.shape[-1]).to(y.dtype))
-        return y.view(*x.shape[:-1], -1)
+        matrix, name = self.output.matrix(a.dtype), self.index.backend_name
+        if only:
+            y = gathered_down(a, only.tiles, only.neurons, matrix, name)
+        else:
+            y = part_products.down_project(
+                a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.elsewhere
+            )
+        for token_class, part in zip(call.classes, call.parts, strict=True):
+            correction = self.corrections.get(token_class)
+            if correction is not None and (part.idle or part.tiles is not None):
+                stand_in = correction(part.take(call.x.reshape(-1, call.x.shape[-1])).to(y.dtype))
+                y = y + stand_in if part.rows is None else y.index_add(0, part.rows, stand_in)
+        return y.view(*leading, -1)
 
     def forget_call(self) -> None:
         """Let go of a forward pass that did not end, and of its graph."""
         self._call = None
 
-    def _select(self, x: Tensor, training: bool) -> Selection:
-        tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        if not len(tokens):
+    def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
+        tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+        matrices = [projection.matrix(tokens.dtype) for projection in together]
+        m, name = self.index.neurons, self.index.backend_name
+        stacked = together[0].stacked
+        if only := call.only_tiles():
+            neurons = torch.cat([only.neurons, only.neurons + m], 1) if stacked else only.neurons
+            return gathered_up(tokens, only.tiles, neurons, matrices, name)
+        if stacked:
+            matrices = matrices[0].split(m)
+        return part_products.up_project(tokens, call.parts or (), matrices, name, joined=stacked)
+
+    def _open(self, x: Tensor, training: bool) -> "_Call":
+        """Begin a forward pass: which tokens compute which neurons."""
+        mode = self.runtime.mode(training)
+        budget = self.budget if mode == "sparse" else Budget()
+        if mode == "dense" or (x.numel() == 0 and budget.exact):
+            return _Call(x, None)
+        if not x.numel():
             raise EmptyBatchError(
                 f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model "
                 "chose no tokens of it for this MLP, leave such MLPs out with exclude_modules"
             )
-        if self.forced is not None:
+        if self.selection_override is not None:
             self.calls += 1
-            return self.forced
+            given = self.selection_override
+            parts = [_tiled(None, given)] if isinstance(given, Selection) else list(given)
+            return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
+        groups = self._groups(x, budget)
+        if len(groups) == 1 and groups[0][1] is None and groups[0][2] is None and budget.gradient >= 1:
+            return _Call(x, None)  # all neurons for all tokens
+        tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
+        parts = [
+            Part(rows, len(tokens) if rows is None else len(rows)) if k is None
+            else self._select(tokens, rows, k, training, token_class)
+            for token_class, rows, k in groups
+        ]  # fmt: skip
+        if mode == "sparse" and not torch.compiler.is_compiling():
+            self.calls += 1
+        return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
+
+    def _groups(self, x: Tensor, budget: Budget) -> list[tuple[TokenClass, Tensor | None, int | None]]:
+        """Class, rows (None: all) and neurons (None: all) of tokens that are treated alike."""
+        classes = self.runtime.classes_of(self.name, self.number, x)
+        if classes is None:
+            return [("predicted", None, budget.predicted)]
+        if budget.predicted == budget.context:
+            return [("predicted", classes.real, budget.predicted)]
+        groups: list[tuple[TokenClass, Tensor | None, int | None]] = [
+            ("predicted", classes.predicted, budget.predicted),
+            ("context", classes.context, budget.context),
+        ]
+        return [group for group in groups if group[1] is not None and len(group[1])]
+
+    def _select(self, tokens: Tensor, rows: Tensor | None, k: int, training: bool, token_class: TokenClass) -> Part:
+        if not k:
+            return Part(rows, len(tokens) if rows is None else len(rows), idle=True)
+        tokens = tokens if rows is None else tokens.index_select(0, rows)
         size = self.runtime.config.tile_size
         # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
         size = 1 if not training and _FEW * len(tokens) <= size else size
-        if not torch.compiler.is_compiling():
-            return self.select(tokens, self.k, size, training)
-        entries, slots, places, neurons = torch.ops.hf_subquad.select(tokens, self.number, self.k, size, training)
-        return Selection(TokenTiles(entries, slots, places, len(tokens)), neurons)
+        if torch.compiler.is_compiling():
+            entries, slots, places, neurons = torch.ops.hf_subquad.select(tokens, self.number, k, size, training)
+            return _tiled(rows, Selection(TokenTiles(entries, slots, places, len(tokens)), neurons))
+        return _tiled(rows, self.select(tokens, k, size, training, token_class))
 
-    def select(self, tokens: Tensor, k: int, tile_size: int, training: bool) -> Selection:
+    def select(
+        self, tokens: Tensor, k: int, tile_size: int, training: bool, token_class: TokenClass = "predicted"
+    ) -> Selection:
         """Select for tokens [N, d], and keep what an audit of it needs."""
-        self.calls += 1
         with torch.autocast(
             tokens.device.type, enabled=False
         ):  # so that the audit, made outside of it, judges the same
             selection = self.index.select(tokens, k, tile_size, self.runtime.config.tile_order)
         if self.auditing and training:
             some = slice(None, None, -(-len(selection.neurons) // _AUDITED_TILES))
-            self.audited = tokens[selection.tiles.slots[some]], selection.neurons[some]
+            self.audited[token_class] = tokens[selection.tiles.slots[some]], selection.neurons[some]
         return selection
 
     def _enroll(self) -> None:
@@ -187,7 +284,7 @@ class SparseMLP:
         _by_number[self.number] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "audited": None}
+        return {**self.__dict__, "_call": None, "audited": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -200,28 +297,39 @@ class _Call:
 
     Attributes:
         x: the MLP's input [..., d].
-        selection: None if the pass is dense.
-        served: places of the input projections that were called.
-        computed: compact activations that wait for their input projection to be called, by its place.
+        parts: which tokens compute which neurons; None if the pass is dense.
+        classes: of the tokens of each part.
+        gradient: share of the squared output gradient that is passed back.
+        waiting: compact activations that wait for their input projection to be called.
     """
 
     x: Tensor
-    selection: Selection | None
-    served: list[int] = field(default_factory=list)
-    computed: dict[int, Tensor] = field(default_factory=dict)
+    parts: list[Part] | None
+    classes: Sequence[TokenClass] = ()
+    gradient: float = 1.0
+    waiting: dict["InputProjection", Tensor] = field(default_factory=dict)
+
+    def only_tiles(self) -> Part | None:
+        """The part that holds all tokens in tiles, if there is one and it passes the whole gradient back."""
+        if self.parts is None or len(self.parts) > 1 or self.gradient < 1:
+            return None
+        part = self.parts[0]
+        return part if part.rows is None and part.tiles is not None else None
+
+
+def _tiled(rows: Tensor | None, selection: Selection) -> Part:
+    return Part(rows, selection.tiles.tokens, selection.tiles, selection.neurons)
 
 
 class InputProjection(NeuronProjection):
     """Projection into neurons: [..., d] to [n, T, k] when sparse, to [..., m] when dense.
 
     Attributes:
-        place: among the MLP's projections.
         stacked: gate and up rows are in one matrix [2 m, d].
     """
 
     is_input = True
     mlp: SparseMLP
-    place: int
     stacked = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -234,7 +342,10 @@ class OutputProjection(NeuronProjection):
 
     is_input = False
     mlp: SparseMLP
-    place: int
+
+    def weights_loaded(self) -> None:
+        """Rebuild the index: an MLP's output projection is loaded behind its input projections."""
+        self.mlp.index.rebuild_if_stale()
 
     def forward(self, a: Tensor) -> Tensor:
         y = self.mlp.down_project(a)
@@ -251,7 +362,9 @@ class OutputProjection(NeuronProjection):
     schema="(Tensor tokens, int number, int k, int tile_size, bool training) -> Tensor[]",
 )
 def _select(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
-    selection = _by_number[number].select(tokens, k, tile_size, training)
+    mlp = _by_number[number]
+    mlp.calls += 1
+    selection = mlp.select(tokens, k, tile_size, training)
     tiles = selection.tiles
     return [tiles.entries, tiles.slots, tiles.places, selection.neurons.contiguous()]
 

@@ -107,7 +107,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     Raises:
         NoMatchError: none, or a name or layer number in `config` that the model does not have.
     """
-    model = _bare(model)
+    model = bare_model(model)
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
     if not found:
         raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
@@ -124,7 +124,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
     return kept
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def bare_model(model: nn.Module) -> nn.Module:
     """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
     unwrap = getattr(model, "get_base_model", None)
     bare = unwrap() if callable(unwrap) else model

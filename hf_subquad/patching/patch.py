@@ -13,11 +13,13 @@ from ..errors import (
     PlanError,
 )
 from ..index.activation_index import ActivationIndex
+from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.lookup import patched_parts, require_patched, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
+from ..layers.surroundings import Surroundings, holders
 from ..plan import Plan
-from .mlp_patterns import Match, find_activations, find_mlps
+from .mlp_patterns import Match, bare_model, find_activations, find_mlps
 from .self_test import self_test
 from .validation import check_projections
 
@@ -30,7 +32,8 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
 
     The patched base weights and biases are frozen, their low-rank updates are trainable; every other parameter
-    stays as it is. Saved checkpoints stay plain.
+    stays as it is. Saved checkpoints stay plain. What was frozen stays frozen: the update of a weight that was frozen
+    is frozen, unless PEFT froze it, or all of the model was.
 
     Args:
         plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes it at the
@@ -56,18 +59,22 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     for match in matches:
         check_projections(match, config)
     size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
-    runtime = Runtime(config)
+    bare = bare_model(model)
+    runtime = Runtime(config, Surroundings(bare, holders(bare, [match.name for match in matches])))
+    keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []
     try:
         progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
         for match in progress:
-            mlp = _patch_one(match, runtime)
+            mlp = _patch_one(match, runtime, keep_frozen)
             patched.append(mlp)
             with torch.autocast(mlp.output.weight.device.type, enabled=False):  # whose rounding would fail the test
                 self_test(mlp, find_activations(match))
+        watch_batches(model, runtime)
         if plan is not None:
             apply_plan(model, plan)
     except BaseException:
+        unwatch_batches(model)
         for mlp in patched:
             _restore(mlp)
         raise
@@ -120,10 +127,11 @@ def unpatch_model(model: ModelT) -> ModelT:
         for projection in mlp.projections:
             projection.set_rows(projection.merged_rows())
         _restore(mlp)
+    unwatch_batches(model)
     return model
 
 
-def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
+def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
     """Swap one MLP's projections. All that can fail comes before the first swap, and is undone."""
     config = runtime.config
     sources = {path: match.projection(path) for path in match.paths}
@@ -142,6 +150,9 @@ def _patch_one(match: Match, runtime: Runtime) -> SparseMLP:
         raise
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
         projection.train(source.training)
+        projection.runtime = runtime
+        projection.kept_frozen = keep_frozen and not projection.weight.requires_grad
+        projection.update.requires_grad_(not projection.kept_frozen)
         for parameter in (projection.weight, projection.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)

@@ -2,18 +2,20 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from ..index.activation_index import Selection
+from ..index.selection_quality import exact_activations
 from ..layers.runtime import Forward
-from ..layers.sparse_mlp import SparseMLP
-from ..ops.token_tiles import make_tiles
+from ..layers.sparse_mlp import InputProjection, SparseMLP
+from ..ops.parts import Part
+from ..ops.token_tiles import TokenTiles, make_tiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
@@ -35,35 +37,36 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     """
     weight = mlp.inputs[0].weight
     generator = torch.Generator().manual_seed(0)
-    rows = mlp.inputs[0].rows()
-    x = torch.randn(_BATCH, _TOKENS, rows.shape[1], generator=generator).to(weight)
-    tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
-    half = -(-mlp.index.neurons // 2)
-    chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
-    selection = Selection(tiles, torch.stack(chosen).to(weight.device))
+    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].rows().shape[1], generator=generator).to(weight)
+    selection = _half_of_the_neurons(mlp, x, generator)
+    mixture, whole = _whole_and_half(selection), selection.tiles.slots[0]
     mask = torch.zeros(_BATCH, mlp.index.neurons, device=weight.device, dtype=weight.dtype)
     mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
+    mixed_mask = mask.index_fill(0, whole, 1)
 
-    def keep_chosen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:])
-
-    with _evaluating(mlp.parent):
-        with _forward(mlp, "dense", None), _pre_hook(mlp.output, keep_chosen):
+    with _evaluating(mlp.parent), _forward(mlp, "dense"):
+        with _noting_calls(mlp), _masked(mlp, mask):
             run, expected = _runnable(mlp, x)
-        seen: dict[str, Tensor] = {}
+        with _masked(mlp, mixed_mask):
+            expected_of_mixture = run(x)
+    seen: dict[str, Tensor] = {}
+    otherwise = "what lies between its projections does not run on some of its neurons"
+    with _evaluating(mlp.parent), _forward(mlp, "sparse"):
         with (
-            _forward(mlp, "sparse", selection),
-            _pre_hook(mlp.inputs[0], lambda module, args: seen.update(x=args[0])),
+            mlp.using(selection=selection),
+            _pre_hook(mlp.opens, lambda module, args: seen.update(x=args[0])),
             _pre_hook(mlp.output, lambda module, args: seen.update(a=args[0])),
         ):
-            got = _attempt(mlp, run, x, "what lies between its projections does not run on some of its neurons")
+            got = _attempt(mlp, run, x, otherwise)
+        with mlp.using(selection=mixture):
+            got_of_mixture = _attempt(mlp, run, x, otherwise)
     if len(seen) < 2:
         raise _refusal(mlp, "run by itself, it does not call its projections")
-    if not _close(mlp, got, expected):
+    if not (_close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)):
         raise _refusal(mlp, "it is not elementwise between its projections")
     for activation in activations:
         mlp.index.activation = activation
-        exact = mlp.index.exact_activations(seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
+        exact = exact_activations(mlp.index, seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
         if _close(mlp, seen["a"], exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
             return
     if len(activations) == 1:
@@ -119,14 +122,51 @@ def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
     return got.shape == expected.shape and (got - expected).abs().amax().item() <= tolerance
 
 
+def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) -> Selection:
+    """A tile for each row of x, with other neurons each."""
+    tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
+    half = -(-mlp.index.neurons // 2)
+    chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
+    return Selection(tiles, torch.stack(chosen).to(x.device))
+
+
+def _whole_and_half(selection: Selection) -> list[Part]:
+    """All neurons for the tokens of the first tile, those of the selection for the others."""
+    first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
+    tiles = TokenTiles.of(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
+    return [Part(first, len(first)), Part(others, len(others), tiles, selection.neurons[1:])]
+
+
 @contextmanager
-def _forward(mlp: SparseMLP, forward: Forward, forced: Selection | None) -> Iterator[None]:
-    before = mlp.runtime.forward, mlp.forced, mlp.calls
-    mlp.runtime.forward, mlp.forced = forward, forced
+def _forward(mlp: SparseMLP, forward: Forward) -> Iterator[None]:
+    before = mlp.runtime.forward
+    mlp.runtime.forward = forward
     try:
         yield
     finally:
-        mlp.runtime.forward, mlp.forced, mlp.calls = before
+        mlp.runtime.forward = before
+
+
+@contextmanager
+def _noting_calls(mlp: SparseMLP) -> Iterator[None]:
+    """Find out which input projection the model calls first, and whether all are called on the same tensor."""
+    called: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if not called:
+            mlp.opens = cast(InputProjection, module)
+        called.append(args[0])
+
+    with ExitStack() as stack:
+        for projection in mlp.inputs:
+            stack.enter_context(_pre_hook(projection, note))
+        yield
+    mlp.shares_input = all(x is called[0] for x in called)
+
+
+def _masked(mlp: SparseMLP, mask: Tensor) -> AbstractContextManager[None]:
+    """Inside, the output projection sees no neurons but those of a mask [N, m]."""
+    return _pre_hook(mlp.output, lambda module, args: (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:]))
 
 
 @contextmanager

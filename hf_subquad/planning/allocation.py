@@ -1,7 +1,9 @@
-"""Where a budget of loss buys most time: MLPs compete for it. Pure functions."""
+"""Where a budget of fidelity buys most time: MLPs compete for it. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ..layers.budget import Budget
 
 _LEAST_SHARE = 1 / 16
 _STEPS_PER_DOUBLING = 4
@@ -11,14 +13,14 @@ _BISECTIONS = 60
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run one MLP: k neurons, the milliseconds that takes and the nats it adds to the loss."""
+    """One way to run one MLP: its budget, the milliseconds that takes and what it costs in fidelity."""
 
-    active: int
+    budget: Budget
     ms: float
-    loss: float
+    cost: float
 
 
-def budgets(neurons: int) -> list[int]:
+def neuron_counts(neurons: int) -> list[int]:
     """The numbers k of neurons that are considered for an MLP of m: from m / 16 up in steps of a fifth, below m."""
     ks, share = set(), _LEAST_SHARE
     while share < 1:
@@ -27,21 +29,30 @@ def budgets(neurons: int) -> list[int]:
     return sorted(k for k in ks if 0 < k < neurons)
 
 
-def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
-    """One option for each MLP, together about as fast as can be with a sum of losses of at most `budget`.
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """Those that no other option beats in both time and cost, the fastest first."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.ms, option.cost)):
+        if not kept or option.cost < kept[-1].cost:
+            kept.append(option)
+    return kept
 
-    A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), bisected on the price of loss, leaves a
+
+def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
+    """One option for each MLP, together about as fast as can be with a sum of costs of at most `budget`.
+
+    A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), bisected on the price of a cost, leaves a
     part of the budget unspent, which is then spent greedily. It is optimal up to that last part.
 
     Args:
-        options: for each MLP; at least one option must add no loss.
+        options: for each MLP; at least one option must cost nothing.
     """
     cheap, dear = 0.0, 1.0
-    while sum(option.loss for option in _at_price(options, dear)) > budget:
+    while sum(option.cost for option in _at_price(options, dear)) > budget:
         cheap, dear = dear, dear * 16
     for _ in range(_BISECTIONS):
         price = (cheap + dear) / 2
-        if sum(option.loss for option in _at_price(options, price)) > budget:
+        if sum(option.cost for option in _at_price(options, price)) > budget:
             cheap = price
         else:
             dear = price
@@ -53,19 +64,19 @@ def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]
 
 
 def _at_price(options: Sequence[Sequence[Option]], price: float) -> list[Option]:
-    """The best option of each MLP if a nat of loss costs `price` milliseconds."""
-    return [min(of_layer, key=lambda option: (option.ms + price * option.loss, option.loss)) for of_layer in options]
+    """The best option of each MLP if a unit of cost is worth `price` milliseconds."""
+    return [min(of_layer, key=lambda option: (option.ms + price * option.cost, option.cost)) for of_layer in options]
 
 
 def _best_swap(
     options: Sequence[Sequence[Option]], chosen: Sequence[Option], budget: float
 ) -> tuple[int, Option] | None:
-    """The one change that saves most time for its loss within the budget, if any does."""
-    left = budget - sum(option.loss for option in chosen)
+    """The one change that saves most time for its cost within the budget, if any does."""
+    left = budget - sum(option.cost for option in chosen)
     swaps = [
-        ((now.ms - option.ms) / max(option.loss - now.loss, 1e-30), layer, option)
+        ((now.ms - option.ms) / max(option.cost - now.cost, 1e-30), layer, option)
         for layer, (of_layer, now) in enumerate(zip(options, chosen, strict=True))
         for option in of_layer
-        if option.ms < now.ms and option.loss - now.loss <= left
+        if option.ms < now.ms and option.cost - now.cost <= left
     ]
     return max(swaps, key=lambda swap: swap[0])[1:] if swaps else None

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..index.selection_quality import evaluate_selection
 from ..layers.sparse_mlp import SparseMLP
 from ..plan import LayerPlan
 from ..planning.allocation import budgets
@@ -46,7 +47,7 @@ class BudgetChange:
 
 def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
     """Audit a selection: tokens [n, T, d] of tiles, and the neurons chosen for each, int64 [n, k]."""
-    truth = mlp.index.evaluate_selection(tile_tokens, neurons)
+    truth = evaluate_selection(mlp.index, tile_tokens, neurons)
     missed = truth.missed if mlp.compensation is None else truth.missed - mlp.compensation(tile_tokens.float())
     size = torch.linalg.vector_norm(truth.whole).item()
     if not math.isfinite(size):

@@ -13,12 +13,11 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..errors import InactivePatchError
 from ..layers.lookup import patched_parts, runtime_of
 from .checkpoints import resume
-from .engines import check_engine
+from .engines import check_engine, compares_with_reference
 from .sidecar import load_sidecar, save_sidecar
-from .sync import check_active, sync_model, train_updates
+from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
 from .trainer_planning import fit_on_training_data
 
 PLAN_NAME = "subquad_plan.json"
@@ -61,9 +60,23 @@ class SubquadCallback(TrainerCallback, ExportableState):
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         self._move_first(sys._getframe(1).f_locals.get("self"))
+        runtime, mlps = patched_parts(model)
+        runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)
+        runtime.exact_forward = compares_with_reference(args)
+        if frozen := frozen_updates(mlps):
+            logger.warning_once(
+                f"updates of {len(frozen)} of {len(mlps)} patched MLPs do not train ({frozen[0]}, ...): they, or their "
+                "layers, were frozen. To train them, set requires_grad on what ends with update.U and update.V before "
+                "the Trainer is made"
+            )
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
-        fit_on_training_data(model, train_dataloader, rows, args)
-        runtime = runtime_of(model)
+        if runtime.exact_forward:
+            logger.warning_once(
+                f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
+                "model: MLPs run dense, so that both are alike, and train their low-rank updates"
+            )
+        else:
+            fit_on_training_data(model, train_dataloader, rows, args)
         if runtime.plan is not None and state.is_world_process_zero:
             print(runtime.plan.table(), flush=True)
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,13 +88,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         runtime, mlps = patched_parts(model)
-        calls = sum(mlp.calls for mlp in mlps)
-        if runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls:
-            raise InactivePatchError(
-                "a training step ran, but no patched MLP did: is the Trainer training the model that was patched?"
-            )
-        runtime.seen_calls = calls
-        report = sync_model(model, state.global_step, optimizer)
+        check_running(runtime, mlps)
+        report = sync_parts(runtime, mlps, state.global_step, optimizer)
         if state.is_world_process_zero:
             for change in report.changes:
                 logger.warning(f"step {state.global_step}: {change}")
@@ -116,6 +124,9 @@ class SubquadCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        runtime = runtime_of(model)
+        if runtime.idle_steps:
+            raise_idle(runtime.idle_steps)
         # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
         if not hasattr(model, "peft_config"):
             return

@@ -49,6 +49,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     for mlp in require_patched(model):
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
+        if mlp.index.tokens is not None:
+            tensors[f"{mlp.name}.tokens"] = mlp.index.tokens
         if mlp.compensation is not None:
             for part, values in vars(mlp.compensation).items():
                 tensors[f"{mlp.name}.compensation.{part}"] = values
@@ -103,8 +105,9 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             elif f"{name}.rows" in tensors:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
+        device = mlp.output.weight.device
+        mlp.index.tokens = tokens.to(device) if (tokens := tensors.get(f"{mlp.name}.tokens")) is not None else None
         mlp.index.build()
-        device = mlp.index.output_norms.device
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
         fit = [tensors[name] for part in _COMPENSATION if (name := f"{mlp.name}.compensation.{part}") in tensors]
         mlp.compensation = Compensation(*fit).to(device) if fit else None
@@ -159,7 +162,8 @@ def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> No
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
     for mlp in require_patched(model):
         fit = {f"{mlp.name}.compensation.{part}" for part in _COMPENSATION}
-        wanted |= {f"{mlp.name}.norms"} | (fit if fit & found else set())
+        fitted = {f"{mlp.name}.tokens"} & found
+        wanted |= {f"{mlp.name}.norms"} | fitted | (fit if fit & found else set())
     odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
     if odd:
         raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")

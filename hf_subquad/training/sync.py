@@ -4,9 +4,11 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..errors import InactivePatchError, WeightsError
 from ..layers.lookup import patched_parts, require_patched
@@ -14,6 +16,10 @@ from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
 from ..weights.projection import NeuronProjection
 from .budget_control import Audit, BudgetChange, audit_live, review
+
+_IDLE_STEPS = 5  # from the start: all layers may be dropped in one of them, not in so many
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,6 @@ class SyncReport:
         return {name: value for name, value in figures.items() if value is not None}
 
 
-@torch.no_grad()
 def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> SyncReport:
     """Do what is due after optimizer step `step`: fold, audit the live tiles, adjust budgets to the plan, refresh the
     index, and say whether the coming step runs dense.
@@ -70,15 +75,22 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
 
     Raises:
         NotPatchedError: the model is not patched.
-        InactivePatchError: the updates were frozen after the patch.
-        WeightsError: updates that are due to be folded hold NaN or infinite values; no base weight is changed.
+        WeightsError: base weights that were changed from outside, or updates that are due to be folded, hold NaN or
+            infinite values; no base weight is changed.
     """
+    return sync_parts(*patched_parts(model), step, optimizer)
+
+
+@torch.no_grad()
+def sync_parts(
+    runtime: Runtime, mlps: list[SparseMLP], step: int, optimizer: torch.optim.Optimizer | None = None
+) -> SyncReport:
+    """`sync_model` for what `patched_parts` found in the model."""
     started = time.perf_counter()
-    runtime, mlps = patched_parts(model)
     config = runtime.config
-    _check_trainable(mlps)
     for mlp in mlps:
         mlp.forget_call()
+        mlp.index.rebuild_if_stale()
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already
@@ -86,6 +98,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
         _check_finite(mlps, step)
     runtime.synced_step = step
     if folded:
+        runtime.folded = True
         for mlp in mlps:
             mlp.index.fold()
         if optimizer is not None:
@@ -123,7 +136,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         NotPatchedError: the model is not patched.
         InactivePatchError: something replaced or bypassed a part of it; the message names what.
     """
-    mlps = require_patched(model)
+    runtime, mlps = patched_parts(model)
     for mlp in mlps:
         for path, projection in zip(mlp.sources, mlp.projections, strict=True):
             if mlp.parent.get_submodule(path) is not projection:
@@ -137,20 +150,66 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
                 f"the forward of {mlp.name} ({type(mlp.parent).__name__}) was rebound after patch_model (Liger?): "
                 "turn off use_liger_kernel, or its kernels for MLPs, or patch after what rebinds it"
             )
-    _check_trainable(mlps)
+    runtime.surroundings.find_adapter()
+    _check_trainable(model, mlps)
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(factor) not in held for mlp in mlps for factor in _factors(mlp)):
+        left_out = [
+            f"{mlp.name}.{path}.update"
+            for mlp in mlps
+            for path, projection in zip(mlp.sources, mlp.projections, strict=True)
+            if any(id(p) not in held for p in projection.update.parameters() if p.requires_grad)
+        ]
+        if left_out:
             raise InactivePatchError(
-                "the optimizer does not hold the low-rank updates: call patch_model before the optimizer is made"
+                f"the optimizer does not hold {len(left_out)} of the low-rank updates ({left_out[0]}.U and .V, ...): "
+                "it was made before patch_model, or its parameter groups leave out names that end with update.U and "
+                "update.V"
             )
 
 
+def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
+    """After a training step: make sure that sparse MLPs take part in training.
+
+    A step may pass them all by (LayerDrop, a bad batch that was skipped); several from the start on may not.
+
+    Raises:
+        InactivePatchError: they never ran.
+    """
+    calls = sum(mlp.calls for mlp in mlps)
+    idle = runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls
+    ran = calls != runtime.seen_calls
+    runtime.seen_calls = calls
+    if ran:
+        runtime.idle_steps = None
+    elif idle and runtime.idle_steps is None:
+        logger.warning_once("a training step ran no patched MLP (LayerDrop? a skipped batch?)")
+    elif idle and runtime.idle_steps is not None:
+        runtime.idle_steps += 1
+        if runtime.idle_steps >= _IDLE_STEPS:
+            raise_idle(runtime.idle_steps)
+
+
+def raise_idle(steps: int) -> NoReturn:
+    raise InactivePatchError(
+        f"{steps} training steps ran, but no patched MLP did: is the Trainer training the model that was patched?"
+    )
+
+
 def train_updates(model: nn.Module) -> None:
-    """Make the low-rank updates trainable again, after PEFT froze all that is not its own."""
-    for mlp in require_patched(model):
-        for factor in _factors(mlp):
-            factor.requires_grad_(True)
+    """Make the low-rank updates trainable again, after PEFT froze all that is not its own, or someone froze the whole
+    model: where something else is trainable, or a part of the updates, frozen ones stay frozen."""
+    projections = [projection for mlp in require_patched(model) for projection in mlp.projections]
+    if any(factor.requires_grad for projection in projections for factor in projection.update.parameters()):
+        return
+    if hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters()):
+        for projection in projections:
+            projection.update.requires_grad_(not projection.kept_frozen)
+
+
+def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
+    """Names of the MLPs of which some update is frozen."""
+    return [mlp.name for mlp in mlps if not all(factor.requires_grad for factor in _factors(mlp))]
 
 
 def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
@@ -176,14 +235,17 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
     return audits, changes
 
 
-def _check_trainable(mlps: list[SparseMLP]) -> None:
-    for mlp in mlps:
-        if not all(p.update.U.requires_grad and p.update.V.requires_grad for p in mlp.projections):
-            raise InactivePatchError(
-                f"the low-rank updates of {mlp.name} are frozen (get_peft_model freezes all but its own): "
-                "call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
-                "SubquadCallback, which thaws them"
-            )
+def _check_trainable(model: nn.Module, mlps: list[SparseMLP]) -> None:
+    """That some update is trainable, unless it is wanted that none is."""
+    frozen = not any(factor.requires_grad for mlp in mlps for factor in _factors(mlp))
+    wanted = all(projection.kept_frozen for mlp in mlps for projection in mlp.projections)
+    by_peft = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
+    if frozen and by_peft and not wanted:
+        raise InactivePatchError(
+            f"the low-rank updates of {mlps[0].name} and all others are frozen (get_peft_model freezes all but its "
+            "own): call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
+            "SubquadCallback, which thaws them"
+        )
 
 
 def _check_base(name: str, projection: NeuronProjection) -> None:

@@ -12,10 +12,10 @@ from transformers.utils import logging
 from ..errors import CalibrationError
 from ..layers.compensation import Compensation
 from ..layers.lookup import patched_parts, require_patched
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..patching.patch import apply_plan
 from ..plan import Plan
 from ..planning.calibration import calibrate, compensate
-from ..planning.preserve_mode_and_rng import preserve_mode_and_rng
 from .trainer_batches import sample_batches
 
 _BATCHES = 3

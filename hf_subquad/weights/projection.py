@@ -35,9 +35,14 @@ class NeuronProjection(nn.Module):
         source: the projection replaced, an `nn.Linear` or a `Conv1D`; weight and bias are shared with it.
         config: rank and scale of the update.
         seed: of the update's random factor.
+
+    Attributes:
+        runtime: that of the MLP (`layers.runtime.Runtime`), which knows whether updates count now.
+        kept_frozen: the weight was frozen by the user before the patch, so the update is frozen, too.
     """
 
     is_input: bool
+    runtime: Any = None
 
     def __init__(self, source: nn.Module, config: SubquadConfig, seed: int) -> None:
         super().__init__()
@@ -49,6 +54,7 @@ class NeuronProjection(nn.Module):
         neurons, width = self.weight.shape if self.weight_is_rows else self.weight.shape[::-1]
         zero: Literal["U", "V"] = "U" if self.is_input else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
+        self.kept_frozen = False
         self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
 
     def store_by_neuron(self) -> None:
@@ -83,6 +89,13 @@ class NeuronProjection(nn.Module):
         """rows + scale U V, [m, d] in the dtype of the weight."""
         return self.update.added_to(self.rows())
 
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """Squared norms of the live rows, float32 [m]."""
+        rows = self.merged_rows()
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
+
     def merged_weight(self) -> Tensor:
         """The weight a plain checkpoint holds: the live rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
@@ -103,11 +116,17 @@ class NeuronProjection(nn.Module):
         return self.weight.data_ptr(), self.weight._version, self.weight.device
 
     def dense(self, x: Tensor) -> Tensor:
-        """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them."""
-        weight = self.weight if self.weight_is_rows == self.is_input else self.weight.t()
+        """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them.
+
+        Base weights take no gradients, whatever their flags: in sparse passes they could have none.
+        """
+        weight = self.rows() if self.is_input else self.rows().t()
+        bias = None if self.bias is None else self.bias.detach()
+        if self.runtime is not None and self.runtime.updates_off():
+            return F.linear(x, weight, bias)
         u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
         low = F.linear(F.linear(x, v), u) if self.is_input else x @ u @ v
-        return torch.add(F.linear(x, weight, self.bias), low, alpha=self.update.scale)
+        return torch.add(F.linear(x, weight, bias), low, alpha=self.update.scale)
 
     def extra_repr(self) -> str:
         neurons, width = self.rows().shape
@@ -125,6 +144,10 @@ class NeuronProjection(nn.Module):
         if prefix + "weight" in state_dict and len(errors) == before:
             self.update.restart()  # the loaded weight is whole: an update on top would count twice
             self.store_by_neuron()  # with assign=True it is another tensor
+            self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """Called when other weights were loaded, for what is made from them."""
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(

@@ -234,11 +234,11 @@ def _with_backend(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _outputs(layer: nn.Module, x: Tensor, grad: Tensor, selection: Selection) -> dict[str, Tensor]:
     """Output and gradients of x and of the updates, with a given selection."""
-    sparse(layer).forced = selection
+    sparse(layer).selection_override = selection
     try:
         y, grad_x, *of_factors = _gradients(layer, x, grad)
     finally:
-        sparse(layer).forced = None
+        sparse(layer).selection_override = None
     named = {"y": y, "grad x": grad_x}
     for (name, _), gradient in zip(_named_trainable(layer), of_factors, strict=True):
         named[f"grad {name}"] = gradient

@@ -107,8 +107,8 @@ def force(mlp: SparseMLP, tokens: int, k: int, tile_size: int) -> Selection:
     tiles = make_tiles(torch.randn(tokens, 6, generator=generator), tile_size, "similar")
     m = mlp.index.neurons
     chosen = [torch.randperm(m, generator=generator)[:k].sort().values for _ in range(tiles.shape[0])]
-    mlp.forced = Selection(tiles, torch.stack(chosen))
-    return mlp.forced
+    mlp.selection_override = Selection(tiles, torch.stack(chosen))
+    return mlp.selection_override
 
 
 def reference(

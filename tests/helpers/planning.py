@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_subquad import LayerPlan, Plan, calibration, measurements, sparse_mlps
+from hf_subquad import LayerPlan, Plan, sparse_mlps
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.planning import calibration, measurements
 from hf_subquad.planning.mlp_timing import MLPTiming
 
 from .models import tokens

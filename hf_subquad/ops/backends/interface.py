@@ -28,6 +28,15 @@ class MergedWeight:
     v: Tensor
     bias: Tensor | None = None
 
+    def split(self, count: int) -> "list[MergedWeight]":
+        """Those of the first `count` neurons, and those of the rest: gate and up that are stacked in one."""
+        biases = (None, None) if self.bias is None else (self.bias[:count], self.bias[count:])
+        rows = (self.rows[:count], self.rows[count:])
+        return [
+            MergedWeight(half, u, self.v, bias)
+            for half, u, bias in zip(rows, (self.u[:count], self.u[count:]), biases, strict=True)
+        ]
+
 
 @dataclass(frozen=True)
 class EstimatedInput:

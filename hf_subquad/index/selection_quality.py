@@ -1,0 +1,92 @@
+"""What a selection is worth: held against all neurons, computed from the live weights themselves."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..config import TileOrder
+from ..ops.backends import MergedWeight
+from ..ops.importance import importance
+from ..ops.token_tiles import TokenTiles
+
+if TYPE_CHECKING:
+    from .activation_index import ActivationIndex
+
+
+@dataclass(frozen=True)
+class SelectionQuality:
+    """A selection held against the truth.
+
+    Attributes:
+        recall: share of the truly most important neurons that were chosen.
+        whole: what all neurons add to the MLP's output, float32 [n, T, d_out].
+        missed: what the skipped ones do, float32 [n, T, d_out].
+    """
+
+    recall: float
+    whole: Tensor
+    missed: Tensor
+
+
+@torch.no_grad()
+def evaluate_selection(index: "ActivationIndex", tile_tokens: Tensor, neurons: Tensor) -> SelectionQuality:
+    """What a selection finds and what it misses.
+
+    Args:
+        tile_tokens: [n, T, d].
+        neurons: int64 [n, k], the neurons chosen for each tile.
+    """
+    count, size, width = tile_tokens.shape
+    tokens = tile_tokens.reshape(-1, width)
+    scores = exact_importance(index, tokens).view(count, size, -1).sum(1) * index.output.row_norms()
+    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
+    found = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
+    activations, rows = exact_activations(index, tokens).view(count, size, -1), index.output.merged_rows().float()
+    whole = activations @ rows
+    return SelectionQuality(found, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
+
+
+def recall(index: "ActivationIndex", x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
+    """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
+    selection = index.select(x, k, tile_size, order)
+    return evaluate_selection(index, x[selection.tiles.slots], selection.neurons).recall
+
+
+@torch.no_grad()
+def outputs(index: "ActivationIndex", tile_tokens: Tensor, neurons: Tensor) -> Tensor:
+    """What the given neurons of each tile add to the MLP's output, computed as in the sparse forward.
+
+    Args:
+        tile_tokens: [n, T, d] in the compute dtype.
+        neurons: int64 [n, k], in any order.
+
+    Returns:
+        [n T, d_out] in the compute dtype, without the output's bias.
+    """
+    count, size, _ = tile_tokens.shape
+    x, backend = tile_tokens.flatten(0, 1), index.backend(tile_tokens.device)
+    output = MergedWeight(index.output.rows(x.dtype), *index.output.update.factors())
+    if not neurons.shape[1]:
+        return x.new_zeros(len(x), output.rows.shape[1])
+    tiles = TokenTiles.of(torch.arange(len(x), device=x.device).view(count, size), len(x))
+    inputs = [MergedWeight(p.rows(x.dtype), *p.update.factors(), p.bias) for p in index.inputs]
+    stacked = range(0, len(inputs[0].rows), index.neurons)
+    compact, _ = backend.gathered_up(x, tiles, torch.cat([neurons + first for first in stacked], 1), inputs)
+    return backend.gathered_down([index.combine(compact)], tiles, neurons, [output])[0]
+
+
+def exact_importance(index: "ActivationIndex", x: Tensor) -> Tensor:
+    """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""
+    return importance(_pre_activations(index, x), index.activation, index.gated)
+
+
+def exact_activations(index: "ActivationIndex", x: Tensor) -> Tensor:
+    """True activations of all neurons on x [N, d]: float32 [N, m]."""
+    return index.combine(_pre_activations(index, x))
+
+
+def _pre_activations(index: "ActivationIndex", x: Tensor) -> list[Tensor]:
+    pre = [x.float() @ projection.merged_rows().float().t() for projection in index.inputs]
+    return [h if p.bias is None else h + p.bias.detach().float() for h, p in zip(pre, index.inputs, strict=True)]

@@ -1,0 +1,44 @@
+"""The hook that shows a patched model's inputs to its runtime, before each of its forwards."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .runtime import Runtime
+
+
+class BatchHook:
+    """A forward pre-hook; copies of the model have copies of it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.runtime.begin(model, _by_name(model, args, kwargs))
+
+
+def watch_batches(model: nn.Module, runtime: Runtime) -> None:
+    """Let a runtime see every batch that a model is called with. Done once a model, however often it is asked for.
+
+    A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
+    """
+    if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
+
+
+def unwatch_batches(model: nn.Module) -> None:
+    """Undo `watch_batches`, on a model and all that it wraps."""
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BatchHook)]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return kwargs
+    try:
+        return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
+    except TypeError:
+        return kwargs

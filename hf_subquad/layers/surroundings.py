@@ -1,0 +1,71 @@
+"""What of the model around its patched MLPs decides how they run: PEFT's switch, and gradient checkpointing."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+_REFERENCE = "ref"  # the name that TRL gives a frozen copy of the adapters, which it compares with
+
+
+class Surroundings:
+    """The model that MLPs were patched in, looked at from inside of them.
+
+    A copy of the whole model looks at that copy; a copy of a part of it goes on to look at the original.
+
+    Args:
+        model: without PEFT's or other wrappers.
+        holders: the modules that hold patched MLPs and may run them under gradient checkpointing.
+    """
+
+    def __init__(self, model: nn.Module | None = None, holders: Sequence[nn.Module] = ()) -> None:
+        self._model = model
+        self._holders = list(holders)
+        self._adapter: Any = None
+
+    def adapters_off(self) -> bool:
+        """Whether PEFT's adapters are switched off now (`disable_adapter`), or TRL's reference ones are on: what was
+        trained is to have no effect then. The state of one adapter layer is that of all."""
+        if self._adapter is None and "peft_config" in vars(self._model or self):
+            self.find_adapter()
+        if self._adapter is None:
+            return False
+        return self._adapter.disable_adapters or _REFERENCE in self._adapter.active_adapters
+
+    def find_adapter(self) -> None:
+        """Look for an adapter layer of PEFT's in the model."""
+        modules = self._model.modules() if self._model is not None else ()
+        self._adapter = next(
+            (m for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)), None
+        )
+
+    def recomputed_without_gradients(self) -> bool:
+        """Whether a pass in training mode without gradients may be the first one of reentrant gradient checkpointing."""
+        return any(
+            getattr(holder, "gradient_checkpointing", False)
+            and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get(
+                "use_reentrant", True
+            )
+            for holder in self._holders
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Surroundings":
+        if id(self._model) not in memo:
+            return self
+        memo[id(self)] = copied = Surroundings()
+        for name, value in vars(self).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
+        return copied
+
+
+def holders(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The modules on the way to those of the given paths that know gradient checkpointing."""
+    found: dict[int, nn.Module] = {}
+    for name in names:
+        parts = name.split(".") if name else []
+        for length in range(len(parts) + 1):
+            module = model.get_submodule(".".join(parts[:length]))
+            if hasattr(module, "gradient_checkpointing"):
+                found[id(module)] = module
+    return list(found.values())

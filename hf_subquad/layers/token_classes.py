@@ -1,0 +1,189 @@
+"""Which tokens of a batch are padding, which are context, and at which the loss looks.
+
+Found once per forward of the model, from what it is called with. Where it cannot be known there is one class.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Stack = Literal["encoder", "decoder"]
+
+_IGNORED = -100  # the label of tokens that a loss leaves out
+_OTHER_INPUTS = ("vision", "visual", "image", "audio", "speech")  # MLPs that see something else than the text
+_SAMPLED = 8
+
+
+@dataclass(frozen=True)
+class TokenClasses:
+    """The tokens of a batch of B rows and S columns, by class; those in neither list are padding.
+
+    Attributes:
+        shape: (B, S).
+        predicted: int64, flat positions of tokens at which the loss looks, ascending.
+        context: int64, flat positions of real tokens at which it does not.
+    """
+
+    shape: tuple[int, int]
+    predicted: Tensor
+    context: Tensor
+
+    @classmethod
+    def of(cls, predicted: Tensor, real: Tensor) -> "TokenClasses":
+        """From two masks, bool [B, S]; a predicted token that is not real is padding."""
+        flat, real = predicted.reshape(-1), real.reshape(-1)
+        rows, columns = predicted.shape
+        return cls((rows, columns), (flat & real).nonzero().squeeze(1), (~flat & real).nonzero().squeeze(1))
+
+    @property
+    def tokens(self) -> int:
+        """N = B S."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def padding(self) -> int:
+        """Number of padding tokens."""
+        return self.tokens - len(self.predicted) - len(self.context)
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """int64, positions of all tokens but padding, ascending; None if there is no padding."""
+        return torch.cat([self.predicted, self.context]).sort().values if self.padding else None
+
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of padding, context and predicted tokens."""
+        return self.padding / self.tokens, len(self.context) / self.tokens, len(self.predicted) / self.tokens
+
+
+@dataclass
+class BatchClasses:
+    """The classes of one forward of the model, by stack, and the inputs by which its MLPs can be recognised."""
+
+    stacks: Mapping[Stack, TokenClasses]
+    _seen: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def of(self, name: str, x: Tensor) -> TokenClasses | None:
+        """The classes of the tokens x [..., d] of an MLP, by its name in the model; None if it sees other tokens."""
+        if any(word in name for word in _OTHER_INPUTS):
+            return None
+        stack: Stack = "encoder" if "encoder" in self.stacks and "decoder" not in name.split(".") else "decoder"
+        classes = self.stacks.get(stack)
+        leading = tuple(x.shape[:-1])
+        return classes if classes is not None and leading in (classes.shape, (classes.tokens,)) else None
+
+    def note(self, mlp: int, x: Tensor) -> None:
+        """Remember an MLP's input, by which `saw` recognises it when gradient checkpointing computes it again."""
+        self._seen.setdefault(mlp, []).append(_sample(x))
+
+    def saw(self, mlp: int, x: Tensor) -> bool:
+        sample = _sample(x)
+        return any(torch.equal(sample, seen) for seen in self._seen.get(mlp, []))
+
+
+def _sample(x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].clone()
+
+
+def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
+    """The classes of a batch, by stack; no stack where they cannot be known.
+
+    Args:
+        inputs: what the model is called with, by name.
+    """
+    labels = inputs.get("labels")
+    shifted = inputs.get("shift_labels")
+    if not isinstance(labels, Tensor) and not isinstance(shifted, Tensor):
+        return BatchClasses({})
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return BatchClasses(_encoder_decoder(inputs, labels))
+    found = _one_stack(model, inputs, labels, shifted)
+    return BatchClasses({} if found is None else {"decoder": found})
+
+
+def predicts_next_token(model: nn.Module) -> bool | None:
+    """Whether the label in place t is predicted in place t - 1, as in causal LMs; None if that is not known."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    if loss_type is None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return True if type(base).__name__.endswith(("LMHeadModel", "ForCausalLM")) else None
+    return loss_type == "ForCausalLM"
+
+
+def _encoder_decoder(inputs: Mapping[str, Any], labels: Tensor | None) -> dict[Stack, TokenClasses]:
+    found: dict[Stack, TokenClasses] = {}
+    source = inputs.get("attention_mask")
+    shape = _text_shape(inputs)
+    real = _real(source, shape, labels)
+    if real is not None and shape is not None:
+        found["encoder"] = TokenClasses.of(torch.zeros_like(real), real)
+    if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
+        predicted = labels != _IGNORED
+        target = _real(inputs.get("decoder_attention_mask"), tuple(labels.shape), labels)
+        if target is not None:
+            found["decoder"] = TokenClasses.of(predicted, target & _up_to_last(predicted))
+    return found
+
+
+def _one_stack(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None, shifted: Tensor | None
+) -> TokenClasses | None:
+    shape = _text_shape(inputs)
+    by_token = shifted if isinstance(shifted, Tensor) else labels
+    real = None if shape is None else _real(inputs.get("attention_mask"), shape, by_token)
+    if shape is None or real is None or by_token is None:
+        return None
+    if by_token.shape != shape or by_token.is_floating_point():  # one label a row, or several
+        return TokenClasses.of(_first_and_last(real), real)
+    causal = predicts_next_token(model)
+    if causal is None and not isinstance(shifted, Tensor):
+        return None
+    predicted = by_token != _IGNORED
+    if causal and not isinstance(shifted, Tensor):
+        predicted = torch.cat([predicted[:, 1:], torch.zeros_like(predicted[:, :1])], 1)
+    if causal:
+        real = real & _up_to_last(predicted)
+    return TokenClasses.of(predicted, real)
+
+
+def _text_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    for name in ("input_ids", "inputs_embeds"):
+        values = inputs.get(name)
+        if isinstance(values, Tensor) and values.dim() >= 2:
+            return values.shape[0], values.shape[1]
+    return None
+
+
+def _real(mask: Any, shape: tuple[int, ...] | None, like: Tensor | None) -> Tensor | None:
+    """bool [B, S] of the tokens that are not padding; None if the mask is of a kind that does not say."""
+    if shape is None or like is None:
+        return None
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    if not isinstance(mask, Tensor):
+        return None
+    if tuple(mask.shape) == tuple(shape):
+        return mask != 0
+    if mask.dim() == 4 and (mask.shape[0], mask.shape[-1]) == tuple(shape):
+        seen = mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+        return seen.any(1).any(1)  # keys that some query attends to
+    return None
+
+
+def _up_to_last(predicted: Tensor) -> Tensor:
+    """bool [B, S]: tokens up to the last predicted one of their row. In a causal stack the others reach nothing."""
+    return predicted.flip(1).cumsum(1).flip(1) > 0
+
+
+def _first_and_last(real: Tensor) -> Tensor:
+    """bool [B, S]: the first and the last real token of each row, from which heads for whole rows read."""
+    places = torch.arange(real.shape[1], device=real.device)
+    first = real.int().argmax(1, keepdim=True)
+    last = (real.int() * (places + 1)).argmax(1, keepdim=True)
+    return ((places == first) | (places == last)) & real

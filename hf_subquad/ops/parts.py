@@ -1,0 +1,367 @@
+"""An MLP's two products on parts of a batch, each with a number of neurons of its own.
+
+A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that lie in tiles which compute k
+neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is the
+gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or [n, T, k]
+each; what a model computes between its projections is elementwise and does not see the difference.
+
+In the backward pass, gradients pass through the rows that hold a share of the squared output gradient, the largest
+first. `down_project` knows the output gradient and writes zeros for all other rows; `up_project` skips rows of zeros.
+With a share of 1 only rows without any gradient are skipped, which is exact.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import BackendName
+from .backends import Backend, MergedWeight, backend_for
+from .token_tiles import TokenTiles
+
+_WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that compute the same number of neurons.
+
+    Attributes:
+        rows: int64 [p], the part's tokens; None: all of the batch in their order.
+        tokens: p.
+        tiles: n tiles of the part's own tokens 0 to p - 1; None: each token computes all neurons, or none.
+        neurons: int64 [n, k], those of each tile; None without tiles.
+        idle: tokens compute no neurons.
+    """
+
+    rows: Tensor | None
+    tokens: int
+    tiles: TokenTiles | None = None
+    neurons: Tensor | None = None
+    idle: bool = False
+
+    def shape(self, neurons: int) -> tuple[int, ...]:
+        """Of its compact activation, of an MLP of m neurons."""
+        if self.idle:
+            return (0,)
+        if self.tiles is None:
+            return self.tokens, neurons
+        return *self.tiles.shape, self.neurons.shape[1]
+
+    def size(self, neurons: int) -> int:
+        """Elements of its compact activation."""
+        return math.prod(self.shape(neurons))
+
+    def take(self, x: Tensor) -> Tensor:
+        """[N, c] -> [p, c]."""
+        return x if self.rows is None else x.index_select(0, self.rows)
+
+    def among(self, chosen: Tensor) -> Tensor:
+        """Batch rows of some of the part's tokens, int64."""
+        return chosen if self.rows is None else self.rows.index_select(0, chosen)
+
+
+def up_project(
+    x: Tensor, parts: Sequence[Part], matrices: Sequence[MergedWeight], backend: BackendName, joined: bool = False
+) -> tuple[Tensor, ...]:
+    """x R^T + (x V^T) U^T + b of every part, by matrix: flat; differentiable in x, U and V.
+
+    Args:
+        x: [N, d] in the compute dtype.
+        matrices: one, or gate and up, [m, d] each, of equal rank.
+        joined: return one tensor, that of the first matrix before that of the second.
+    """
+    found: tuple[Tensor, ...] = _UpProject.apply(x, parts, backend, joined, *_flat(matrices))
+    return found
+
+
+def down_project(
+    a: Tensor,
+    parts: Sequence[Part],
+    matrix: MergedWeight,
+    tokens: int,
+    gradient: float,
+    backend: BackendName,
+    elsewhere: float = 0.0,
+) -> Tensor:
+    """a R + (a U) V + b of every part, in token order: [N, d]; differentiable in a, U and V.
+
+    Args:
+        a: flat, as `up_project` returns it, in the compute dtype.
+        tokens: N.
+        gradient: share of the squared gradient of the result that the rows hold which pass it back to `a`. The
+            gradients of U and V take all rows, which costs next to nothing.
+        elsewhere: the output of tokens in no part.
+    """
+    y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
+    return y
+
+
+def _flat(matrices: Sequence[MergedWeight]) -> list[Tensor | None]:
+    """Us, Vs, rows and biases, as autograd takes them."""
+    return [getattr(matrix, name) for name in ("u", "v", "rows", "bias") for matrix in matrices]
+
+
+def _matrices(flat: Sequence[Any]) -> list[MergedWeight]:
+    """Undo `_flat`, in the dtype of the rows."""
+    count = len(flat) // 4
+    return [
+        MergedWeight(rows, u.to(rows.dtype), v.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        for u, v, rows, bias in zip(*(flat[i * count : (i + 1) * count] for i in range(4)), strict=True)
+    ]
+
+
+class _UpProject(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: Sequence[Part], name: BackendName, joined: bool, *flat: Any) -> Any:
+        matrices, backend = _matrices(flat), backend_for(name, x.device)
+        neurons = len(matrices[0].rows)
+        length = sum(part.size(neurons) for part in parts)
+        whole = x.new_empty(len(matrices) * length) if joined else None
+        outs = whole.split(length) if whole is not None else [x.new_empty(length) for _ in matrices]
+        lows = []
+        with torch.autocast(x.device.type, enabled=False):
+            for part, *views in _by_part(parts, neurons, outs):
+                lows.append(_up(part, part.take(x), matrices, views, backend))
+        ctx.save_for_backward(x, *lows, *flat[: 3 * len(matrices)])
+        ctx.parts, ctx.backend, ctx.joined = parts, backend, joined
+        if whole is not None:
+            return (whole,)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        parts, saved = ctx.parts, ctx.saved_tensors
+        x, lows, flat = saved[0], saved[1 : 1 + len(parts)], saved[1 + len(parts) :]
+        count = len(flat) // 3
+        matrices = _matrices([*flat, *(None,) * count])
+        neurons = len(matrices[0].rows)
+        # A gradient that came through a sum or a mean may be one number for all.
+        grads = gradients[0].contiguous().chunk(count) if ctx.joined else [grad.contiguous() for grad in gradients]
+        grad_x = torch.zeros_like(x)
+        factors = _FactorGradients(matrices)
+        with torch.autocast(x.device.type, enabled=False):
+            for (part, *views), low in zip(_by_part(parts, neurons, grads), lows, strict=True):
+                if part.idle:
+                    continue
+                lows_by_matrix = low.chunk(count, dim=1)
+                kept = _kept(part, neurons, _nonzero_tokens(part, views))
+                if part.tiles is not None and kept is None:
+                    grad, grad_low = ctx.backend.gathered_down(views, part.tiles, part.neurons, _plain(matrices))
+                    _place(grad_x, part, None, grad)
+                    chunks = zip(views, grad_low.chunk(count, dim=1), lows_by_matrix, strict=True)
+                    for i, (view, grad_low_i, low_i) in enumerate(chunks):
+                        factors.add_tiled(ctx.backend, i, view, grad_low_i, part.take(x), low_i, part)
+                    continue
+                x_kept = part.take(x) if kept is None else x.index_select(0, part.among(kept))
+                rows = [_rows_of(part, view, kept, neurons) for view in views]
+                grad = None
+                for i, (row, matrix, low_i) in enumerate(zip(rows, matrices, lows_by_matrix, strict=True)):
+                    grad_low_i = row @ matrix.u
+                    grad = row @ matrix.rows if grad is None else grad.addmm_(row, matrix.rows)
+                    grad.addmm_(grad_low_i, matrix.v)
+                    factors.add(i, row.t() @ (low_i if kept is None else low_i[kept]), grad_low_i.t() @ x_kept)
+                _place(grad_x, part, kept, grad)
+        grad_us, grad_vs = factors.like(flat)
+        return grad_x, None, None, None, *grad_us, *grad_vs, *(None,) * (2 * count)
+
+
+class _DownProject(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, parts: Sequence[Part], tokens: int, gradient: float, name: BackendName, elsewhere: float,
+        *flat: Any,
+    ) -> Tensor:  # fmt: skip
+        (matrix,), backend = _matrices(flat), backend_for(name, a.device)
+        neurons, width = matrix.rows.shape
+        if len(parts) == 1 and parts[0].rows is None:
+            y = a.new_empty(tokens, width)
+        else:
+            y = a.new_full((tokens, width), elsewhere)
+        lows = []
+        with torch.autocast(a.device.type, enabled=False):
+            for part, view in _by_part(parts, neurons, [a]):
+                if part.idle:
+                    low, y_part = a.new_empty(0), a.new_zeros(part.tokens, width)
+                    if matrix.bias is not None:
+                        y_part += matrix.bias
+                elif part.tiles is not None:
+                    y_part, low = backend.gathered_down([view], part.tiles, part.neurons, [matrix])
+                else:
+                    low = view @ matrix.u
+                    y_part = view @ matrix.rows if matrix.bias is None else torch.addmm(matrix.bias, view, matrix.rows)
+                    y_part.addmm_(low, matrix.v)
+                lows.append(low)
+                _place(y, part, None, y_part)
+        ctx.save_for_backward(a, *lows, *flat[:3])
+        ctx.parts, ctx.gradient, ctx.backend = parts, gradient, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
+        parts, saved = ctx.parts, ctx.saved_tensors
+        a, lows, flat = saved[0], saved[1 : 1 + len(parts)], saved[1 + len(parts) :]
+        matrices = _matrices([*flat, None])
+        matrix = matrices[0]
+        neurons = len(matrix.rows)
+        passing = rows_that_hold(grad_y, ctx.gradient)
+        grad_a = torch.empty_like(a)
+        factors = _FactorGradients(matrices)
+        with torch.autocast(a.device.type, enabled=False):
+            pairs = zip(_by_part(parts, neurons, [a]), _by_part(parts, neurons, [grad_a]), lows, strict=True)
+            for (part, view), (_, grad_view), low in pairs:
+                if part.idle:
+                    continue
+                grad = part.take(grad_y)
+                grad_low = grad @ matrix.v.t()
+                kept = _kept(part, neurons, part.take(passing))
+                if part.tiles is not None:
+                    factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part)
+                else:
+                    factors.add(0, view.t() @ grad_low, low.t() @ grad)
+                if part.tiles is not None and kept is None:
+                    (found,), _ = ctx.backend.gathered_up(grad, part.tiles, part.neurons, _plain([matrix]))
+                    grad_view.copy_(found)
+                elif kept is None:
+                    torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
+                else:
+                    found = grad.index_select(0, kept) @ matrix.rows.t()
+                    found.addmm_(grad_low.index_select(0, kept), matrix.u.t())
+                    _place_rows(part, grad_view, kept, found)
+        (grad_u,), (grad_v,) = factors.like(flat)
+        return grad_a, *(None,) * 5, grad_u, grad_v, None, None
+
+
+def rows_that_hold(gradient: Tensor, share: float) -> Tensor:
+    """bool [N]: the rows of a gradient [N, d] with the largest norms that together hold a share of its squared norm;
+    never a row of zeros."""
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(gradient, dim=1, dtype=dtype).square_()
+    if share >= 1:
+        return squares != 0
+    ordered, order = squares.sort(descending=True)
+    before = ordered.cumsum(0) - ordered  # what the rows before this one hold
+    chosen = (before < share * ordered.sum()) & (ordered > 0)
+    return torch.empty_like(chosen).scatter_(0, order, chosen)
+
+
+class _FactorGradients:
+    """Gradients of U and V, summed over parts."""
+
+    def __init__(self, matrices: Sequence[MergedWeight]) -> None:
+        self._matrices = matrices
+        self._sums: list[list[Tensor | None]] = [[None, None] for _ in matrices]
+
+    def add(self, matrix: int, grad_u: Tensor, grad_v: Tensor) -> None:
+        for i, grad in enumerate((grad_u, grad_v)):
+            held = self._sums[matrix][i]
+            self._sums[matrix][i] = grad if held is None else held + grad
+
+    def add_tiled(
+        self, backend: Backend, matrix: int, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, part: Part
+    ) -> None:
+        neurons = len(self._matrices[matrix].rows)
+        self.add(matrix, *backend.update_gradients(a, a_low, x, x_low.contiguous(), part.tiles, part.neurons, neurons))
+
+    def like(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Us, then Vs, in the dtypes of the given ones."""
+        count = len(self._matrices)
+        us, vs = (
+            [
+                torch.zeros_like(factor) if (found := self._sums[matrix][i]) is None else found.to(factor.dtype)
+                for matrix, factor in enumerate(flat[i * count : (i + 1) * count])
+            ]
+            for i in range(2)
+        )
+        return us, vs
+
+
+def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor], backend: Backend) -> Tensor:
+    """Write the part's activations; returns x V^T [p, q], those of two matrices side by side."""
+    if part.idle:
+        return x.new_empty(0)
+    if part.tiles is None:
+        low = x @ torch.cat([matrix.v for matrix in matrices]).t()
+        for view, matrix, low_i in zip(views, matrices, low.chunk(len(matrices), dim=1), strict=True):
+            if matrix.bias is None:
+                torch.mm(x, matrix.rows.t(), out=view)
+            else:
+                torch.addmm(matrix.bias, x, matrix.rows.t(), out=view)
+            view.addmm_(low_i, matrix.u.t())
+        return low
+    found, low = backend.gathered_up(x, part.tiles, part.neurons, matrices)
+    for view, compact in zip(views, found, strict=True):
+        view.copy_(compact)
+    return low
+
+
+def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Each part with its views of flat tensors: [p, m], or [n, T, k] laid out as its backend likes to write."""
+    found, start = [], 0
+    for part in parts:
+        shape = part.shape(neurons)
+        pieces = [flat[start : start + math.prod(shape)] for flat in flats]
+        if part.tiles is None:
+            views = [piece.view(shape) for piece in pieces]
+        else:
+            count, slots, k = shape
+            views = [piece.view(count, k, slots).transpose(1, 2) for piece in pieces]
+        found.append((part, *views))
+        start += math.prod(shape)
+    return found
+
+
+def _plain(matrices: Sequence[MergedWeight]) -> list[MergedWeight]:
+    """Without biases, which have no part in gradients."""
+    return [MergedWeight(matrix.rows, matrix.u, matrix.v) for matrix in matrices]
+
+
+def _kept(part: Part, neurons: int, passing: Tensor) -> Tensor | None:
+    """The part's tokens that pass gradients, int64; None if products of the whole part cost less than of those.
+
+    A tile's products do not get cheaper with fewer tokens in it, so its few passing ones are multiplied with all
+    neurons, and what is not theirs is dropped.
+    """
+    kept = passing.nonzero().squeeze(1)
+    return kept if len(kept) * neurons < _WORTH_GATHERING * part.size(neurons) else None
+
+
+def _nonzero_tokens(part: Part, views: Sequence[Tensor]) -> Tensor:
+    """bool [p]: tokens for which any of the gradients [p, m] or [n, T, k] is not zero."""
+    by_row = [view.abs().amax(-1) for view in views]
+    passing = torch.stack(by_row).amax(0) != 0
+    return passing if part.tiles is None else passing.view(-1).index_select(0, part.tiles.position)
+
+
+def _rows_of(part: Part, view: Tensor, kept: Tensor | None, neurons: int) -> Tensor:
+    """Rows of a gradient for some of the part's tokens, [r, m]; zero for neurons that are not their tile's."""
+    if part.tiles is None:
+        return view if kept is None else view.index_select(0, kept)
+    slots = part.tiles.position.index_select(0, kept)
+    tile, slot = slots // part.tiles.shape[1], slots % part.tiles.shape[1]
+    found = view.new_zeros(len(kept), neurons)
+    return found.scatter_(1, part.neurons.index_select(0, tile), view[tile, slot])
+
+
+def _place_rows(part: Part, view: Tensor, kept: Tensor, rows: Tensor) -> None:
+    """Undo `_rows_of`: write rows [r, m] of the part's tokens `kept`, zeros for its others."""
+    view.zero_()
+    if part.tiles is None:
+        view.index_copy_(0, kept, rows)
+        return
+    slots = part.tiles.position.index_select(0, kept)
+    tile, slot = slots // part.tiles.shape[1], slots % part.tiles.shape[1]
+    view[tile, slot] = rows.gather(1, part.neurons.index_select(0, tile))
+
+
+def _place(into: Tensor, part: Part, kept: Tensor | None, values: Tensor) -> None:
+    """Write values [p, c] of a part's tokens, or [r, c] of some of them, to their rows of the batch."""
+    if kept is not None:
+        into.index_copy_(0, part.among(kept), values)
+    elif part.rows is None:
+        into.copy_(values)
+    else:
+        into.index_copy_(0, part.rows, values)

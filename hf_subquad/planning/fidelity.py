@@ -1,0 +1,87 @@
+"""How faithful sparse MLPs are: to the predictions of the dense model, and to the gradient of what is trained."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from .predictions import Batch, Predictions, logits_of
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What sparse MLPs do to a model on a batch.
+
+    Attributes:
+        divergence: mean Kullback-Leibler divergence of its predictions, in nats per predicted token.
+        cosine: of the gradient of all trained parameters with the exact one.
+        gradient_error: norm of the gradient's error over the norm of the exact gradient.
+    """
+
+    divergence: float
+    cosine: float
+    gradient_error: float
+
+
+class DenseReference:
+    """Predictions and gradient that a model has on a batch now, with which later ones are compared.
+
+    Args:
+        batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, else that of
+            the log-probability of what the model holds most likely.
+
+    Raises:
+        CalibrationError: there are no logits, nothing is trained, or values are not finite.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
+        self._model, self._batch = model, batch
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not self._trained:
+            raise CalibrationError("no parameter of the model is trained, so there is nothing to be faithful to")
+        logits, self._gradient = self._step()
+        self._norm = _norm(self._gradient)
+        if not math.isfinite(self._norm):
+            raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
+        self.predictions = Predictions(model, batch, logits)
+
+    def energy_of(self, parameters: Mapping[str, Any] | list[nn.Parameter]) -> float:
+        """Share of the squared gradient that belongs to some parameters."""
+        wanted = {id(parameter) for parameter in parameters}
+        found = [g for p, g in zip(self._trained, self._gradient, strict=True) if id(p) in wanted]
+        return (_norm(found) / self._norm) ** 2 if self._norm else 0.0
+
+    def fidelity(self) -> Fidelity:
+        """That of the model as it runs now."""
+        logits, gradient = self._step()
+        divergence = self.predictions.divergence(logits)
+        norm = _norm(gradient)
+        error = _norm([a - b for a, b in zip(gradient, self._gradient, strict=True)])
+        if not math.isfinite(norm):
+            raise CalibrationError("the gradient of the sparse model holds NaN or infinite values")
+        if not norm or not self._norm:
+            return Fidelity(divergence, 1.0 if norm == self._norm else 0.0, error / self._norm if self._norm else 0.0)
+        products = (torch.sum(a.double() * b.double()) for a, b in zip(gradient, self._gradient, strict=True))
+        cosine = sum(product.item() for product in products) / (norm * self._norm)
+        return Fidelity(divergence, cosine, error / self._norm)
+
+    @torch.enable_grad()
+    def _step(self) -> tuple[Tensor, list[Tensor]]:
+        outputs = self._model(**self._batch)
+        logits = logits_of(self._model, outputs)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            scores = logits.float().log_softmax(-1) if logits.dim() and logits.shape[-1] > 1 else logits.float()
+            loss = -scores.amax(-1).mean() if logits.dim() else scores
+        found = torch.autograd.grad(loss.sum(), self._trained, allow_unused=True)
+        return logits.detach(), [
+            torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)
+        ]
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(torch.linalg.vector_norm(t.float()).item() ** 2 for t in tensors))
