@@ -102,6 +102,24 @@ def _memory_note(runs: Mapping[str, RunSettings]) -> str:
     return note
 
 
+# Options that are fields of RunSettings, with their defaults.
+_NUMBERS = {
+    "steps": "of the whole training",
+    "batch_size": "",
+    "seq_length": "tokens of a sequence, at most",
+    "lr_warmup_steps": "",
+    "eval_every": "steps; 0: at both ends only",
+    "seed": "",
+    "threads": "",
+    "rank": "of LoRA and of subquad's updates",
+    "alpha": "",
+    "rounds": "of timing; in each every method has a turn",
+    "turn_steps": "timed steps of a turn",
+    "untimed_steps": "before them, to warm up",
+    "profile_steps": "after them, to time MLPs in; 0: no MLP times and Amdahl limits",
+}
+
+
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     defaults = RunSettings(method="vanilla", learning_rate=0.0)
     parser = argparse.ArgumentParser(
@@ -125,11 +143,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--packing", action="store_true", help="join prompts and answers into blocks of --seq-length")
     data.add_argument("--max-eval-rows", type=int, help="evaluate on the first sequences only")
 
-    run = parser.add_argument_group("training")
+    run = parser.add_argument_group("training and measurement")
+    for name, text in _NUMBERS.items():
+        default = getattr(defaults, name)
+        run.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
     run.add_argument("--methods", type=_methods, default=METHODS, help="default: vanilla,lora,subquad")
-    run.add_argument("--steps", type=int, default=defaults.steps)
-    run.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    run.add_argument("--seq-length", type=int, default=defaults.seq_length)
     run.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     run.add_argument("--autocast", action="store_true", help="the Trainer's bf16=True, on weights of --dtype")
     run.add_argument(
@@ -137,19 +155,13 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"default: {' '.join(f'{name}={rate:g}' for name, rate in LEARNING_RATES.items())}",
     )  # fmt: skip
     run.add_argument("--scheduler", default=defaults.scheduler, help="the Trainer's lr_scheduler_type")
-    run.add_argument("--lr-warmup-steps", type=int, default=defaults.lr_warmup_steps)
-    run.add_argument("--eval-every", type=int, default=defaults.eval_every, help="0: at both ends only")
-    run.add_argument("--seed", type=int, default=defaults.seed)
-    run.add_argument("--threads", type=int, default=defaults.threads)
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
+    run.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
 
-    ours = parser.add_argument_group("methods")
-    ours.add_argument("--rank", type=int, default=defaults.rank, help="of LoRA and of subquad's updates")
-    ours.add_argument("--alpha", type=float, default=defaults.alpha)
-    ours.add_argument(
-        "--rest", choices=("lora", "frozen", "full"), default="lora", help="how subquad trains what it does not patch"
-    )
-    ours.add_argument("--plan", help="JSON file of a plan for subquad; by default it plans")
+    ours = parser.add_argument_group("subquad")
+    ours.add_argument("--rest", choices=("lora", "frozen", "full"), default="lora", help="how it trains the rest")
+    ours.add_argument("--plan", help="JSON file; by default it plans")
     ours.add_argument("--active", type=_value, help="--set active=..: number or share of neurons")
     ours.add_argument("--tile-size", type=int, help="--set tile_size=..")
     ours.add_argument("--layers", type=_value, help="--set layers_to_transform=..: all, all_but_first, [1, 2]")
@@ -158,26 +170,12 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest="settings", help="any field of SubquadConfig; values are YAML",
     )  # fmt: skip
 
-    measure = parser.add_argument_group("measurement")
-    measure.add_argument("--rounds", type=int, default=defaults.rounds, help="in each every method has a turn")
-    measure.add_argument("--turn-steps", type=int, default=defaults.turn_steps, help="timed steps of a turn")
-    measure.add_argument("--untimed-steps", type=int, default=defaults.untimed_steps, help="before them, to warm up")
-    measure.add_argument(
-        "--profile-steps", type=int, default=defaults.profile_steps,
-        help="after them, to time MLPs in; 0: no MLP times and Amdahl limits",
-    )  # fmt: skip
-    measure.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
-    measure.add_argument("--plot", type=Path, metavar="FILE", help="the PNG, elsewhere (or without --json)")
-    measure.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
-
     options = parser.parse_args(argv)
     if options.model and not (options.train_file and options.eval_file):
         parser.error("--model needs --train-file and --eval-file")
     for name in ("steps", "rounds", "turn_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
-    if options.plot and not plots_available():
-        parser.error("--plot needs matplotlib (pip install 'hf-subquad[plots]')")
     return options
 
 
@@ -228,11 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(report, options.json)
         write_csv(report, options.json.with_suffix(".csv"))
-        print(f"wrote {options.json} and {options.json.with_suffix('.csv')}")
-    plot = options.plot or (options.json.with_suffix(".png") if options.json else None)
-    if plot and plots_available():
-        write_plot(report, plot, options.model or "random weights and tokens")
-        print(f"wrote {plot}")
+        if plots_available():
+            write_plot(report, options.json.with_suffix(".png"), options.model or "random weights and tokens")
+        print(f"wrote {options.json} and what is beside it")
     return 0
 
 

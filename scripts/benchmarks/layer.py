@@ -128,24 +128,6 @@ def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
     return max(0, peak.bytes - before)
 
 
-def gather_seconds(layer: nn.Module, x: Tensor) -> float:
-    """Seconds that the row gathers of one forward and backward take by themselves."""
-    mlp = sparse_mlps(layer)[0]
-    config = mlp.runtime.config
-    neurons = mlp.index.select(x.detach(), mlp.k, config.tile_size, config.tile_order).neurons
-    rows = [p.rows() for p in mlp.projections]
-    gathered = rows[0].new_empty(neurons.shape[1], rows[0].shape[1])
-
-    def gather() -> None:
-        for matrix in rows:
-            for _ in range(2):
-                for chosen in neurons:
-                    torch.index_select(matrix, 0, chosen, out=gathered)
-
-    gather()
-    return timed(gather, x.device)
-
-
 def selection_seconds(layer: nn.Module, x: Tensor) -> float:
     mlp = sparse_mlps(layer)[0]
     config = mlp.runtime.config
@@ -160,11 +142,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
     # Tokens of a real batch resemble each other in groups; random ones do not, and tiles of them cost the same.
     x = F.layer_norm(x, (args.hidden,)).requires_grad_(True)
     grad = torch.randn_like(x)
-    times: dict[str, list[float]] = {kind: [] for kind in (*layers, "selection", "gather")}
+    times: dict[str, list[float]] = {kind: [] for kind in (*layers, "selection")}
     for round_number in range(args.warmup + args.rounds):
         seconds = {kind: run_once(layer, x, grad) for kind, layer in layers.items()}
         seconds["selection"] = selection_seconds(layers["subquad"], x)
-        seconds["gather"] = gather_seconds(layers["subquad"], x)
         if round_number >= args.warmup:
             for kind, value in seconds.items():
                 times[kind].append(value)
@@ -182,16 +163,13 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         "rank": args.rank, "device": args.device, "threads": torch.get_num_threads(), "rounds": args.rounds,
         "dense_full_seconds": median["dense_full"], "dense_lora_seconds": median["dense_lora"],
         "subquad_seconds": median["subquad"],
-        "selection_seconds": median["selection"], "gather_seconds": median["gather"],
+        "selection_seconds": median["selection"],
         "speedup_vs_full": ratio("dense_full"), "speedup_vs_lora": ratio("dense_lora"),
         "selection_share": median["selection"] / median["subquad"],
-        "gather_share": median["gather"] / median["subquad"],
         "seconds_range": {kind: [min(values), max(values)] for kind, values in times.items()},
         "round_seconds": times,
-        "dense_full_saved_bytes": memory["dense_full"], "dense_lora_saved_bytes": memory["dense_lora"],
-        "subquad_saved_bytes": memory["subquad"],
-        "dense_full_peak_bytes": peaks["dense_full"], "dense_lora_peak_bytes": peaks["dense_lora"],
-        "subquad_peak_bytes": peaks["subquad"],
+        **{f"{kind}_saved_bytes": value for kind, value in memory.items()},
+        **{f"{kind}_peak_bytes": value for kind, value in peaks.items()},
         "saved_share_of_dense": memory["subquad"] / memory["dense_full"],
     }  # fmt: skip
 
@@ -234,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             f"N={row['tokens']} d={row['hidden']} m={row['intermediate']} k={row['active']} T={row['tile']} "
             f"{row['dtype']}: full {row['dense_full_seconds']:.3f}s lora {row['dense_lora_seconds']:.3f}s "
             f"subquad {row['subquad_seconds']:.3f}s = {row['speedup_vs_full']:.2f}x / {row['speedup_vs_lora']:.2f}x; "
-            f"selection {row['selection_share']:.1%}, gather {row['gather_share']:.1%}, "
-            f"saved {row['saved_share_of_dense']:.0%} of dense"
+            f"selection {row['selection_share']:.1%}, saved {row['saved_share_of_dense']:.0%} of dense"
         )
     if args.json:
         write_json(rows, args.json)

@@ -55,9 +55,10 @@ def cases(bench: Bench) -> list[Case]:
         *of_sizes(order[:2]),
         *((f"MLP, {dtype_name(dtype)}", partial(_mlp, bench, dtype)) for dtype in first),
         ("selection twice", lambda: _determinism(bench)),
-        ("no synchronisation", lambda: _no_sync(bench)),
-        ("selection in a CUDA graph", lambda: _selection_in_graph(bench)),
-        ("training in a CUDA graph", lambda: _training_in_graph(bench)),
+        *(
+            (name, partial(check, bench) if bench.on_gpu else partial(_skipped, name))
+            for name, check in _ON_GPU.items()
+        ),
         *of_sizes(order[2:]),
         ("torch.compile", lambda: _compiled(bench)),
         *of_sizes(late),
@@ -143,9 +144,6 @@ def _determinism(bench: Bench) -> Iterator[Row]:
 
 def _no_sync(bench: Bench) -> Iterator[Row]:
     name = "a training forward and backward never waits for the device"
-    if not bench.on_gpu:
-        yield {"check": name, "note": NEEDS_CUDA}
-        return
     layer, x, grad = _example(bench)
     _gradients(layer, x, grad)  # compiles
     torch.cuda.synchronize()
@@ -162,9 +160,6 @@ def _no_sync(bench: Bench) -> Iterator[Row]:
 
 def _selection_in_graph(bench: Bench) -> Iterator[Row]:
     name = "selection replayed from a CUDA graph on new tokens equals eager"
-    if not bench.on_gpu:
-        yield {"check": name, "note": NEEDS_CUDA}
-        return
     layer, x, _ = _example(bench)
     mlp, held = sparse(layer), x.detach().clone()
 
@@ -182,9 +177,6 @@ def _selection_in_graph(bench: Bench) -> Iterator[Row]:
 
 def _training_in_graph(bench: Bench) -> Iterator[Row]:
     name = "MLP forward and backward replayed from a CUDA graph on new tokens, against eager"
-    if not bench.on_gpu:
-        yield {"check": name, "note": NEEDS_CUDA}
-        return
     layer, x, grad = _example(bench)
     graph, results = captured(lambda: _gradients(layer, x, grad))
     with torch.no_grad():
@@ -194,6 +186,17 @@ def _training_in_graph(bench: Bench) -> Iterator[Row]:
     replayed = [result.clone() for result in results]
     # Gradients of U are summed in no fixed order.
     yield _judged({"check": name}, _error(replayed, _gradients(layer, x, grad)), 1e-3)
+
+
+_ON_GPU = {
+    "waits for the device": _no_sync,
+    "selection in a CUDA graph": _selection_in_graph,
+    "training in a CUDA graph": _training_in_graph,
+}
+
+
+def _skipped(name: str) -> Iterator[Row]:
+    yield {"check": name, "note": NEEDS_CUDA}
 
 
 def _compiled(bench: Bench) -> Iterator[Row]:

@@ -1,7 +1,7 @@
 """Train the small language model that ships with this repository, from text that ships with Python.
 
     python scripts/tools/make_demo_model.py             # 5000 steps, 4.5 a second on 2 free cores with AMX
-    python scripts/tools/make_demo_model.py --check     # one minute: what this machine would reach
+    python scripts/tools/make_demo_model.py --output /tmp/model --minutes 1     # what this machine would reach
 
 An OPT model with ReLU whose MLPs hold most of the weights, as in large models, so that its activations are
 sparse for the reason that theirs are: training. It is for demonstrations and tests only.
@@ -12,9 +12,7 @@ import contextlib
 import ctypes
 import hashlib
 import math
-import platform
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from corpus import HELD_OUT_EVERY, standard_library_text
+from corpus import standard_library_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo_model"
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
@@ -179,78 +177,8 @@ def held_out(model: OPTForCausalLM, stream: torch.Tensor) -> tuple[float, list[t
     return sum(losses) / len(losses), [torch.stack(kept).mean(0) for kept in shares]
 
 
-CARD = """---
-license: other
-license_name: psf-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags: [opt, relu, demo]
----
-# Demo model: a small OPT with wide, sparse MLPs
-
-Made by `python scripts/tools/make_demo_model.py` from text that comes with Python. It exists so that the comparison of
-`make demo` runs on a really trained model without a download. It is for demonstrations and tests, and of no use for
-writing code or text.
-
-| | |
-|---|---|
-| architecture | OPT, ReLU, pre-norm, {layers} layers, hidden size {hidden}, {neurons} neurons a layer, {heads} heads, \
-{positions} positions, tied embeddings |
-| weights | {weights:,}, of them {mlp_share:.0%} in the MLPs; stored in bf16, {megabytes:.1f} MB |
-| tokenizer | byte-level BPE, {vocabulary} tokens, trained on the training part of the corpus |
-| corpus | source of the standard library of Python {python} without its tests, `encodings` and `pydoc_data`: \
-{train_documents} files, {train_tokens:,} tokens; sha256 of the text `{digest}` |
-| held out | every {held_every}th file: {held_documents} files, {held_tokens:,} tokens |
-| training | {steps} steps of {batch} x {block} tokens = {seen:,} tokens ({epochs:.1f} epochs), fused AdamW, peak \
-learning rate {rate}, cosine, bf16 autocast, seed {seed}; {minutes:.0f} minutes with {threads} threads, on a machine \
-that did other work too |
-| **held-out loss** | **{loss:.3f} nats a token, {bits:.3f} bits a byte** (the saved bf16 weights, computed in fp32) |
-| non-zero activations, held-out, by layer | {activations} |
-| neurons that never fired on the held-out text, by layer | {silent} |
-| `model.safetensors` | sha256 `{weights_digest}` |
-
-Torch {torch}. The same seed, corpus and number of steps give the same schedule; another Python version has another
-corpus, and another processor rounds differently. Here the training was ended by {ended}.
-
-## Limits
-- It has seen one small corpus of Python source and its English docstrings, and nothing else.
-- The MLPs are wider, relative to the hidden size ({neurons} = {ratio:.1f} x {hidden}), than those of usual models (4x),
-  to make them dominate the time of a training step as they do in large models.
-- The first layer is much less sparse than the others, as in other ReLU models. In the middle layers many neurons never
-  fire on the held-out text (table): making these layers sparse costs less here than in a model with fewer idle neurons.
-
-## Licence of the text
-The corpus is the Python standard library, copyright Python Software Foundation and its contributors, under the PSF
-License Agreement version 2 (<https://docs.python.org/3/license.html>), with some modules under the compatible licences
-listed there.
-"""
-
-
-def write_card(folder: Path, model: OPTForCausalLM, facts: dict[str, object]) -> None:
-    config = model.config
-    weights = sum(p.numel() for p in model.parameters())
-    mlp = sum(p.numel() for name, p in model.named_parameters() if ".fc" in name)
-    text = CARD.format(
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        neurons=config.ffn_dim,
-        heads=config.num_attention_heads,
-        positions=config.max_position_embeddings,
-        vocabulary=config.vocab_size,
-        ratio=config.ffn_dim / config.hidden_size,
-        weights=weights,
-        mlp_share=mlp / weights,
-        megabytes=(folder / "model.safetensors").stat().st_size / 1e6,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        block=BLOCK,
-        **facts,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
 def make(folder: Path, how: Training) -> None:
+    """Train, save in bf16, and print what the model card in `folder` says."""
     train_documents, held_documents = standard_library_text()
     torch.manual_seed(how.seed)
     tokenizer = train_tokenizer(train_documents, model_config().vocab_size)
@@ -262,33 +190,19 @@ def make(folder: Path, how: Training) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    saved = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    loss, activations = held_out(saved, held_stream)
+    loss, activations = held_out(OPTForCausalLM.from_pretrained(folder, dtype=torch.float32), held_stream)
+    bits = loss * len(held_stream) / sum(len(text.encode()) for text in held_documents) / math.log(2)
     seen = steps * how.batch_size * BLOCK
-    held_bytes = sum(len(text.encode()) for text in held_documents)
-    facts: dict[str, object] = {
-        "train_documents": len(train_documents),
-        "held_documents": len(held_documents),
-        "held_every": HELD_OUT_EVERY,
-        "train_tokens": len(train_stream),
-        "held_tokens": len(held_stream),
-        "digest": hashlib.sha256("\0".join(train_documents).encode()).hexdigest()[:16],
-        "steps": steps,
-        "batch": how.batch_size,
-        "seen": seen,
-        "epochs": seen / len(train_stream),
-        "rate": how.learning_rate,
-        "seed": how.seed,
-        "minutes": seconds / 60,
-        "loss": loss,
-        "bits": loss * len(held_stream) / held_bytes / math.log(2),
-        "activations": ", ".join(f"{share.mean():.1%}" for share in activations),
-        "silent": ", ".join(f"{(share == 0).float().mean():.0%}" for share in activations),
-        "weights_digest": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        "ended": "its number of steps" if steps >= how.steps else "its time limit",
-    }
-    write_card(folder, saved, facts)
-    print(f"held-out loss {loss:.4f}; non-zero activations {facts['activations']}; wrote {folder}")
+    print(
+        f"corpus: {len(train_documents)} files, sha256 "
+        f"{hashlib.sha256(chr(0).join(train_documents).encode()).hexdigest()[:16]}; held out: {len(held_documents)}\n"
+        f"training: {steps} steps, {seen:,} tokens ({seen / len(train_stream):.1f} epochs), {seconds / 60:.0f} min\n"
+        f"held-out loss {loss:.3f} nats a token, {bits:.3f} bits a byte\n"
+        f"non-zero activations by layer: {', '.join(f'{share.mean():.1%}' for share in activations)}\n"
+        f"silent neurons by layer: {', '.join(f'{(share == 0).float().mean():.0%}' for share in activations)}\n"
+        f"sha256 of the weights: {hashlib.sha256((folder / 'model.safetensors').read_bytes()).hexdigest()}\n"
+        f"wrote {folder}; the card there, README.md, is written by hand"
+    )
 
 
 def main() -> None:
@@ -298,16 +212,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=Training.minutes, help="time limit of the training")
     parser.add_argument("--seed", type=int, default=Training.seed)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--check", action="store_true", help="train for one minute and write nothing lasting")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    how = Training(steps=options.steps, minutes=options.minutes, seed=options.seed)
-    if options.check:
-        with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), Training(steps=how.steps, minutes=1.0, seed=how.seed))
-        return
-    make(options.output, how)
+    make(options.output, Training(steps=options.steps, minutes=options.minutes, seed=options.seed))
 
 
 if __name__ == "__main__":
