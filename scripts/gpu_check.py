@@ -145,7 +145,7 @@ def _cases(args: argparse.Namespace) -> Any:
         module: Any = types.ModuleType("faiss")
         module.METRIC_INNER_PRODUCT, module.index_factory = 0, lambda *_: None
         sys.modules["faiss"] = module
-    from gpu import correctness, device, kernels, layers, profiling
+    from gpu import correctness, device, kernels, layers
     from gpu.bench import Bench
 
     if args.device == "cpu":
@@ -153,7 +153,7 @@ def _cases(args: argparse.Namespace) -> Any:
     bench = Bench(torch.device(args.device), args.tiny)
     return {
         "device": device.cases, "correctness": correctness.cases, "layers": layers.layer_cases,
-        "kernels": kernels.cases, "step": layers.step_cases, "profile": profiling.cases,
+        "kernels": kernels.cases, "step": layers.step_cases,
     }[args.section](bench)  # fmt: skip
 
 

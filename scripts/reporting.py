@@ -1,11 +1,14 @@
 """Tables, pictures and files of reports, made from rows only."""
 
+import argparse
 import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from environment import provenance
 
 Points = Mapping[str, Sequence[tuple[float, float]]]  # (x, y) by the name of the line
 
@@ -76,3 +79,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 def write_json(report: Any, path: Path) -> None:
     write_whole(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+
+
+def conclude(report: Mapping[str, Any], text: str, options: argparse.Namespace) -> None:
+    """Print a report as text; write it, with settings and provenance, to the file `options.json`, if there is one."""
+    print(text)
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "png")}
+        write_json({**report, "settings": settings, **provenance()}, options.json)

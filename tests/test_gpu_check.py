@@ -78,7 +78,6 @@ def test_rows_of_times(whole: Any) -> None:
     for name in ("per_token", "per_neuron", "bisect", "tile_scores", "top_neurons"):
         assert kernels[name]["gb_per_second"] > 0
     assert {row["method"] for row in sections["step"]["rows"]} == {"subquad", "lora", "vanilla"}
-    assert sections["profile"]["rows"][0]["launches"] > 0
 
 
 @pytest.mark.slow

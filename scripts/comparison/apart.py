@@ -13,10 +13,10 @@ from typing import Any
 OnProgress = Callable[[Any], None]
 Work = Callable[[Any, OnProgress], Any]
 
-# Imported once, by the process that the others fork from.
+# Imported once, by the process that the others fork from. It looks in the current folder, so only what is installed.
 _PRELOADED = [
     "torch", "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.llama",
-    "transformers.models.opt", "peft", "datasets", "hf_subquad",
+    "transformers.models.opt", "peft", "datasets",
 ]  # fmt: skip
 _POLL_SECONDS = 0.2
 

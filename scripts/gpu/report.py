@@ -13,7 +13,6 @@ COLUMNS = {
                "speedup_vs_full", "speedup_vs_lora", "selection_share", "dense_lora_peak_bytes", "subquad_peak_bytes"),
     "kernels": ("shape", "kernel", "ms", "launched_ms", "tflops", "of_dense_rate", "gb_per_second", "pytorch_ms"),
     "step": ("method", "ms", "mlp_ms", "tokens_per_second", "peak_bytes", "over_subquad"),
-    "profile": ("kernel", "launches", "ms", "share", "host_ms", "wall_ms"),
 }  # fmt: skip
 NOTES = {
     "correctness": "Errors are relative, in the Frobenius norm, against PyTorch in float64 on the same values (or "

@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from environment import provenance
-from reporting import text_table, write_json
+from reporting import conclude, text_table
 from studies.wide_nets import smooth_task
 
 from hf_subquad.planning.mlp_timing import timed
@@ -201,10 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     rows = [row for width in tqdm(options.widths, unit="width") for row in bench(width, options)]
-    print(table(rows))
-    if options.json:
-        settings = {name: value for name, value in vars(options).items() if name != "json"}
-        write_json({"rows": rows, "settings": settings, **provenance()}, options.json)
+    conclude({"rows": rows}, table(rows), options)
     return 0
 
 

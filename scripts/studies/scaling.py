@@ -29,8 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import layer
-from environment import provenance
-from reporting import Panel, Points, draw, lines_of, plots_available, text_table, write_json
+from reporting import Panel, conclude, draw, lines_of, plots_available, text_table
 from studies.wide_nets import DenseGaussNewton, SparseGaussNewton, smooth_task
 
 from hf_subquad.theory import GaussNewton, Step, WideNet
@@ -39,9 +38,8 @@ METHODS = {"subquad": GaussNewton, "dense": DenseGaussNewton, "sparse": SparseGa
 PARTS = ("forward", "solve", "update", "maintenance")
 LAYERS = {"subquad": "subquad", "dense": "dense_full", "lora": "dense_lora"}
 FITTED_FROM = 4096
-# Two-sided 95% quantiles of Student's t by degrees of freedom.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 _RESAMPLES = 2000
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 95%, by degrees of freedom
 _SHOWN_LOSSES = 10
 
 DEFINITIONS = {
@@ -137,22 +135,24 @@ def slopes(rows: Sequence[Mapping[str, Any]], names: Iterable[str], parts: Seque
     return found
 
 
-def scaling(options: argparse.Namespace) -> dict[str, Any]:
-    """The first part of the report."""
-    rows: list[dict[str, Any]] = []
-    with tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="wide nets") as bar:
-        for width in bar:
-            bar.set_postfix(width=width)
-            rows += measure_width(width, options)
-    found = slopes(rows, options.methods, ("total", *PARTS))
-    last = {row["method"]: row["seconds"]["total"] for row in rows if row["width"] == options.max_width}
+def summary(rows: list[dict[str, Any]], names: Iterable[str], parts: Sequence[str]) -> dict[str, Any]:
+    """Rows, their slopes, and what they say of the largest width."""
+    found = slopes(rows, names, parts)
+    widest = max(row["width"] for row in rows)
+    last = {row["method"]: row["seconds"]["total"] for row in rows if row["width"] == widest}
     return {
-        "slope_subquad": _total(found, "subquad"),
-        "slope_dense": _total(found, "dense"),
-        "speedup_at_max_width": _median_ratio(last["dense"], last["subquad"]),
+        **{f"slope_{name}": of_parts["total"]["slope"] for name, of_parts in found.items()},
+        "speedup_at_max_width": median(a / b for a, b in zip(last["dense"], last["subquad"], strict=True)),
         "slopes": found,
         "rows": rows,
     }
+
+
+def scaling(options: argparse.Namespace) -> dict[str, Any]:
+    """The first part of the report."""
+    widths = widths_between(options.min_width, options.max_width)
+    rows = [row for width in tqdm(widths, unit="width", desc="wide nets") for row in measure_width(width, options)]
+    return summary(rows, options.methods, ("total", *PARTS))
 
 
 # The fine-tuning layer
@@ -161,37 +161,17 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
 def layer_scaling(options: argparse.Namespace) -> dict[str, Any]:
     """The second part of the report."""
     rows = []
-    with tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="fine-tuning layer") as bar:
-        for width in bar:
-            bar.set_postfix(width=width)
-            point = argparse.Namespace(
-                tokens=options.tokens, hidden=width // 4, intermediate=width, active=None, tile=128, dtype="fp32",
-                rank=16, gated=False, device="cpu", rounds=options.layer_rounds, warmup=1,
-            )  # fmt: skip
-            row = layer.bench(point)
-            rows += [
-                {"method": name, "width": width, "seconds": {"total": row["round_seconds"][kind]}, "share": share}
-                for name, kind in LAYERS.items()
-                for share in [row["share"] if name == "subquad" else 1.0]
-            ]
-    found = slopes(rows, LAYERS, ("total",))
-    last = {row["method"]: row["seconds"]["total"] for row in rows if row["width"] == options.max_width}
-    return {
-        "slope_subquad": _total(found, "subquad"),
-        "slope_dense": _total(found, "dense"),
-        "slope_lora": _total(found, "lora"),
-        "speedup_at_max_width": _median_ratio(last["dense"], last["subquad"]),
-        "slopes": found,
-        "rows": rows,
-    }
-
-
-def _total(found: Mapping[str, Any], name: str) -> float | None:
-    return found[name]["total"]["slope"] if name in found else None
-
-
-def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    return median(a / b for a, b in zip(above, below, strict=True))
+    for width in tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="fine-tuning layer"):
+        point = argparse.Namespace(
+            tokens=options.tokens, hidden=width // 4, intermediate=width, active=None, tile=128, dtype="fp32",
+            rank=16, gated=False, device="cpu", rounds=options.layer_rounds, warmup=1,
+        )  # fmt: skip
+        row = layer.bench(point)
+        for name, kind in LAYERS.items():
+            share = row["share"] if name == "subquad" else 1.0
+            seconds = {"total": row["round_seconds"][kind]}
+            rows.append({"method": name, "width": width, "seconds": seconds, "share": share})
+    return summary(rows, LAYERS, ("total",))
 
 
 # Exponents
@@ -200,22 +180,16 @@ def _median_ratio(above: Sequence[float], below: Sequence[float]) -> float:
 def fitted_slope(points: Mapping[float, float]) -> tuple[float, float | None]:
     """Least-squares slope of log y against log x, and half of its 95% interval from the residuals, of 3 points up."""
     xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    x_mean, y_mean, freedom = sum(xs) / len(xs), sum(ys) / len(ys), len(xs) - 2
     spread = sum((x - x_mean) ** 2 for x in xs)
     slope = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / spread
-    freedom = len(xs) - 2
-    if freedom < 1:
-        return slope, None
     missed = sum((y - y_mean - slope * (x - x_mean)) ** 2 for x, y in zip(xs, ys, strict=True))
-    return slope, _STUDENT[min(freedom, max(_STUDENT))] * math.sqrt(missed / freedom / spread)
+    return slope, _STUDENT[min(freedom, 10) - 1] * math.sqrt(missed / freedom / spread) if freedom > 0 else None
 
 
 def measured_slope(repeats: Mapping[int, Sequence[float]], seed: int = 0) -> dict[str, Any]:
-    """Slope of the medians of repeated measurements by width, with two intervals of 95%.
-
-    `bootstrap_95` resamples the repeats of each width: how much the slope owes to noise. `line_95` is Student's, from
-    the distances of the medians to the line: how well a power law fits; None for fewer than three widths.
-    """
+    """Slope of the medians of repeated measurements by width. `bootstrap_95` resamples the repeats of each width: what
+    the slope owes to noise; `line_95` is from the distances to the line: how well a power law fits."""
     slope, half = fitted_slope({width: median(values) for width, values in repeats.items()})
     draw = random.Random(seed)
     resampled = sorted(
@@ -235,79 +209,48 @@ def measured_slope(repeats: Mapping[int, Sequence[float]], seed: int = 0) -> dic
 
 def table(report: Mapping[str, Any]) -> str:
     """Milliseconds by width, then slopes."""
-    lines = [
-        [
-            row["method"], f"{row['width']:,}",
-            *(f"{1000 * median(row['seconds'][part]):.2f}" for part in ("total", *PARTS)),
-            f"{row['multiply_adds']['total'] / 1e6:,.0f}", f"{row['fired_share']:.1%}",
-        ]
-        for row in report["rows"]
-    ]  # fmt: skip
-    text = [text_table(["method", "m", "total (ms)", *PARTS, "MMACs", "fired"], lines)]
-    found = report["slopes"].items()
-    text.append(
-        _slope_table([("wide net", name, part, slope) for name, parts in found for part, slope in parts.items()])
-    )
-    text.append(f"speed-up at m = {report['rows'][-1]['width']:,}: {report['speedup_at_max_width']:.1f}x")
-    if report["layer"]:
+    text = []
+    for part, parts in (("wide net", ("total", *PARTS)), ("layer", ("total",))):
+        of_part = report if part == "wide net" else report["layer"]
+        if of_part is None:
+            continue
         lines = [
-            [row["method"], f"{row['width']:,}", f"{1000 * median(row['seconds']['total']):.1f}", f"{row['share']:.1%}"]
-            for row in report["layer"]["rows"]
+            [row["method"], f"{row['width']:,}", *(f"{1000 * median(row['seconds'][name]):.2f}" for name in parts)]
+            for row in of_part["rows"]
         ]
-        text.append(text_table(["layer", "m", "total (ms)", "share"], lines))
-        found = report["layer"]["slopes"].items()
-        text.append(_slope_table([("layer", name, "total", parts["total"]) for name, parts in found]))
+        text.append(text_table([part, "m", *(f"{name} (ms)" for name in parts)], lines))
+        lines = [
+            [name, each, f"{slope['slope']:.2f}", " to ".join(f"{end:.2f}" for end in slope["bootstrap_95"])]
+            for name, of_name in of_part["slopes"].items()
+            for each, slope in of_name.items()
+        ]
+        text.append(text_table([f"{part}, slopes", "part", "slope", "bootstrap 95%"], lines))
+        text.append(f"speed-up at the largest m: {of_part['speedup_at_max_width']:.1f}x")
     return "\n\n".join(text)
 
 
-def _slope_table(found: Sequence[tuple[str, str, str, Mapping[str, Any]]]) -> str:
-    head = ["slope", "method", "part", "slope", "bootstrap 95%", "line 95%"]
-    return text_table(
-        head,
-        (
-            [what, name, part, f"{slope['slope']:.2f}", _interval(slope["bootstrap_95"]), _interval(slope["line_95"])]
-            for what, name, part, slope in found
-        ),
-    )
-
-
-def _interval(ends: Sequence[float] | None) -> str:
-    return "-" if ends is None else f"{ends[0]:.2f} to {ends[1]:.2f}"
-
-
 def panels(report: Mapping[str, Any]) -> list[Panel]:
+    def of(rows: Sequence[Mapping[str, Any]], y: Callable[[Mapping[str, Any]], float]) -> Any:
+        return lines_of([{"line": row["method"], "m": row["width"], "y": y(row)} for row in rows], "line", "m", "y")
+
+    def ms(row: Mapping[str, Any]) -> float:
+        return 1000 * median(row["seconds"]["total"])
+
+    rows, logs = report["rows"], ("log", "log")
     drawn = [
-        Panel(
-            "width m" + _slope_note(report["slopes"]),
-            "one Gauss-Newton iteration (ms)",
-            _lines(report["rows"], lambda row: 1000 * median(row["seconds"]["total"])),
-            *("log", "log"),
-        ),
-        Panel(
-            "width m",
-            "multiply-adds of an iteration",
-            _lines(report["rows"], lambda row: row["multiply_adds"]["total"]),
-            *("log", "log"),
-        ),
+        Panel("width m" + _slope_note(report), "one Gauss-Newton iteration (ms)", of(rows, ms), *logs),
+        Panel("width m", "multiply-adds of it", of(rows, lambda row: row["multiply_adds"]["total"]), *logs),
     ]
     if report["layer"]:
+        label = "width m, d = m / 4" + _slope_note(report["layer"])
         drawn.append(
-            Panel(
-                "width m, d = m / 4" + _slope_note(report["layer"]["slopes"]),
-                "fine-tuning layer, forward and backward (ms)",
-                _lines(report["layer"]["rows"], lambda row: 1000 * median(row["seconds"]["total"])),
-                *("log", "log"),
-            )
+            Panel(label, "fine-tuning layer, forward and backward (ms)", of(report["layer"]["rows"], ms), *logs)
         )
     return drawn
 
 
-def _slope_note(found: Mapping[str, Any]) -> str:
-    return "; slopes: " + ", ".join(f"{name} {parts['total']['slope']:.2f}" for name, parts in found.items())
-
-
-def _lines(rows: Sequence[Mapping[str, Any]], y: Callable[[Mapping[str, Any]], float]) -> Points:
-    return lines_of([{"line": row["method"], "m": row["width"], "y": y(row)} for row in rows], "line", "m", "y")
+def _slope_note(part: Mapping[str, Any]) -> str:
+    return "; slopes: " + ", ".join(f"{name} {of['total']['slope']:.2f}" for name, of in part["slopes"].items())
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -336,12 +279,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "png")}
     report = scaling(options) | {"layer": layer_scaling(options) if options.tokens else None}
-    report |= {"definitions": DEFINITIONS, "settings": settings, **provenance()}
-    print(table(report))
-    if options.json:
-        write_json(report, options.json)
+    conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     if options.png:
         draw(panels(report), "time against width", options.png)
     return 0

@@ -33,10 +33,9 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "recipes")]
 
 from data import load_rows
-from environment import provenance
 from lm_data import NO_LOSS, make_sequences
 from methods import apply_method
-from reporting import text_table, write_json
+from reporting import conclude, text_table
 from settings import LmSettings
 from training import load_tokenizer
 
@@ -308,11 +307,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name != "json"}
-    report = study(options) | {"definitions": DEFINITIONS, "settings": settings, **provenance()}
-    print(table(report))
-    if options.json:
-        write_json(report, options.json)
+    report = study(options)
+    conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     return 0
 
 

@@ -27,8 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from environment import provenance
-from reporting import Panel, draw, plots_available, text_table, write_json
+from reporting import Panel, conclude, draw, plots_available, text_table
 from studies.wide_nets import TASKS, DenseGaussNewton
 
 from hf_subquad.theory import GaussNewton, MaintainedState, WideNet
@@ -215,11 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.png and not plots_available():
         parser.error("--png needs matplotlib (pip install 'hf-subquad[plots]')")
     torch.set_num_threads(options.threads)
-    settings = {name: value for name, value in vars(options).items() if name not in ("json", "png")}
-    report = compare(options) | {"definitions": DEFINITIONS, "settings": settings, **provenance()}
-    print(table(report))
-    if options.json:
-        write_json(report, options.json)
+    report = compare(options)
+    conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     if options.png:
         draw(panels(report), f"m = {options.width}, n = {options.samples}", options.png)
     return 0
