@@ -1,4 +1,4 @@
-"""The plan: how many neurons each MLP computes, and what that is predicted to cost and to gain. Pure data."""
+"""The plan: what each MLP spends, and what that is predicted to cost and to gain. Pure data."""
 
 import dataclasses
 import json
@@ -13,7 +13,8 @@ from .atomic_files import write_atomically
 from .config import TileOrder
 from .errors import PlanError
 
-_FORMAT = 1
+_FORMAT = 2
+_WORTHWHILE = 1.02  # of a step's time: less is noise
 
 
 @dataclass(frozen=True)
@@ -23,28 +24,36 @@ class LayerPlan:
     Attributes:
         name: path of the MLP in the model.
         neurons: m.
-        active: k, the neurons that a tile computes; m where the MLP runs dense.
-        break_even: the least k from which dense is as fast as sparse.
-        error: relative error of the MLP's output at k, with the index's own selection; 0 where dense.
-        sensitivity: nats per token that the model's predictions move, per squared `error` of this MLP alone.
+        predicted: k, the neurons of tokens at which the loss looks, or of all where classes are not known; m: all.
+        context: the neurons of other tokens that are not padding, 0 to m.
+        gradient: share of the squared output gradient that the rows hold which pass it back.
+        error: relative error of the MLP's output at predicted tokens, corrected; 0 where they compute all neurons.
+        context_error: the same at context tokens.
         full_ms: the MLP as it was before the patch, its weights trained if they were trainable.
-        dense_ms: the patched MLP with all its neurons: frozen weights, low-rank updates.
-        sparse_ms: the patched MLP at k; equal to `dense_ms` where dense.
+        dense_ms: the patched MLP with all its neurons for all tokens: frozen weights, low-rank updates.
+        sparse_ms: the patched MLP with this budget.
     """
 
     name: str
     neurons: int
-    active: int
-    break_even: int
+    predicted: int
+    context: int
+    gradient: float
     error: float
-    sensitivity: float
+    context_error: float
     full_ms: float
     dense_ms: float
     sparse_ms: float
 
     @property
+    def active(self) -> int:
+        """Neurons of predicted tokens."""
+        return self.predicted
+
+    @property
     def dense(self) -> bool:
-        return self.active == self.neurons
+        """All neurons for all tokens, and the whole gradient."""
+        return self.predicted == self.context == self.neurons and self.gradient == 1
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,27 @@ class Plan:
     """Budgets for all patched MLPs of a model, for one batch shape on one machine.
 
     Attributes:
-        tolerance: the largest `loss_increase` asked for, in nats per predicted token.
+        tolerance: the largest `loss_increase` asked for, in nats per predicted token; the gradient's cosine is asked to
+            be at least 1 - 10 times that.
         loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's,
             measured with all budgets together. It is the expected increase of the loss, in nats per predicted token,
             of a model whose predictions fit the data.
+        gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
-        tokens, dtype, device: of the batch that was timed.
+        planning_seconds: what measuring took.
+        padding_share, context_share: of the tokens of the batch that was timed.
+        tokens, dtype, device: of that batch.
         tile_size, tile_order: the settings that it was measured with.
         layers: in the model's order.
     """
 
     tolerance: float
     loss_increase: float
+    gradient_cosine: float
     step_ms: float
+    planning_seconds: float
+    padding_share: float
+    context_share: float
     tokens: int
     dtype: str
     device: str
@@ -78,35 +95,64 @@ class Plan:
         return sum(layer.full_ms for layer in self.layers) / sum(layer.sparse_ms for layer in self.layers)
 
     @property
+    def mlp_speedup_over_dense(self) -> float:
+        """Predicted: time of the patched MLPs with all neurons for all tokens, over their time in this plan."""
+        return sum(layer.dense_ms for layer in self.layers) / sum(layer.sparse_ms for layer in self.layers)
+
+    @property
     def step_speedup(self) -> float:
         """Predicted: forward and backward of the whole model before the patch, over the same in this plan."""
         before = self.step_ms + sum(layer.full_ms - layer.dense_ms for layer in self.layers)
-        return before / (self.step_ms + sum(layer.sparse_ms - layer.dense_ms for layer in self.layers))
+        return before / self._planned_ms
 
-    def with_active(self, active: Sequence[int]) -> "Plan":
-        """The plan with other budgets, as after changes during training; what was measured for it stays."""
-        layers = (dataclasses.replace(layer, active=k) for layer, k in zip(self.layers, active, strict=True))
+    @property
+    def step_speedup_over_dense(self) -> float:
+        """Predicted: the same with frozen weights and low-rank updates, all MLPs dense (LoRA), over this plan."""
+        return self.step_ms / self._planned_ms
+
+    @property
+    def _planned_ms(self) -> float:
+        return self.step_ms + sum(layer.sparse_ms - layer.dense_ms for layer in self.layers)
+
+    def with_neurons(self, neurons: Sequence[tuple[int, int]]) -> "Plan":
+        """The plan with other numbers of neurons, predicted and context, as after changes during training; what was
+        measured for it stays."""
+        layers = (
+            dataclasses.replace(layer, predicted=predicted, context=context)
+            for layer, (predicted, context) in zip(self.layers, neurons, strict=True)
+        )
         return dataclasses.replace(self, layers=tuple(layers))
 
     def table(self) -> str:
         """The plan for people to read."""
         width = max(len("MLP"), *(len(layer.name) for layer in self.layers))
         lines = [
-            f"{'MLP':<{width}} {'neurons':>8} {'active':>8} {'share':>6} {'error':>6} "
-            f"{'full ms':>8} {'dense ms':>8} {'sparse ms':>9} {'speed-up':>8}"
+            f"{'MLP':<{width}} {'neurons':>8} {'predicted':>9} {'context':>8} {'gradient':>8} {'work':>6} "
+            f"{'full ms':>8} {'dense ms':>8} {'planned ms':>10}"
         ]
         for layer in self.layers:
-            active = "dense" if layer.dense else str(layer.active)
+            predicted, context = ("all" if k == layer.neurons else str(k) for k in (layer.predicted, layer.context))
             lines.append(
-                f"{layer.name:<{width}} {layer.neurons:>8} {active:>8} {layer.active / layer.neurons:>6.1%} "
-                f"{layer.error:>6.3f} {layer.full_ms:>8.1f} {layer.dense_ms:>8.1f} {layer.sparse_ms:>9.1f} "
-                f"{layer.full_ms / layer.sparse_ms:>7.2f}x"
+                f"{layer.name:<{width}} {layer.neurons:>8} {predicted:>9} {context:>8} {layer.gradient:>8.1%} "
+                f"{layer.sparse_ms / layer.dense_ms if layer.dense_ms else 1:>6.0%} {layer.full_ms:>8.1f} "
+                f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}"
             )
-        lines.append(
-            f"Predicted for batches of {self.tokens} tokens in {self.dtype} on {self.device}: "
-            f"these MLPs {self.mlp_speedup:.2f}x, the whole step {self.step_speedup:.2f}x faster; "
-            f"loss of the sparse forward +{self.loss_increase:.4f} (tolerance {self.tolerance:g})"
-        )
+        predicted_share = 1 - self.padding_share - self.context_share
+        lines += [
+            f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context and "
+            f"{predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
+            "squared gradient that is passed back, share of the dense time.",
+            f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole step "
+            f"{self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
+            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats a token "
+            f"(tolerance {self.tolerance:g}), cosine of the gradient {self.gradient_cosine:.4f}. "
+            f"Planning took {self.planning_seconds:.0f} s.",
+        ]
+        if self.step_speedup_over_dense < _WORTHWHILE:
+            lines.append(
+                "Nothing is gained here. Longer prompts with labels of -100, padded batches or wider MLPs would help; "
+                "else train without the patch (unpatch_model)."
+            )
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,8 +172,11 @@ class Plan:
                 _check(layer)
         except (TypeError, KeyError, AttributeError) as error:
             raise PlanError(f"this is not a plan: {error}") from error
-        if not layers or not all(1 <= layer.active <= layer.neurons for layer in layers):
-            raise PlanError("this plan has no MLPs, or an MLP with an impossible number of active neurons")
+        if not layers or not all(
+            1 <= layer.predicted <= layer.neurons and 0 <= layer.context <= layer.neurons and 0 < layer.gradient <= 1
+            for layer in layers
+        ):
+            raise PlanError("this plan has no MLPs, or an MLP with an impossible budget")
         return plan
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -161,9 +210,10 @@ def _check(part: Plan | LayerPlan) -> None:
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if field.type is int:
-            good = type(value) is int and value >= 1
+            good = type(value) is int and value >= (field.name != "context")
         elif field.type is float:
-            good = type(value) in (int, float) and 0 <= value <= sys.float_info.max
+            good = type(value) in (int, float) and abs(value) <= sys.float_info.max
+            good = good and (value >= 0 or field.name == "gradient_cosine")
             good = good and (value > 0 or not field.name.endswith("_ms"))
         elif field.name == "tile_order":
             good = value in get_args(TileOrder)

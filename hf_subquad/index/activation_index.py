@@ -7,7 +7,8 @@ exactly.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,12 @@ class ActivationIndex:
             tokens = tokens[some.to(tokens.device)]
         self._build(tokens.clone())
 
+    def adopt(self, sketch: Sketch, tokens: Tensor | None) -> None:
+        """Take a sketch of the same weights that was fitted elsewhere, and the tokens that it was fitted to."""
+        self.sketch, self.tokens, self.sketch_is_approximate = sketch, tokens, False
+        self._note_weights()
+        self.refresh()
+
     def _build(self, tokens: Tensor | None) -> None:
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:
@@ -130,6 +137,15 @@ class ActivationIndex:
         self.sketch_is_approximate = False
         self._note_weights()
         self.refresh()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards the index is as it was, whatever was fitted inside. Base weights are not to change inside."""
+        before = dict(vars(self))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed, or replaced, since. True if it was."""

@@ -27,6 +27,15 @@ class Budget:
         """The same k neurons for every token."""
         return cls(k, k)
 
+    def neurons(self, token_class: TokenClass) -> int | None:
+        """Neurons for tokens of a class; None: all."""
+        return self.predicted if token_class == "predicted" else self.context
+
+    def counts(self, neurons: int) -> tuple[int, int]:
+        """Neurons for predicted and for context tokens, of an MLP of m."""
+        predicted, context = (neurons if k is None else k for k in (self.predicted, self.context))
+        return predicted, context
+
     @property
     def exact(self) -> bool:
         """All neurons for every token, and the whole gradient."""

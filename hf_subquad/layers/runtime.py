@@ -107,13 +107,20 @@ class Runtime:
         classes = classify(model, inputs)
         padded = any(of_stack.padding for of_stack in classes.stacks.values())
         if padded and self.skips_padding is None and (model.training or self.forward in ("exact", "sparse")):
-            self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
-            if not self.skips_padding:
-                logger.warning(
-                    f"the output of {type(model).__name__} depends on padding tokens (does it pool without the "
-                    "attention mask?): they are computed like all others"
-                )
+            self.try_skipping_padding(model, inputs)
         self._batches.append(classes)
+
+    def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Find out whether padding can be skipped in this model, on a batch that has some; else do nothing."""
+        classes = classify(model, inputs)
+        if not any(of_stack.padding for of_stack in classes.stacks.values()):
+            return
+        self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
+        if not self.skips_padding:
+            logger.warning(
+                f"the loss of {type(model).__name__} depends on padding tokens (does it pool without the attention "
+                "mask?): they are computed like all others"
+            )
 
     def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
         """Classes of the tokens x [..., d] that an MLP sees, if they are known and padding may be skipped."""
@@ -130,6 +137,11 @@ class Runtime:
 
     def forget_batches(self) -> None:
         self._batches.clear()
+
+    def latest_classes_of(self, name: str) -> TokenClasses | None:
+        """Classes of the tokens that an MLP saw last, if padding may be skipped or there is none."""
+        classes = self._batches[-1].of_stack(name) if self._batches else None
+        return None if classes is None or (classes.padding and not self.skips_padding) else classes
 
     @property
     def latest_classes(self) -> Mapping[Any, TokenClasses]:

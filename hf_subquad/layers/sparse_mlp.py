@@ -84,6 +84,7 @@ class SparseMLP:
         self.opens: InputProjection = self.inputs[0]
         self.shares_input = False
         self._call: _Call | None = None
+        self.budget = Budget()
         self.set_active(runtime.config.active_neurons(index.neurons))
         self._enroll()
         for projection in (*self.inputs, output):
@@ -107,6 +108,17 @@ class SparseMLP:
     def active(self) -> int:
         """Neurons that a predicted token costs in training: k as the device rounds it up, or all m."""
         return self.index.neurons if self.budget.predicted is None else self.index.round_up_k(self.budget.predicted)
+
+    def work_share(self) -> float:
+        """Of the products of all tokens with all neurons, those that a sparse forward computes, for the classes of the
+        latest batch."""
+        predicted, context = (
+            self.index.round_up_k(k) / self.index.neurons if k else 0.0 for k in self.budget.counts(self.index.neurons)
+        )
+        classes = self.runtime.latest_classes_of(self.name)
+        if classes is None or not classes.tokens:
+            return predicted
+        return (predicted * len(classes.predicted) + context * len(classes.context)) / classes.tokens
 
     def set_budget(self, budget: Budget) -> None:
         """Spend this from now on; numbers that reach m mean all neurons."""

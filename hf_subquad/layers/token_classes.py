@@ -68,12 +68,16 @@ class BatchClasses:
 
     def of(self, name: str, x: Tensor) -> TokenClasses | None:
         """The classes of the tokens x [..., d] of an MLP, by its name in the model; None if it sees other tokens."""
+        classes = self.of_stack(name)
+        leading = tuple(x.shape[:-1])
+        return classes if classes is not None and leading in (classes.shape, (classes.tokens,)) else None
+
+    def of_stack(self, name: str) -> TokenClasses | None:
+        """The classes of the text that the stack of an MLP sees."""
         if any(word in name for word in _OTHER_INPUTS):
             return None
         stack: Stack = "encoder" if "encoder" in self.stacks and "decoder" not in name.split(".") else "decoder"
-        classes = self.stacks.get(stack)
-        leading = tuple(x.shape[:-1])
-        return classes if classes is not None and leading in (classes.shape, (classes.tokens,)) else None
+        return self.stacks.get(stack)
 
     def note(self, mlp: int, x: Tensor) -> None:
         """Remember an MLP's input, by which `saw` recognises it when gradient checkpointing computes it again."""

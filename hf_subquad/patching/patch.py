@@ -14,6 +14,7 @@ from ..errors import (
 )
 from ..index.activation_index import ActivationIndex
 from ..layers.batch_hook import unwatch_batches, watch_batches
+from ..layers.budget import Budget
 from ..layers.lookup import patched_parts, require_patched, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
@@ -91,7 +92,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     check_plan(model, plan)
     runtime, mlps = patched_parts(model)
     for mlp, layer in zip(mlps, plan.layers, strict=True):
-        mlp.set_active(layer.active)
+        mlp.set_budget(Budget(layer.predicted, layer.context, layer.gradient))
     runtime.plan = plan
 
 

@@ -5,9 +5,6 @@ from dataclasses import dataclass
 
 from ..layers.budget import Budget
 
-_LEAST_SHARE = 1 / 16
-_STEPS_PER_DOUBLING = 4
-_MULTIPLE = 8  # of neurons, which GEMMs like
 _BISECTIONS = 60
 
 
@@ -18,15 +15,6 @@ class Option:
     budget: Budget
     ms: float
     cost: float
-
-
-def neuron_counts(neurons: int) -> list[int]:
-    """The numbers k of neurons that are considered for an MLP of m: from m / 16 up in steps of a fifth, below m."""
-    ks, share = set(), _LEAST_SHARE
-    while share < 1:
-        ks.add(-(-round(neurons * share) // _MULTIPLE) * _MULTIPLE)
-        share *= 2 ** (1 / _STEPS_PER_DOUBLING)
-    return sorted(k for k in ks if 0 < k < neurons)
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:

@@ -1,7 +1,7 @@
 """How faithful sparse MLPs are: to the predictions of the dense model, and to the gradient of what is trained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ class Fidelity:
     """What sparse MLPs do to a model on a batch.
 
     Attributes:
-        divergence: mean Kullback-Leibler divergence of its predictions, in nats per predicted token.
+        divergence: mean Kullback-Leibler divergence of its predictions, in nats a prediction; 0 where the outputs have
+            no logits.
         cosine: of the gradient of all trained parameters with the exact one.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
     """
@@ -25,6 +26,11 @@ class Fidelity:
     divergence: float
     cosine: float
     gradient_error: float
+
+    @property
+    def lost(self) -> float:
+        """Share of the squared gradient that points elsewhere, 1 - cosine^2."""
+        return max(0.0, 1 - self.cosine**2)
 
 
 class DenseReference:
@@ -35,7 +41,7 @@ class DenseReference:
             the log-probability of what the model holds most likely.
 
     Raises:
-        CalibrationError: there are no logits, nothing is trained, or values are not finite.
+        CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
@@ -47,41 +53,51 @@ class DenseReference:
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
-        self.predictions = Predictions(model, batch, logits)
+        self._predictions = None if logits is None else Predictions(model, batch, logits)
 
-    def energy_of(self, parameters: Mapping[str, Any] | list[nn.Parameter]) -> float:
+    def energy_of(self, parameters: Sequence[nn.Parameter]) -> float:
         """Share of the squared gradient that belongs to some parameters."""
         wanted = {id(parameter) for parameter in parameters}
         found = [g for p, g in zip(self._trained, self._gradient, strict=True) if id(p) in wanted]
         return (_norm(found) / self._norm) ** 2 if self._norm else 0.0
 
     def fidelity(self) -> Fidelity:
-        """That of the model as it runs now."""
+        """That of the model as it runs now.
+
+        Raises:
+            CalibrationError: predictions or gradients are not finite.
+        """
         logits, gradient = self._step()
-        divergence = self.predictions.divergence(logits)
+        divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         norm = _norm(gradient)
-        error = _norm([a - b for a, b in zip(gradient, self._gradient, strict=True)])
         if not math.isfinite(norm):
             raise CalibrationError("the gradient of the sparse model holds NaN or infinite values")
         if not norm or not self._norm:
-            return Fidelity(divergence, 1.0 if norm == self._norm else 0.0, error / self._norm if self._norm else 0.0)
-        products = (torch.sum(a.double() * b.double()) for a, b in zip(gradient, self._gradient, strict=True))
-        cosine = sum(product.item() for product in products) / (norm * self._norm)
-        return Fidelity(divergence, cosine, error / self._norm)
+            return Fidelity(divergence, float(norm == self._norm), float(norm != self._norm))
+        pairs = list(zip(gradient, self._gradient, strict=True))
+        error = _norm([a - b for a, b in pairs])
+        cosine = sum(torch.sum(a.double() * b.double()).item() for a, b in pairs) / (norm * self._norm)
+        return Fidelity(divergence, min(cosine, 1.0), error / self._norm)
 
     @torch.enable_grad()
-    def _step(self) -> tuple[Tensor, list[Tensor]]:
+    def _step(self) -> tuple[Tensor | None, list[Tensor]]:
         outputs = self._model(**self._batch)
-        logits = logits_of(self._model, outputs)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
-            scores = logits.float().log_softmax(-1) if logits.dim() and logits.shape[-1] > 1 else logits.float()
-            loss = -scores.amax(-1).mean() if logits.dim() else scores
-        found = torch.autograd.grad(loss.sum(), self._trained, allow_unused=True)
-        return logits.detach(), [
+        has_loss = isinstance(loss, Tensor) and loss.requires_grad
+        try:
+            logits: Tensor | None = logits_of(self._model, outputs)
+        except CalibrationError:
+            if not has_loss:
+                raise
+            logits = None
+        target: Any = loss
+        if not has_loss and logits is not None:
+            target = logits.float().log_softmax(-1).amax(-1).mean() if logits.shape[-1] > 1 else logits.float().mean()
+        found = torch.autograd.grad(target.sum(), self._trained, allow_unused=True)
+        return None if logits is None else logits.detach(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)
         ]
 
 
-def _norm(tensors: list[Tensor]) -> float:
+def _norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(torch.linalg.vector_norm(t.float()).item() ** 2 for t in tensors))

@@ -1,123 +1,130 @@
-"""What is measured of every MLP beside a dense pass: output errors by k, what compensates them, and times."""
+"""What is measured of every MLP beside a dense step: output errors by budget, what corrects them, and gradients."""
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
 from ..layers.modes import dense_forward
 from ..layers.sparse_mlp import SparseMLP
+from ..layers.token_classes import TokenClasses
 from ..weights.projection import compute_dtype
-from .mlp_timing import MLPTiming, time_mlp
 
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
-_TIMED_SHARES = (1 / 8, 1 / 2)
+SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the neurons, at which MLPs are measured and may run
+_MULTIPLE = 8  # of neurons, which GEMMs like
 _TILES_AT_ONCE = 8
+_FITTED_TOKENS = 2048  # of a class, to which an index and corrections are fitted
 
 
-class MLPMeasurements:
-    """One MLP's output errors, and the compensations they count on: fitted to some batches, judged on another.
-
-    Both lie on straight lines against log k between the shares that were measured, and are zero at k = m.
+@dataclass
+class MLPCall:
+    """What an MLP saw in one pass.
 
     Attributes:
-        errors: by measured k.
+        x: its input [..., d], in the dtype that it computes in.
+        classes: of its tokens; None: all are alike.
+        energy: squared norm of the gradient of its output, by token: float32 [N]; zeros if there is none.
     """
 
-    def __init__(self, mlp: SparseMLP) -> None:
-        self.mlp = mlp
-        self._fits = {share_of(mlp, share): CompensationFit(mlp.index.sketch.basis) for share in _SHARES}
-        self._compensations: dict[int, Compensation] = {}
+    x: Tensor
+    classes: TokenClasses | None
+    energy: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        """[N, d]."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+    def rows(self) -> dict[TokenClass, Tensor]:
+        """Rows of each class."""
+        if self.classes is None:
+            return {"predicted": torch.arange(self.x.shape[:-1].numel(), device=self.x.device)}
+        found: dict[TokenClass, Tensor] = {"predicted": self.classes.predicted, "context": self.classes.context}
+        return {token_class: rows for token_class, rows in found.items() if len(rows)}
+
+
+class ClassMeasurements:
+    """One MLP on the tokens of one class: corrections fitted to some batches, errors judged on another.
+
+    Attributes:
+        ks: numbers of neurons that are measured.
+        errors: by k, the relative error of the MLP's output, corrected.
+        costs: by k, the squared error of each token times the squared gradient there, summed: the square of what the
+            error does to the loss, to first order and up to a common factor.
+    """
+
+    def __init__(self, mlp: SparseMLP, ks: Sequence[int]) -> None:
+        self._mlp = mlp
+        self.ks = list(ks)
+        self._fits = {k: CompensationFit(mlp.index.sketch.basis) for k in self.ks}
+        self.corrections: dict[int, Compensation] = {}
         self.errors: dict[int, float] = {}
+        self.costs: dict[int, float] = {}
 
     def fit(self, tokens: Tensor) -> None:
-        """Fit to the MLP's input tokens [N, d] of a batch."""
-        for x, _, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
+        """Fit to tokens [N, d] of the class."""
+        for _, x, _, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             for k, fit in self._fits.items():
                 fit.add(x, missed[k])
 
-    def judge(self, tokens: Tensor) -> None:
-        """Measure the errors that remain on the tokens of another batch, after all fitting.
+    def solve(self) -> None:
+        """Find the corrections that fit best.
+
+        Raises:
+            CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
+        """
+        self.corrections = {k: fit.solve() for k, fit in self._fits.items()}
+
+    def judge(self, tokens: Tensor, energy: Tensor) -> None:
+        """Measure what remains on tokens [N, d] of another batch, with gradients of squared norm `energy` [N].
 
         Raises:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
-        self._compensations = {k: fit.solve() for k, fit in self._fits.items()}
-        self.errors = self.errors_on(tokens)
-
-    def errors_on(self, tokens: Tensor) -> dict[int, float]:
-        """By measured k, the error on tokens [N, d], with the compensations that `judge` used."""
-        whole, missing = 0.0, dict.fromkeys(self._fits, 0.0)
-        for x, added, missed in outputs_by_tiles(self.mlp, tokens, [*self._fits]):
+        self.solve()
+        whole, missing, costs = 0.0, dict.fromkeys(self.ks, 0.0), dict.fromkeys(self.ks, 0.0)
+        for slots, x, added, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             whole += added.square().sum().item()
-            for k, compensation in self._compensations.items():
-                missing[k] += (missed[k] - compensation(x.float())).square().sum().item()
+            for k, correction in self.corrections.items():
+                by_token = (missed[k] - correction(x.float())).square().sum(1)
+                missing[k] += by_token.sum().item()
+                costs[k] += (by_token * energy[slots]).sum().item()
         if not math.isfinite(whole):
-            raise CalibrationError(f"the output of {self.mlp.name} is too large to be measured: the model has diverged")
-        return {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in missing}
-
-    def error(self, k: int) -> float:
-        """Relative error of the MLP's output with k neurons, compensated."""
-        low, high, share = self._between(k)
-        return self.errors[low] * (1 - share) + self.errors.get(high, 0.0) * share
-
-    def compensation(self, k: int) -> Compensation:
-        low, high, share = self._between(k)
-        known = self._compensations[low]
-        return known.towards(self._compensations.get(high, known), share)
-
-    def _between(self, k: int) -> tuple[int, int, float]:
-        """The measured budgets (or m) around k, and how far between them it is."""
-        points = [*sorted(self.errors), self.mlp.index.neurons]
-        k = max(k, points[0])
-        low, high = next(pair for pair in itertools.pairwise(points) if k <= pair[1])
-        return low, high, math.log(k / low) / math.log(high / low)
+            raise CalibrationError(
+                f"the output of {self._mlp.name} is too large to be measured: the model has diverged"
+            )
+        self.errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in self.ks}
+        self.costs = costs
 
 
-class MLPTimes:
-    """Times of MLPs; those of one shape, dtype and number of tokens are timed once."""
-
-    def __init__(self) -> None:
-        self._keys: dict[str, tuple[Any, ...]] = {}
-        self._samples: dict[tuple[Any, ...], Tensor] = {}
-        self._times: dict[tuple[Any, ...], MLPTiming] = {}
-
-    def add(self, mlp: SparseMLP, tokens: Tensor) -> None:
-        """The tokens [N, d] that an MLP is to be timed on."""
-        shapes = tuple((p.weight.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
-        self._keys[mlp.name] = key = (shapes, len(tokens), tokens.dtype)
-        self._samples.setdefault(key, tokens)
-
-    def tokens_of(self, mlp: SparseMLP) -> Tensor:
-        """Tokens such as the MLP sees."""
-        return self._samples[self._keys[mlp.name]]
-
-    def of(self, mlp: SparseMLP) -> MLPTiming:
-        key, tokens = self._keys[mlp.name], self.tokens_of(mlp)
-        if key not in self._times:
-            autocast = tokens.dtype != mlp.output.weight.dtype
-            with torch.autocast(tokens.device.type, dtype=tokens.dtype, enabled=autocast):
-                ks = sorted({share_of(mlp, share) for share in _TIMED_SHARES})
-                self._times[key] = time_mlp(mlp, tokens, ks)
-        return self._times[key]
+def neuron_counts(neurons: int) -> list[int]:
+    """The numbers k of neurons at which an MLP of m is measured and may run: its `SHARES`, in multiples of 8."""
+    counts = {-(-round(neurons * share) // _MULTIPLE) * _MULTIPLE for share in SHARES}
+    return sorted(k for k in counts if 0 < k < neurons)
 
 
-def share_of(mlp: SparseMLP, share: float) -> int:
-    """k of a share of an MLP's neurons."""
-    return max(1, round(share * mlp.index.neurons))
+def tokens_by_class(calls: Sequence[MLPCall]) -> dict[TokenClass, Tensor]:
+    """Tokens [N, d] of each class that some calls hold, spread evenly where there are many."""
+    found: dict[TokenClass, list[Tensor]] = {}
+    for call in calls:
+        for token_class, rows in call.rows().items():
+            found.setdefault(token_class, []).append(call.tokens[rows])
+    joined = {token_class: torch.cat(tokens) for token_class, tokens in found.items()}
+    return {name: tokens[:: -(-len(tokens) // _FITTED_TOKENS)] for name, tokens in joined.items()}
 
 
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, dict[int, Tensor]]]:
-    """By some tiles at a time: tokens [S, d]; what all neurons add to the MLP's output on them, [S, d_out]; and
-    by k what those do that a selection of k skips, [S, d_out], both float32.
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]]:
+    """By some tiles at a time: rows [S] of tokens [N, d]; those tokens [S, d]; what all neurons add to the MLP's output
+    on them, [S, d_out]; and by k what those do that a selection of k skips, [S, d_out], both float32.
 
     Each neuron is computed once a tile: with the others between two consecutive k.
     """
@@ -130,36 +137,52 @@ def outputs_by_tiles(
         parts = [*ranked.tensor_split(ks[:-1], 1), others[:, 1].view(len(slots), -1)]
         kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in parts]
         missed = dict(zip(reversed(ks), itertools.accumulate(reversed(skipped)), strict=True))
-        yield tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
+        yield slots.flatten(), tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
 
 
 @contextmanager
-def seeing_tokens(model: nn.Module, mlps: Sequence[SparseMLP], see: Any) -> Iterator[None]:
-    """Inside, the model runs dense, and `see(mlp, tokens)` gets the input tokens [N, d] of every MLP that runs, in the
-    dtype that it computes in.
+def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[str, list[MLPCall]]]:
+    """Inside, the model runs dense, and what every MLP sees is recorded, by the MLP's name.
 
     Raises:
         CalibrationError: tokens are not finite, or an MLP did not run.
     """
-    missing = {mlp.name for mlp in mlps}
-
-    def hook(mlp: SparseMLP, x: Tensor) -> None:
-        tokens = x.detach().reshape(-1, x.shape[-1])
-        if not torch.isfinite(tokens).all():
-            raise CalibrationError(f"the input of {mlp.name} holds NaN or infinite values")
-        missing.discard(mlp.name)
-        tokens = tokens.to(compute_dtype(tokens))
-        with torch.autocast(x.device.type, enabled=False):
-            see(mlp, tokens)
-
-    handles = [
-        mlp.inputs[0].register_forward_pre_hook(lambda module, args, mlp=mlp: hook(mlp, args[0])) for mlp in mlps
-    ]
+    calls: dict[str, list[MLPCall]] = {mlp.name: [] for mlp in mlps}
+    handles = []
+    for mlp in mlps:
+        handles.append(mlp.opens.register_forward_pre_hook(_record_input(mlp, calls[mlp.name])))
+        handles.append(mlp.output.register_forward_hook(_record_gradient(calls[mlp.name])))
     try:
         with dense_forward(model):
-            yield
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
+    missing = sorted(name for name, seen in calls.items() if not seen)
     if missing:
-        raise CalibrationError(f"the model did not run {', '.join(sorted(missing)[:4])} on these batches")
+        raise CalibrationError(f"the model did not run {', '.join(missing[:4])} on these batches")
+
+
+def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach()
+        if not torch.isfinite(x).all():
+            raise CalibrationError(f"the input of {mlp.name} holds NaN or infinite values")
+        classes = mlp.runtime.classes_of(mlp.name, mlp.number, x)
+        energy = torch.zeros(x.shape[:-1].numel(), device=x.device)
+        calls.append(MLPCall(x.to(compute_dtype(x)), classes, energy))
+
+    return record
+
+
+def _record_gradient(calls: list[MLPCall]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        call = calls[-1]
+
+        def note(gradient: Tensor) -> None:
+            call.energy = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(1)
+
+        if y.requires_grad:
+            y.register_hook(note)
+
+    return record

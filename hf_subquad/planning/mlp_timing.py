@@ -1,5 +1,6 @@
-"""How long one MLP takes, forward and backward: before the patch, dense, and sparse at several k."""
+"""How long one MLP takes, forward and backward: before the patch, dense, and with several budgets."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from ..layers.budget import Budget
 from ..layers.sparse_mlp import SparseMLP
+from .measurements import MLPCall
 
 _ROUNDS = 4
 _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones
@@ -17,44 +20,45 @@ _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones
 
 @dataclass(frozen=True)
 class MLPTiming:
-    """Milliseconds of one forward and backward pass: the least of interleaved rounds, which other load disturbs least.
+    """Milliseconds of one forward and backward pass, to two digits, which repeat better than all of them would: the
+    least of interleaved rounds, which other load disturbs least.
 
     Attributes:
         full: the projections as they were before the patch, with gradients for weights that were trainable.
-        dense: the patched MLP with all its neurons.
-        sparse: by k.
+        dense: the patched MLP with all its neurons, for all tokens.
+        budgets: by budget.
     """
 
     full: float
     dense: float
-    sparse: dict[int, float]
-
-    def at(self, k: int) -> float:
-        """Sparse milliseconds at any k, on the straight line through the least and the greatest k measured; below, not
-        less than in proportion."""
-        (low, low_ms), (high, high_ms) = min(self.sparse.items()), max(self.sparse.items())
-        slope = max(0.0, high_ms - low_ms) / max(1, high - low)
-        return max(low_ms + slope * (k - low), low_ms * min(1.0, k / low))
+    budgets: dict[Budget, float]
 
 
 @torch.enable_grad()
-def time_mlp(mlp: SparseMLP, x: Tensor, ks: Sequence[int]) -> MLPTiming:
-    """Time an MLP on tokens x [N, d], in the dtype of x or, under autocast, autocast's.
+def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
+    """Time an MLP on the tokens of a call, in their dtype or, under autocast, autocast's.
 
-    The projections and the activation are run by themselves, without what the model computes around them.
+    The projections and the activation are run by themselves, without what the model computes around them. Gradients
+    have the sizes that the call's had.
     """
-    x = x.detach().requires_grad_(True)
-    ways: dict[Any, Callable[[], object]] = {"full": lambda: _full(mlp, x), "dense": lambda: _patched(mlp, x, None)}
-    for k in ks:
-        ways[k] = lambda k=k: _patched(mlp, x, k)  # type: ignore[misc]
+    x = call.x.detach().requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(call.tokens.shape, generator=generator).to(x)
+    gradient = (noise * call.energy.sqrt()[:, None].to(x)).view_as(x)
+    ways: dict[Any, Callable[[], object]] = {
+        "full": lambda: _full(mlp, x, gradient),
+        "dense": lambda: _patched(mlp, x, gradient, None),
+    }
+    for budget in budgets:
+        ways[budget] = lambda budget=budget: _patched(mlp, x, gradient, budget)  # type: ignore[misc]
     seconds: dict[Any, list[float]] = {way: [] for way in ways}
     for round_number in range(_ROUNDS):  # the first one fills caches, and seldom has the least
         for way, run in ways.items():
             seconds[way].append(timed(run, x.device))
         if round_number and sum(values[-1] for values in seconds.values()) > _LONG:
             break
-    ms = {way: 1000 * min(values) for way, values in seconds.items()}
-    return MLPTiming(ms["full"], ms["dense"], {k: ms[k] for k in ks})
+    ms = {way: _two_digits(1000 * min(values)) for way, values in seconds.items()}
+    return MLPTiming(ms["full"], ms["dense"], {budget: ms[budget] for budget in budgets})
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
@@ -68,7 +72,11 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _full(mlp: SparseMLP, x: Tensor) -> None:
+def _two_digits(value: float) -> float:
+    return round(value, 1 - math.floor(math.log10(value))) if value > 0 else 0.0
+
+
+def _full(mlp: SparseMLP, x: Tensor, gradient: Tensor) -> None:
     wanted: list[Tensor] = []
 
     def call(path: str, values: Tensor) -> Tensor:
@@ -83,16 +91,18 @@ def _full(mlp: SparseMLP, x: Tensor) -> None:
 
     *inputs, output = mlp.sources
     y = call(output, mlp.index.combine([call(path, x) for path in inputs]))
-    torch.autograd.grad(y, [x, *wanted], torch.ones_like(y))
+    torch.autograd.grad(y, [x, *wanted], gradient.to(y.dtype))
 
 
-def _patched(mlp: SparseMLP, x: Tensor, k: int | None) -> None:
-    before = mlp.k, mlp.dense, mlp.runtime.forward
-    mlp.dense, mlp.runtime.forward = k is None, "dense" if k is None else "sparse"
-    mlp.k = mlp.k if k is None else k
+def _patched(mlp: SparseMLP, x: Tensor, gradient: Tensor, budget: Budget | None) -> None:
+    before = mlp.runtime.forward
+    mlp.runtime.forward = "dense" if budget is None else "sparse"
+    in_order = sorted(mlp.inputs, key=lambda projection: projection is not mlp.opens)
     try:
-        y = mlp.output(mlp.index.combine([projection(x) for projection in mlp.inputs]))
+        with mlp.using(budget, mlp.corrections):
+            found = {projection: projection(x) for projection in in_order}
+            y = mlp.output(mlp.index.combine([found[projection] for projection in mlp.inputs]))
     finally:
-        mlp.k, mlp.dense, mlp.runtime.forward = before
+        mlp.runtime.forward = before
     factors = [factor for projection in mlp.projections for factor in projection.update.parameters()]
-    torch.autograd.grad(y, [x, *(factor for factor in factors if factor.requires_grad)], torch.ones_like(y))
+    torch.autograd.grad(y, [x, *(factor for factor in factors if factor.requires_grad)], gradient.to(y.dtype))

@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..index.selection_quality import evaluate_selection
+from ..layers.budget import TokenClass
 from ..layers.sparse_mlp import SparseMLP
 from ..plan import LayerPlan
-from ..planning.allocation import budgets
+from ..planning.measurements import neuron_counts
 
 # Live tiles are few and vary; a budget changes only when its error leaves this corridor around the planned one.
 _PAST = 1.4
@@ -34,78 +36,104 @@ class Audit:
 
 @dataclass(frozen=True)
 class BudgetChange:
-    """An MLP computes `after` neurons a tile in place of `before` from now on (all of them: dense), and why."""
+    """An MLP computes `after` neurons a tile in place of `before` from now on (all of them: dense), and why.
+
+    Attributes:
+        token_class: the tokens for which it does.
+    """
 
     name: str
     before: int
     after: int
     reason: str
+    token_class: TokenClass = "predicted"
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.before} -> {self.after} neurons: {self.reason}"
+        return f"{self.name}: {self.before} -> {self.after} neurons for {self.token_class} tokens: {self.reason}"
 
 
-def audit(mlp: SparseMLP, tile_tokens: Tensor, neurons: Tensor) -> Audit:
-    """Audit a selection: tokens [n, T, d] of tiles, and the neurons chosen for each, int64 [n, k]."""
+def audit(mlp: SparseMLP, token_class: TokenClass, tile_tokens: Tensor, neurons: Tensor) -> Audit:
+    """Audit a selection for tokens of a class: tokens [n, T, d] of tiles, and the neurons chosen for each, [n, k]."""
     truth = evaluate_selection(mlp.index, tile_tokens, neurons)
-    missed = truth.missed if mlp.compensation is None else truth.missed - mlp.compensation(tile_tokens.float())
+    correction = mlp.corrections.get(token_class)
+    missed = truth.missed if correction is None else truth.missed - correction(tile_tokens.float())
     size = torch.linalg.vector_norm(truth.whole).item()
     if not math.isfinite(size):
         return Audit(truth.recall, math.nan)
     return Audit(truth.recall, torch.linalg.vector_norm(missed).item() / size if size else 0.0)
 
 
-def audit_live(mlp: SparseMLP) -> Audit | None:
-    """Audit the tiles that an MLP kept of its last batch; None if no rank kept any, or their outputs are not finite:
-    they say nothing about budgets then. All ranks get the same."""
-    agreed = _agreed(audit(mlp, *mlp.audited) if mlp.audited else None, mlp)
-    return agreed if agreed and math.isfinite(agreed.error) else None
+def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
+    """Audit the tiles that an MLP kept of its last batch, by class; without those that no rank kept, or whose outputs
+    are not finite: they say nothing about budgets then. All ranks get the same."""
+    found: dict[TokenClass, Audit] = {}
+    for token_class in get_args(TokenClass):
+        if not mlp.budget.neurons(token_class):  # of no neurons there is nothing to choose, of all nothing is skipped
+            continue
+        kept = mlp.audited.get(token_class)
+        agreed = _agreed(audit(mlp, token_class, *kept) if kept else None, mlp)
+        if agreed and math.isfinite(agreed.error):
+            found[token_class] = agreed
+    return found
 
 
-def review(mlp: SparseMLP, planned: LayerPlan, seen: Audit) -> BudgetChange | None:
+def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Audit) -> BudgetChange | None:
     """Change an MLP's budget if what was measured has left its plan. Every rank decides the same."""
-    if mlp.dense:
+    if not mlp.budget.neurons(token_class):
         return None
-    if planned.error < _NEGLIGIBLE:
-        planned = replace(planned, error=_NEGLIGIBLE)
-    if seen.error > _PAST * planned.error:
-        return _give_more(mlp, planned, seen.error)
-    if seen.error < _COMFORTABLE * planned.error:
-        return _give_back(mlp, planned, seen.error)
+    error = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
+    if seen.error > _PAST * error:
+        return _give_more(mlp, token_class, error, seen.error)
+    if seen.error < _COMFORTABLE * error:
+        return _give_back(mlp, token_class, error, seen.error)
     return None
 
 
-def _give_more(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange | None:
-    past = f"error {found:.3f} is past the planned {planned.error:.3f}"
+def _give_more(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
+    before = _neurons(mlp, token_class)
+    past = f"error {found:.3f} is past the planned {planned:.3f}"
     if mlp.index.sketch_is_approximate:
         mlp.index.build()
-        error = _error(mlp, mlp.k)
-        if error <= _PAST * planned.error:
-            return BudgetChange(mlp.name, mlp.k, mlp.k, f"{past}; the sketch rebuilt after folds brings {error:.3f}")
-    before = mlp.k
-    for k in budgets(mlp.index.neurons):
-        if before < k < planned.break_even and (error := _error(mlp, k)) <= planned.error:
-            mlp.set_active(k)
-            return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}")
-    mlp.set_active(mlp.index.neurons)
-    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; what would mend it is no faster than dense")
+        error = _error(mlp, token_class, before)
+        if error <= _PAST * planned:
+            reason = f"{past}; the sketch rebuilt after folds brings {error:.3f}"
+            return BudgetChange(mlp.name, before, before, reason, token_class)
+    for k in neuron_counts(mlp.index.neurons):
+        if before < k and (error := _error(mlp, token_class, k)) <= planned:
+            _set_neurons(mlp, token_class, k)
+            return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}", token_class)
+    _set_neurons(mlp, token_class, None)
+    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; no fewer neurons mend it", token_class)
 
 
-def _give_back(mlp: SparseMLP, planned: LayerPlan, found: float) -> BudgetChange | None:
+def _give_back(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
     """One step down at a time."""
-    less = max((k for k in budgets(mlp.index.neurons) if k < mlp.k), default=None)
-    if less is None or not (error := _error(mlp, less)) <= planned.error:
+    before = _neurons(mlp, token_class)
+    less = max((k for k in neuron_counts(mlp.index.neurons) if k < before), default=None)
+    if less is None or not (error := _error(mlp, token_class, less)) <= planned:
         return None
-    before = mlp.k
-    mlp.set_active(less)
-    reason = f"error {found:.3f} is well within the planned {planned.error:.3f}; {less} neurons bring {error:.3f}"
-    return BudgetChange(mlp.name, before, less, reason)
+    _set_neurons(mlp, token_class, less)
+    reason = f"error {found:.3f} is well within the planned {planned:.3f}; {less} neurons bring {error:.3f}"
+    return BudgetChange(mlp.name, before, less, reason, token_class)
 
 
-def _error(mlp: SparseMLP, k: int) -> float:
+def _neurons(mlp: SparseMLP, token_class: TokenClass) -> int:
+    k = mlp.budget.neurons(token_class)
+    return mlp.index.neurons if k is None else k
+
+
+def _set_neurons(mlp: SparseMLP, token_class: TokenClass, k: int | None) -> None:
+    """Classes that shared their tiles go on to share them."""
+    shared = mlp.budget.predicted == mlp.budget.context
+    names = get_args(TokenClass) if shared else (token_class,)
+    mlp.set_budget(replace(mlp.budget, **dict.fromkeys(names, k)))
+
+
+def _error(mlp: SparseMLP, token_class: TokenClass, k: int) -> float:
     """Output error with k neurons on the tiles that were kept."""
-    tokens = mlp.audited[0] if mlp.audited else None
-    agreed = _agreed(None if tokens is None else audit(mlp, tokens, mlp.index.choose(tokens, k)), mlp)
+    kept = mlp.audited.get(token_class)
+    found = audit(mlp, token_class, kept[0], mlp.index.choose(kept[0], k)) if kept else None
+    agreed = _agreed(found, mlp)
     assert agreed is not None, "no rank kept tiles"
     return agreed.error
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from ..layers.lookup import patched_parts, runtime_of
+from ..logs import get_logger
 from .checkpoints import resume
 from .engines import check_engine, compares_with_reference
 from .sidecar import load_sidecar, save_sidecar
@@ -22,7 +22,7 @@ from .trainer_planning import fit_on_training_data
 
 PLAN_NAME = "subquad_plan.json"
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class SubquadCallback(TrainerCallback, ExportableState):
@@ -78,7 +78,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
         if runtime.plan is not None and state.is_world_process_zero:
-            print(runtime.plan.table(), flush=True)
+            for line in runtime.plan.table().splitlines():
+                logger.info(line)
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
         sync_model(model, state.global_step)

@@ -1,10 +1,11 @@
 """What resuming needs beyond a plain checkpoint: the factors U and V, in one safetensors file beside it."""
 
+import dataclasses
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 
 from ..atomic_files import fingerprint, write_atomically
 from ..errors import PlanError, SidecarError
+from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.lookup import require_patched, runtime_of
+from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
 from ..weights.projection import NeuronProjection
 
 SIDECAR_NAME = "subquad_state.safetensors"
-_FORMAT = 1
-_COMPENSATION = ("basis", "weight", "bias")
+_FORMAT = 2
 
 
 def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
@@ -51,9 +53,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
         if mlp.index.tokens is not None:
             tensors[f"{mlp.name}.tokens"] = mlp.index.tokens
-        if mlp.compensation is not None:
-            for part, values in vars(mlp.compensation).items():
-                tensors[f"{mlp.name}.compensation.{part}"] = values
+        for name, correction in mlp.corrections.items():
+            tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": _FORMAT,
@@ -109,8 +110,11 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         mlp.index.tokens = tokens.to(device) if (tokens := tensors.get(f"{mlp.name}.tokens")) is not None else None
         mlp.index.build()
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
-        fit = [tensors[name] for part in _COMPENSATION if (name := f"{mlp.name}.compensation.{part}") in tensors]
-        mlp.compensation = Compensation(*fit).to(device) if fit else None
+        mlp.corrections = {
+            name: Compensation(*(tensors[path] for path in paths)).to(device)
+            for name, paths in _correction_names(mlp).items()
+            if paths[0] in tensors
+        }
     if plan is not None:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
@@ -146,6 +150,14 @@ def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
     }
 
 
+def _correction_names(mlp: SparseMLP) -> dict[TokenClass, list[str]]:
+    """Names of the tensors of each class's correction."""
+    return {
+        name: [f"{mlp.name}.correction.{name}.{part.name}" for part in dataclasses.fields(Compensation)]
+        for name in get_args(TokenClass)
+    }
+
+
 def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     if not about.get("plan"):
         return None
@@ -161,9 +173,9 @@ def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> No
     projections, found = _projections(model), set(tensors)
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
     for mlp in require_patched(model):
-        fit = {f"{mlp.name}.compensation.{part}" for part in _COMPENSATION}
-        fitted = {f"{mlp.name}.tokens"} & found
-        wanted |= {f"{mlp.name}.norms"} | fitted | (fit if fit & found else set())
+        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.tokens"} & found)
+        for paths in map(set, _correction_names(mlp).values()):
+            wanted |= paths if paths & found else set()
     odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
     if odd:
         raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")

@@ -28,7 +28,8 @@ class SyncReport:
 
     Attributes:
         step: optimizer steps done.
-        active_share: neurons computed / neurons of the patched MLPs, in the coming step; 1.0 while dense.
+        active_share: of the products of all tokens with all neurons, those that the forward computes, mean over the
+            patched MLPs, for the classes of the latest batch; 1.0 in a dense step.
         recall: share of the truly most important neurons that the index chose, as last measured; None before.
         error: relative output error of the sparse MLPs, as last measured; None before.
         sync_seconds: seconds spent in `sync_model` since the patch.
@@ -114,7 +115,7 @@ def sync_parts(
             mlp.index.refresh()
     for mlp in mlps:
         mlp.auditing = _due(step + 1, config.refresh_steps)
-    active = sum(mlp.active for mlp in mlps) / sum(mlp.index.neurons for mlp in mlps)
+    active = sum(mlp.work_share() for mlp in mlps) / len(mlps)
     runtime.sync_seconds += time.perf_counter() - started
     runtime.last_report = SyncReport(
         step=step,
@@ -224,14 +225,13 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
     audits, changes = [], []
     planned = runtime.plan.layers if runtime.plan else (None,) * len(mlps)
     for mlp, layer in zip(mlps, planned, strict=True):
-        audit = audit_live(mlp)
-        if audit is not None:
+        for token_class, audit in audit_live(mlp).items():
             audits.append(audit)
-            if layer is not None and (change := review(mlp, layer, audit)):
+            if layer is not None and (change := review(mlp, layer, token_class, audit)):
                 changes.append(change)
-        mlp.audited = None
+        mlp.audited = {}
     if runtime.plan:
-        runtime.plan = runtime.plan.with_active([mlp.active for mlp in mlps])
+        runtime.plan = runtime.plan.with_neurons([mlp.budget.counts(mlp.index.neurons) for mlp in mlps])
     return audits, changes
 
 

@@ -1,35 +1,81 @@
 """Batches of a Trainer's own data, without moving its dataloader or its random states."""
 
 import copy
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
+
+from ..errors import CalibrationError
 
 
-def sample_batches(dataloader: DataLoader[Any], rows: int, count: int, device: torch.device) -> list[Any]:
-    """Collated batches of rows spread evenly over the dataset, on a device.
+def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device) -> list[Mapping[str, Any]]:
+    """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if it is that short.
 
-    Returns:
-        None at all if the dataset can only be iterated, which would use it up; fewer than `count` if it is that short.
+    Of a dataset of Hugging Face's that can only be iterated, they are the first rows: it starts anew in training.
+
+    Args:
+        dataloader: a `DataLoader`, or a sequence of batches.
+
+    Raises:
+        CalibrationError: reading from the dataset would use it up, or a batch holds no keyword arguments of a model.
     """
-    dataset: Any = dataloader.dataset
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not len(dataset):
-        return []
-    count = max(1, min(count, len(dataset) // rows))
-    total = min(count * rows, len(dataset))
-    collate = _copied(dataloader.collate_fn)
-    chosen = [dataset[i * len(dataset) // total] for i in range(total)]
-    return [send_to_device(collate(chosen[first::count]), device) for first in range(count)]
+    if isinstance(dataloader, Sequence):
+        batches = [dataloader[i] for i in _spread(len(dataloader), count)]
+    else:
+        batches = _collated(dataloader, rows, count)
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(f"a batch is a {type(batch).__name__}, not a dict of the model's arguments")
+    if not batches:
+        raise CalibrationError("the dataset is empty")
+    return [send_to_device(batch, device) for batch in batches]
+
+
+def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
+    dataset = getattr(dataloader, "dataset", dataloader)
+    while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
+        dataset = dataset.dataset  # one process's share of it
+    collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
+    by_row = getattr(dataloader, "batch_sampler", None) is not None
+    rows = rows if by_row or isinstance(dataset, IterableDataset) else 1
+    if getattr(dataloader, "batch_size", rows) is None and not by_row:  # each item is a batch
+        items = _items(dataset, count)
+        return [collate(item) for item in items] if collate else items
+    chosen = _items(dataset, rows * count)
+    if collate is None:
+        raise CalibrationError(f"the dataloader is a {type(dataloader).__name__} without collate_fn")
+    count = max(1, min(count, len(chosen) // rows))
+    return [collate(chosen[first::count]) for first in range(count) if chosen]
+
+
+def _items(dataset: Any, count: int) -> list[Any]:
+    """So many items of a dataset, or all of a shorter one."""
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        if not hasattr(dataset, "take"):  # as those of Hugging Face have
+            raise CalibrationError("the dataset can only be iterated, and might not start anew")
+        return list(islice(dataset.take(count), count))
+    return [dataset[i] for i in _spread(len(dataset), count)]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def _copied(collate: Any) -> Any:
-    """A copy of a collator, which may hold a random state of its own; a model that it holds is not copied."""
+    """A copy of a collator, which may hold a random state of its own; a model that it holds is not copied. The
+    collator itself, if it cannot be copied (it holds a lock, a file, ...)."""
     memo: dict[int, Any] = {}
     held = [collate]
     for _ in range(3):  # the Trainer may wrap the user's collator
         held = [value for thing in held for value in getattr(thing, "__dict__", {}).values()]
         memo |= {id(value): value for value in held if isinstance(value, nn.Module)}
-    return copy.deepcopy(collate, memo)
+    try:
+        return copy.deepcopy(collate, memo)
+    except Exception:  # whatever its parts raise
+        return collate

@@ -1,70 +1,113 @@
 """Budgets and compensations from the Trainer's own data, the same on every rank."""
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.utils import logging
 
-from ..errors import CalibrationError
+from ..index.sketch import Sketch
+from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.lookup import patched_parts, require_patched
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
+from ..layers.sparse_mlp import SparseMLP
+from ..logs import get_logger
 from ..patching.patch import apply_plan
 from ..plan import Plan
-from ..planning.calibration import calibrate, compensate
+from ..planning.calibration import compensate, plan_and_fit
 from .trainer_batches import sample_batches
 
 _BATCHES = 3
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
-def fit_on_training_data(model: nn.Module, dataloader: DataLoader[Any], rows: int, args: TrainingArguments) -> None:
+@dataclass(frozen=True)
+class Fitted:
+    """What was fitted for one MLP, on the CPU."""
+
+    sketch: Sketch
+    tokens: Tensor | None
+    corrections: dict[TokenClass, Compensation]
+
+    @classmethod
+    def of(cls, mlp: SparseMLP) -> "Fitted":
+        device, tokens = torch.device("cpu"), mlp.index.tokens
+        corrections = {name: correction.to(device) for name, correction in mlp.corrections.items()}
+        return cls(mlp.index.sketch.to(device), None if tokens is None else tokens.to(device), corrections)
+
+    def give_to(self, mlp: SparseMLP) -> None:
+        device = mlp.output.weight.device
+        mlp.index.adopt(self.sketch.to(device), None if self.tokens is None else self.tokens.to(device))
+        mlp.corrections = {name: correction.to(device) for name, correction in self.corrections.items()}
+
+
+def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
     """Plan budgets and fit compensations on batches of so many rows, where neither was done before.
 
-    One rank does it, since each would measure other times and may draw other batches, and all follow. What cannot be
-    planned or fitted is a warning: training goes on with the budgets that there are.
+    One rank does it, since each would measure other times and may draw other batches, and all follow. Whatever fails
+    in it ends in a warning, never in the end of training: MLPs run dense then, or with the budgets that the config
+    fixes.
     """
     runtime, mlps = patched_parts(model)
     plans = runtime.plan is None and runtime.config.active is None
-    if not plans and any(mlp.compensation for mlp in mlps):
+    if not plans and (any(mlp.corrections for mlp in mlps) or all(mlp.dense for mlp in mlps)):
         return
     shared: list[Any] = [None]
     if args.process_index == 0:
-        with preserve_mode_and_rng(model):
-            batches = sample_batches(dataloader, rows, _BATCHES, args.device)
-        shared = [_planned_and_fitted(model, batches, plans)]
+        shared = [_planned_and_fitted(model, dataloader, rows, args.device, plans)]
     broadcast_object_list(shared)
-    if isinstance(shared[0], CalibrationError):
-        logger.warning_once(
-            f"nothing could be planned or fitted on the training data: {shared[0]}. Budgets stay as they are, "
-            f"{mlps[-1].active} of {mlps[-1].index.neurons} neurons in {mlps[-1].name}. Call `calibrate` and "
-            "`compensate` with batches of your own"
-        )
+    if isinstance(shared[0], str):
+        _go_without(mlps, shared[0], plans)
         return
-    plan, compensations = shared[0]
+    plan, fitted = shared[0]
     if plan is not None:
         apply_plan(model, plan)
-    for mlp, compensation in zip(mlps, compensations, strict=True):
-        mlp.compensation = compensation and compensation.to(mlp.output.weight.device)
+    if args.process_index:
+        for mlp, one in zip(mlps, fitted, strict=True):
+            one.give_to(mlp)
 
 
 def _planned_and_fitted(
-    model: nn.Module, batches: list[Any], plans: bool
-) -> tuple[Plan | None, list[Compensation | None]] | CalibrationError:
-    """A plan, if there is to be one, and the compensations, on the CPU, of the MLPs with their budgets."""
+    model: nn.Module, dataloader: Any, rows: int, device: torch.device, plans: bool
+) -> tuple[Plan | None, list[Fitted]] | str:
+    """A plan, if there is to be one, and what was fitted for each MLP with its budget; or why not."""
+    started = time.perf_counter()
+    mlps = require_patched(model)
     try:
-        if not batches:
-            raise CalibrationError("the dataset can only be iterated")
-        plan = calibrate(model, batches) if plans else None
-        if plan is not None:
-            apply_plan(model, plan)
-        compensate(model, batches)
-    except CalibrationError as error:
-        return error
-    fitted = (mlp.compensation for mlp in require_patched(model))
-    return plan, [compensation and compensation.to(torch.device("cpu")) for compensation in fitted]
+        with preserve_mode_and_rng(model):
+            batches = sample_batches(dataloader, rows, _BATCHES, device)
+        logger.info(
+            f"{'planning' if plans else 'fitting'} {len(mlps)} MLPs on {len(batches)} batches of the training data"
+        )
+        plan = plan_and_fit(model, batches) if plans else None
+        if plan is None:
+            compensate(model, batches)
+    except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
+        return f"{type(error).__name__}: {error}"
+    logger.info(f"done in {time.perf_counter() - started:.1f} s")
+    return plan, [Fitted.of(mlp) for mlp in mlps]
+
+
+def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
+    """Run dense, if there was to be a plan, and tell."""
+    for mlp in mlps:
+        mlp.forget_call()
+        mlp.corrections = {}
+        if plans:
+            mlp.runtime.plan = None
+            mlp.set_active(mlp.index.neurons)
+    consequence = (
+        "MLPs run dense"
+        if plans
+        else "MLPs keep the budgets that they were given, and are less accurate than they could be"
+    )
+    logger.warning_once(
+        f"nothing could be planned or fitted on the training data ({reason}). {consequence}. To do it by hand, before "
+        "the Trainer is made, with two or three batches that the model takes as keyword arguments: "
+        "apply_plan(model, calibrate(model, batches)); compensate(model, batches)"
+    )

@@ -1,0 +1,27 @@
+"""The library's messages: through the logger `hf_subquad`, seen by default, silenced or redirected as any other."""
+
+import logging
+import sys
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+_ROOT = "hf_subquad"
+
+
+class _UntilConfigured(logging.Handler):
+    """Writes to standard error as long as nobody has said where logs go, as Python's last resort does for warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def get_logger(name: str) -> Any:
+    """A logger below `hf_subquad`, whose level is INFO unless it was set, with transformers' `warning_once`."""
+    root = logging.getLogger(_ROOT)
+    if not any(isinstance(handler, _UntilConfigured) for handler in root.handlers):
+        root.addHandler(_UntilConfigured())
+        if root.level == logging.NOTSET:
+            root.setLevel(logging.INFO)
+    return transformers_logging.get_logger(name)
