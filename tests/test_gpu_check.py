@@ -17,11 +17,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from gpu.report import COLUMNS, markdown, problems  # noqa: E402
 
-CHECKED = {
-    "gathered_up", "gathered_up, two matrices", "gathered_down", "gathered_down, two matrices", "update_gradients",
-    "tile_scores, SiLU gated", "tile_scores, ReLU", "top_neurons", "bisect",
-}  # fmt: skip
-
 
 def call(folder: Path, *options: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": str(int(interpret))}
@@ -56,15 +51,9 @@ def test_every_section_runs(whole: Any) -> None:
 
 
 @pytest.mark.slow
-def test_every_operation_is_checked(whole: Any) -> None:
+def test_tests_of_kernels_are_run_and_counted(whole: Any) -> None:
     rows = whole[1]["sections"]["correctness"]["rows"]
-    for dtype in ("fp32", "fp16"):
-        assert {row["check"] for row in rows if row.get("dtype") == dtype} >= CHECKED
-    for row in rows:
-        assert row.get("passed") is True or "needs CUDA" in row["note"]
-        assert "error" not in row or row["error"] <= row["tolerance"]
-    for part in ("waits", "selection in a CUDA graph", "training in a CUDA graph", "fullgraph", "two runs"):
-        assert any(part in row["check"] or part in row["case"] for row in rows)
+    assert len(rows) == 2 and all(row["passed"] and int(row["check"].split()[0]) > 0 for row in rows)
 
 
 @pytest.mark.slow

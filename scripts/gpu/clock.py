@@ -44,10 +44,6 @@ class Clock:
             return None, f"{type(error).__name__}: {error}"
         return self.median(graph.replay, total_ms), None
 
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
     def _span(self, work: Work) -> Callable[[], float]:
         """Run it once; the returned function waits for it and tells its milliseconds."""
         self._flushed.zero_()

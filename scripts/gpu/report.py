@@ -8,15 +8,13 @@ Row = dict[str, Any]
 COLUMNS = {
     "device": ("what", "name", "capability", "torch", "triton", "driver", "size", "dtype", "ms", "tflops",
                "gb_per_second"),
-    "correctness": ("check", "shape", "dtype", "passed", "error", "tolerance", "pytorch_error", "note"),
+    "correctness": ("file", "check", "passed"),
     "layers": ("shape", "tokens", "share", "dense_full_seconds", "dense_lora_seconds", "subquad_seconds",
                "speedup_vs_full", "speedup_vs_lora", "selection_share", "dense_lora_peak_bytes", "subquad_peak_bytes"),
     "kernels": ("shape", "kernel", "ms", "launched_ms", "tflops", "of_dense_rate", "gb_per_second", "pytorch_ms"),
     "step": ("method", "ms", "mlp_ms", "tokens_per_second", "peak_bytes", "over_subquad"),
 }  # fmt: skip
 NOTES = {
-    "correctness": "Errors are relative, in the Frobenius norm, against PyTorch in float64 on the same values (or "
-    "against what the check names); pytorch_error is that of PyTorch's own operations in the same dtype.",
     "layers": "Forward and backward of one MLP, medians of interleaved rounds. Below 1 **dense wins**.",
     "kernels": "Milliseconds replayed as a CUDA graph (without launches) where that works. Useful FLOP only.",
     "step": "Trainer steps on four layers; over_subquad is how many times longer than subquad's a step takes.",
@@ -31,7 +29,7 @@ def problems(results: Row) -> list[str]:
             found.append(f"{name}: {error['case'] or 'the section'}: {error['traceback'].strip().splitlines()[-1]}")
         for row in section["rows"]:
             if row.get("passed") is False:
-                about = ", ".join(str(row[key]) for key in ("check", "shape", "dtype") if key in row)
+                about = ", ".join(str(row[key]) for key in ("file", "check"))
                 found.append(f"{name}: not passed: {about}")
     return found
 
