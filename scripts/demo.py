@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compare_vanilla import METHODS, compare, write_csv, write_plot
-from comparison.plots import plots_available
-from comparison.report import table, write_json, write_whole
-from comparison.run_settings import RunSettings
-from comparison.turns import WorkerError
+from compare_vanilla import METHODS, compare
+from comparison.apart import WorkerError
+from comparison.report import table, write_csv, write_plot
+from comparison.settings import RunSettings
 from corpus import language_reference_text
+from reporting import plots_available, write_json, write_whole
 
 FOLDER = Path(__file__).resolve().parent
 MODEL = FOLDER / "demo_model"

@@ -116,6 +116,7 @@ def test_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch, only
     at = next(place for place, word in enumerate(words) if word.endswith(".py"))
     assert all((ROOT / word).is_file() for word in words[: at + 1] if word.endswith((".py", ".yaml")))
     monkeypatch.setattr(sys, "argv", words[at:])
+    monkeypatch.syspath_prepend(str((ROOT / words[at]).parent))
     with pytest.raises(_Accepted):
         importlib.import_module(Path(words[at]).stem).main()
 
