@@ -163,7 +163,9 @@ def preference_trainer(
     )
 
 
-@pytest.mark.parametrize("reference", ["of its own", "adapters off", "adapters first", "computed before", "copied adapters"])
+@pytest.mark.parametrize(
+    "reference", ["of its own", "adapters off", "adapters first", "computed before", "copied adapters"]
+)
 def test_dpo_starts_where_the_policy_is_the_reference(
     reference: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
@@ -185,7 +187,9 @@ def test_dpo_starts_where_the_policy_is_the_reference(
                 if "lora_B" in name:
                     parameter.normal_(generator=fill)
         adapted.save_pretrained(tmp_path / "adapters")
-        model = PeftModel.from_pretrained(patch_model(model_of(tokenizer), TRAIN), tmp_path / "adapters", is_trainable=True)
+        model = PeftModel.from_pretrained(
+            patch_model(model_of(tokenizer), TRAIN), tmp_path / "adapters", is_trainable=True
+        )
         settings = {}
     before = factors(model)
     run = preference_trainer("DPO", model, tokenizer, tmp_path, **settings)

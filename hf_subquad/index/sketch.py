@@ -38,7 +38,7 @@ def build_sketch(weight: Tensor, rank: int, seed: int) -> Sketch:
     rows, width = weight.shape
     rank = min(rank, rows, width)
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(width, min(rank + _OVERSAMPLING, rows, width), generator=generator)
+    probe = torch.randn(width, min(rank + _OVERSAMPLING, rows, width), generator=generator, dtype=torch.float32)
     span = torch.linalg.qr(weight @ probe.to(weight.device)).Q
     for _ in range(_POWER_ITERATIONS):
         span = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ span).Q).Q

@@ -36,13 +36,17 @@ class Surroundings:
     def find_adapter(self) -> None:
         """Look for an adapter layer of PEFT's in the model."""
         modules = self._model.modules() if self._model is not None else ()
-        self._adapter = next((m for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)), None)
+        self._adapter = next(
+            (m for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)), None
+        )
 
     def recomputed_without_gradients(self) -> bool:
         """Whether a pass in training mode without gradients may be the first one of reentrant gradient checkpointing."""
         return any(
             getattr(holder, "gradient_checkpointing", False)
-            and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get("use_reentrant", True)
+            and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get(
+                "use_reentrant", True
+            )
             for holder in self._holders
         )
 

@@ -36,7 +36,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     weight = mlp.inputs[0].weight
     generator = torch.Generator().manual_seed(0)
     rows = mlp.inputs[0].rows()
-    x = torch.randn(_BATCH, _TOKENS, rows.shape[1], generator=generator).to(weight)
+    x = torch.randn(_BATCH, _TOKENS, rows.shape[1], generator=generator, dtype=torch.float32).to(weight)
     tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
     half = -(-mlp.index.neurons // 2)
     chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]

@@ -134,7 +134,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
             "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
-            "save with model.merge_and_unload().save_pretrained(folder)"
+            "write the plain model, all merged, with hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:

@@ -80,7 +80,11 @@ def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
         if plans:
             mlp.runtime.plan = None
             mlp.set_active(mlp.index.neurons)
-    consequence = "MLPs run dense" if plans else "MLPs keep the budgets that they were given, and are less accurate than they could be"
+    consequence = (
+        "MLPs run dense"
+        if plans
+        else "MLPs keep the budgets that they were given, and are less accurate than they could be"
+    )
     logger.warning_once(
         f"nothing could be planned or fitted on the training data ({reason}). {consequence}. To do it by hand, before "
         "the Trainer is made, with two or three batches that the model takes as keyword arguments: "
