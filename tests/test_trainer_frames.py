@@ -44,8 +44,9 @@ def test_finds_what_the_trainer_does_not_tell(elsewhere: bool, tmp_path: Path, s
 
 def test_trials_have_folders_of_their_own(tmp_path: Path, said: list[str]) -> None:
     pytest.importorskip("optuna")
-    run = Trainer(model_init=lambda trial: patched_opt(), args=arguments(tmp_path, max_steps=1, save_strategy="steps",
-                  save_steps=1), train_dataset=Texts(), eval_dataset=Texts(), callbacks=[SubquadCallback()])  # fmt: skip
+    args = arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    run = Trainer(model_init=lambda trial: patched_opt(), args=args, train_dataset=Texts(), eval_dataset=Texts(),
+                  callbacks=[SubquadCallback()])  # fmt: skip
     run.hyperparameter_search(n_trials=2, backend="optuna", hp_space=lambda trial: {})
     for number in (0, 1):
         assert (tmp_path / f"run-{number}" / "checkpoint-1" / "subquad_state.safetensors").is_file()
@@ -55,7 +56,11 @@ def test_trials_have_folders_of_their_own(tmp_path: Path, said: list[str]) -> No
 def test_called_by_something_else(tmp_path: Path, said: list[str]) -> None:
     """Training works, what is not known is told."""
     model, args = patched_opt(), arguments(tmp_path)
-    callback, state, control = SubquadCallback(), TrainerState(stateful_callbacks={}, train_batch_size=2), TrainerControl()
+    callback, state, control = (
+        SubquadCallback(),
+        TrainerState(stateful_callbacks={}, train_batch_size=2),
+        TrainerControl(),
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     callback.on_init_end(args, state, control, model=model)
     callback.on_train_begin(args, state, control, model=model, optimizer=optimizer, train_dataloader=[
