@@ -1,4 +1,4 @@
-"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing may be lost silently."""
+"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing is lost silently."""
 
 import weakref
 from collections import deque
