@@ -19,6 +19,7 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
+from .head.patch_head import patch_head, unpatch_head
 from .layers.lookup import sparse_mlps
 from .layers.modes import dense_forward, sparse_forward
 from .patching.patch import apply_plan, patch_model, unpatch_model
@@ -62,10 +63,12 @@ __all__ = [
     "dense_forward",
     "last_whole_checkpoint",
     "load_sidecar",
+    "patch_head",
     "patch_model",
     "save_sidecar",
     "sparse_forward",
     "sparse_mlps",
     "sync_model",
+    "unpatch_head",
     "unpatch_model",
 ]

@@ -139,11 +139,11 @@ class Plan:
             )
         predicted_share = 1 - self.padding_share - self.context_share
         lines += [
-            f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context and "
-            f"{predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
+            f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
+            f"and {predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
             "squared gradient that is passed back, share of the dense time.",
-            f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole step "
-            f"{self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
+            f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
+            f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
             f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats a token "
             f"(tolerance {self.tolerance:g}), cosine of the gradient {self.gradient_cosine:.4f}. "
             f"Planning took {self.planning_seconds:.0f} s.",

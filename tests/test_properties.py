@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
-from hf_subquad.index.activation_index import Selection
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.token_tiles import Selection
 from hf_subquad.patching.mlp_patterns import find_activations, find_mlps
 
 ACTIVATIONS = ("relu", "gelu", "silu", "quick_gelu", "gelu_new", "relu2", "tanh", "prelu")  # the last one is trained

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
-from ..index.activation_index import ActivationIndex, Selection
+from ..index.activation_index import ActivationIndex
 from ..ops import parts as part_products
 from ..ops.parts import Part
 from ..ops.products import gathered_down, gathered_up
-from ..ops.token_tiles import TokenTiles, tile_shape
+from ..ops.token_tiles import Selection, TokenTiles, tile_shape
 from ..weights.projection import NeuronProjection, compute_dtype
 from .budget import Budget, TokenClass
 from .compensation import Compensation
@@ -87,7 +87,8 @@ class SparseMLP:
         self.budget = Budget()
         self.set_active(runtime.config.active_neurons(index.neurons))
         self._enroll()
-        for projection in (*self.inputs, output):
+        output.mlp = self
+        for projection in self.inputs:
             projection.mlp = self
 
     @property
@@ -186,7 +187,7 @@ class SparseMLP:
             return None
         m, leading = self.index.neurons, call.x.shape[:-1]
         only = call.only_tiles()
-        expected = only.shape(m) if only else (sum(part.size(m) for part in call.parts),)
+        expected = (*only.tiles.shape, only.neurons.shape[1]) if only else (sum(part.size(m) for part in call.parts),)
         if a.shape != expected:
             raise SubquadError(
                 f"{self.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
@@ -202,7 +203,7 @@ class SparseMLP:
             )
         for token_class, part in zip(call.classes, call.parts, strict=True):
             correction = self.corrections.get(token_class)
-            if correction is not None and (part.idle or part.tiles is not None):
+            if correction is not None and (part.idle or part.selection is not None):
                 stand_in = correction(part.take(call.x.reshape(-1, call.x.shape[-1])).to(y.dtype))
                 y = y + stand_in if part.rows is None else y.index_add(0, part.rows, stand_in)
         return y.view(*leading, -1)
@@ -240,8 +241,9 @@ class SparseMLP:
             parts = [_tiled(None, given)] if isinstance(given, Selection) else list(given)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         groups = self._groups(x, budget)
-        if len(groups) == 1 and groups[0][1] is None and groups[0][2] is None and budget.gradient >= 1:
-            return _Call(x, None)  # all neurons for all tokens
+        everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
+        if everything and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+            return _Call(x, None)
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         parts = [
             Part(rows, len(tokens) if rows is None else len(rows)) if k is None
@@ -321,16 +323,16 @@ class _Call:
     gradient: float = 1.0
     waiting: dict["InputProjection", Tensor] = field(default_factory=dict)
 
-    def only_tiles(self) -> Part | None:
-        """The part that holds all tokens in tiles, if there is one and it passes the whole gradient back."""
+    def only_tiles(self) -> Selection | None:
+        """The selection for all tokens, if they are in one part and it passes the whole gradient back."""
         if self.parts is None or len(self.parts) > 1 or self.gradient < 1:
             return None
         part = self.parts[0]
-        return part if part.rows is None and part.tiles is not None else None
+        return part.selection if part.rows is None else None
 
 
 def _tiled(rows: Tensor | None, selection: Selection) -> Part:
-    return Part(rows, selection.tiles.tokens, selection.tiles, selection.neurons)
+    return Part(rows, selection.tiles.tokens, selection)
 
 
 class InputProjection(NeuronProjection):

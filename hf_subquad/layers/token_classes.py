@@ -115,7 +115,8 @@ def predicts_next_token(model: nn.Module) -> bool | None:
         return False
     loss_type = getattr(model, "loss_type", None)
     if loss_type is None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap = getattr(model, "get_base_model", None)  # PEFT's
+        base = unwrap() if callable(unwrap) else model
         return True if type(base).__name__.endswith(("LMHeadModel", "ForCausalLM")) else None
     return loss_type == "ForCausalLM"
 

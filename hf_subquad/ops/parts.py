@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import BackendName
 from .backends import Backend, MergedWeight, backend_for
-from .token_tiles import TokenTiles
+from .token_tiles import Selection
 
 _WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
 
@@ -32,24 +32,23 @@ class Part:
     Attributes:
         rows: int64 [p], the part's tokens; None: all of the batch in their order.
         tokens: p.
-        tiles: n tiles of the part's own tokens 0 to p - 1; None: each token computes all neurons, or none.
-        neurons: int64 [n, k], those of each tile; None without tiles.
+        selection: tiles of the part's own tokens 0 to p - 1, and their neurons; None: all tokens compute all neurons,
+            or none.
         idle: tokens compute no neurons.
     """
 
     rows: Tensor | None
     tokens: int
-    tiles: TokenTiles | None = None
-    neurons: Tensor | None = None
+    selection: Selection | None = None
     idle: bool = False
 
     def shape(self, neurons: int) -> tuple[int, ...]:
         """Of its compact activation, of an MLP of m neurons."""
         if self.idle:
             return (0,)
-        if self.tiles is None:
+        if self.selection is None:
             return self.tokens, neurons
-        return *self.tiles.shape, self.neurons.shape[1]
+        return *self.selection.tiles.shape, self.selection.neurons.shape[1]
 
     def size(self, neurons: int) -> int:
         """Elements of its compact activation."""
@@ -149,12 +148,14 @@ class _UpProject(torch.autograd.Function):
                     continue
                 lows_by_matrix = low.chunk(count, dim=1)
                 kept = _kept(part, neurons, _nonzero_tokens(part, views))
-                if part.tiles is not None and kept is None:
-                    grad, grad_low = ctx.backend.gathered_down(views, part.tiles, part.neurons, _plain(matrices))
+                if part.selection is not None and kept is None:
+                    grad, grad_low = ctx.backend.gathered_down(
+                        views, part.selection.tiles, part.selection.neurons, _plain(matrices)
+                    )
                     _place(grad_x, part, None, grad)
                     chunks = zip(views, grad_low.chunk(count, dim=1), lows_by_matrix, strict=True)
                     for i, (view, grad_low_i, low_i) in enumerate(chunks):
-                        factors.add_tiled(ctx.backend, i, view, grad_low_i, part.take(x), low_i, part)
+                        factors.add_tiled(ctx.backend, i, view, grad_low_i, part.take(x), low_i, part.selection)
                     continue
                 x_kept = part.take(x) if kept is None else x.index_select(0, part.among(kept))
                 rows = [_rows_of(part, view, kept, neurons) for view in views]
@@ -177,10 +178,7 @@ class _DownProject(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         (matrix,), backend = _matrices(flat), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
-        if len(parts) == 1 and parts[0].rows is None:
-            y = a.new_empty(tokens, width)
-        else:
-            y = a.new_full((tokens, width), elsewhere)
+        y = a.new_full((tokens, width), elsewhere)
         lows = []
         with torch.autocast(a.device.type, enabled=False):
             for part, view in _by_part(parts, neurons, [a]):
@@ -188,8 +186,8 @@ class _DownProject(torch.autograd.Function):
                     low, y_part = a.new_empty(0), a.new_zeros(part.tokens, width)
                     if matrix.bias is not None:
                         y_part += matrix.bias
-                elif part.tiles is not None:
-                    y_part, low = backend.gathered_down([view], part.tiles, part.neurons, [matrix])
+                elif part.selection is not None:
+                    y_part, low = backend.gathered_down([view], part.selection.tiles, part.selection.neurons, [matrix])
                 else:
                     low = view @ matrix.u
                     y_part = view @ matrix.rows if matrix.bias is None else torch.addmm(matrix.bias, view, matrix.rows)
@@ -218,12 +216,14 @@ class _DownProject(torch.autograd.Function):
                 grad = part.take(grad_y)
                 grad_low = grad @ matrix.v.t()
                 kept = _kept(part, neurons, part.take(passing))
-                if part.tiles is not None:
-                    factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part)
+                if part.selection is not None:
+                    factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part.selection)
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
-                if part.tiles is not None and kept is None:
-                    (found,), _ = ctx.backend.gathered_up(grad, part.tiles, part.neurons, _plain([matrix]))
+                if part.selection is not None and kept is None:
+                    (found,), _ = ctx.backend.gathered_up(
+                        grad, part.selection.tiles, part.selection.neurons, _plain([matrix])
+                    )
                     grad_view.copy_(found)
                 elif kept is None:
                     torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
@@ -261,10 +261,10 @@ class _FactorGradients:
             self._sums[matrix][i] = grad if held is None else held + grad
 
     def add_tiled(
-        self, backend: Backend, matrix: int, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, part: Part
+        self, backend: Backend, matrix: int, a: Tensor, a_low: Tensor, x: Tensor, x_low: Tensor, selection: Selection
     ) -> None:
-        neurons = len(self._matrices[matrix].rows)
-        self.add(matrix, *backend.update_gradients(a, a_low, x, x_low.contiguous(), part.tiles, part.neurons, neurons))
+        count, x_low = len(self._matrices[matrix].rows), x_low.contiguous()
+        self.add(matrix, *backend.update_gradients(a, a_low, x, x_low, selection.tiles, selection.neurons, count))
 
     def like(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Us, then Vs, in the dtypes of the given ones."""
@@ -283,7 +283,7 @@ def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor]
     """Write the part's activations; returns x V^T [p, q], those of two matrices side by side."""
     if part.idle:
         return x.new_empty(0)
-    if part.tiles is None:
+    if part.selection is None:
         low = x @ torch.cat([matrix.v for matrix in matrices]).t()
         for view, matrix, low_i in zip(views, matrices, low.chunk(len(matrices), dim=1), strict=True):
             if matrix.bias is None:
@@ -292,7 +292,7 @@ def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor]
                 torch.addmm(matrix.bias, x, matrix.rows.t(), out=view)
             view.addmm_(low_i, matrix.u.t())
         return low
-    found, low = backend.gathered_up(x, part.tiles, part.neurons, matrices)
+    found, low = backend.gathered_up(x, part.selection.tiles, part.selection.neurons, matrices)
     for view, compact in zip(views, found, strict=True):
         view.copy_(compact)
     return low
@@ -304,7 +304,7 @@ def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor]) -> li
     for part in parts:
         shape = part.shape(neurons)
         pieces = [flat[start : start + math.prod(shape)] for flat in flats]
-        if part.tiles is None:
+        if part.selection is None:
             views = [piece.view(shape) for piece in pieces]
         else:
             count, slots, k = shape
@@ -331,30 +331,35 @@ def _kept(part: Part, neurons: int, passing: Tensor) -> Tensor | None:
 
 def _nonzero_tokens(part: Part, views: Sequence[Tensor]) -> Tensor:
     """bool [p]: tokens for which any of the gradients [p, m] or [n, T, k] is not zero."""
-    by_row = [view.abs().amax(-1) for view in views]
-    passing = torch.stack(by_row).amax(0) != 0
-    return passing if part.tiles is None else passing.view(-1).index_select(0, part.tiles.position)
+    passing = torch.stack([view.abs().amax(-1) for view in views]).amax(0) != 0
+    return passing if part.selection is None else passing.view(-1).index_select(0, part.selection.tiles.position)
+
+
+def _slots(selection: Selection, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Tile and slot of some tokens."""
+    slots = selection.tiles.position.index_select(0, kept)
+    return slots // selection.tiles.shape[1], slots % selection.tiles.shape[1]
 
 
 def _rows_of(part: Part, view: Tensor, kept: Tensor | None, neurons: int) -> Tensor:
     """Rows of a gradient for some of the part's tokens, [r, m]; zero for neurons that are not their tile's."""
-    if part.tiles is None:
-        return view if kept is None else view.index_select(0, kept)
-    slots = part.tiles.position.index_select(0, kept)
-    tile, slot = slots // part.tiles.shape[1], slots % part.tiles.shape[1]
+    if kept is None:
+        return view
+    if part.selection is None:
+        return view.index_select(0, kept)
+    tile, slot = _slots(part.selection, kept)
     found = view.new_zeros(len(kept), neurons)
-    return found.scatter_(1, part.neurons.index_select(0, tile), view[tile, slot])
+    return found.scatter_(1, part.selection.neurons.index_select(0, tile), view[tile, slot])
 
 
 def _place_rows(part: Part, view: Tensor, kept: Tensor, rows: Tensor) -> None:
     """Undo `_rows_of`: write rows [r, m] of the part's tokens `kept`, zeros for its others."""
     view.zero_()
-    if part.tiles is None:
+    if part.selection is None:
         view.index_copy_(0, kept, rows)
         return
-    slots = part.tiles.position.index_select(0, kept)
-    tile, slot = slots // part.tiles.shape[1], slots % part.tiles.shape[1]
-    view[tile, slot] = rows.gather(1, part.neurons.index_select(0, tile))
+    tile, slot = _slots(part.selection, kept)
+    view[tile, slot] = rows.gather(1, part.selection.neurons.index_select(0, tile))
 
 
 def _place(into: Tensor, part: Part, kept: Tensor | None, values: Tensor) -> None:

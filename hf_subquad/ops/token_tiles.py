@@ -63,6 +63,19 @@ class TokenTiles:
         return values.reshape(-1, values.shape[-1]).index_select(0, self.position)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Tiles of tokens and the neurons each computes.
+
+    Attributes:
+        tiles: n tiles of T slots.
+        neurons: int64 [n, k], each neuron of a tile once.
+    """
+
+    tiles: TokenTiles
+    neurons: Tensor
+
+
 def tile_shape(tokens: int, tile_size: int) -> tuple[int, int]:
     """Number n of tiles (a power of two) and tokens T of each, T within a factor sqrt(2) of `tile_size`.
 

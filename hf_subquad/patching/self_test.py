@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
-from ..index.activation_index import Selection
 from ..index.selection_quality import exact_activations
 from ..layers.runtime import Forward
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part
-from ..ops.token_tiles import TokenTiles, make_tiles
+from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
@@ -134,7 +133,7 @@ def _whole_and_half(selection: Selection) -> list[Part]:
     """All neurons for the tokens of the first tile, those of the selection for the others."""
     first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
     tiles = TokenTiles.of(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
-    return [Part(first, len(first)), Part(others, len(others), tiles, selection.neurons[1:])]
+    return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]
 
 
 @contextmanager

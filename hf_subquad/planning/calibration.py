@@ -79,7 +79,7 @@ def calibrate(
 
 
 def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
-    """`calibrate` a patched model, and leave it with the plan's budgets, its index fitted and what is skipped corrected.
+    """`calibrate` a patched model, and leave it with the plan's budgets, a fitted index and corrections.
 
     Raises:
         CalibrationError: as `calibrate`. The model is as it was.

@@ -96,9 +96,9 @@ def logits_of(model: nn.Module, outputs: Any) -> Tensor:
     for name in _NAMES:
         if isinstance(held.get(name), Tensor):
             return held[name]
-    ends = [held.get("start_logits"), held.get("end_logits")]
-    if all(isinstance(end, Tensor) for end in ends):
-        return torch.stack(ends, 1)
+    start, end = held.get("start_logits"), held.get("end_logits")
+    if isinstance(start, Tensor) and isinstance(end, Tensor):
+        return torch.stack([start, end], 1)
     found = ", ".join(map(str, held)) or type(outputs).__name__
     raise CalibrationError(
         f"{type(model).__name__} returns no logits (but {found}): calibrate a model with a head, or set `active` to a "

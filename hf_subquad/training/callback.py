@@ -18,6 +18,7 @@ from .checkpoints import resume
 from .engines import check_engine, compares_with_reference
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
+from .trainer_head import start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 
 PLAN_NAME = "subquad_plan.json"
@@ -31,7 +32,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
     There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
     if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
     batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
-    neurons; folds, audits and adjusts budgets on schedule; adds `subquad/...` to the Trainer's logs; writes and reads
+    neurons; limits logits to labelled positions where nobody reads the others; folds, audits and adjusts budgets on
+    schedule; adds `subquad/...` to the Trainer's logs; writes and reads
     the sidecar of each checkpoint.
     """
 
@@ -59,6 +61,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             resume(model, Path(resumed_from), state.global_step, optimizer, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
+        stop_labelled_head(model)  # of a training that was broken off
         self._move_first(sys._getframe(1).f_locals.get("self"))
         runtime, mlps = patched_parts(model)
         runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)
@@ -78,10 +81,11 @@ class SubquadCallback(TrainerCallback, ExportableState):
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
         if runtime.plan is not None and state.is_world_process_zero:
-            for line in runtime.plan.table().splitlines():
-                logger.info(line)
+            logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
+        trainer, _ = _trainer_and("trial", sys._getframe(1))
+        start_labelled_head(model, trainer, runtime.config.head_megabytes)  # after planning, which looks at logits
         sync_model(model, state.global_step)
 
     def on_step_end(
@@ -125,6 +129,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        stop_labelled_head(model)
         runtime = runtime_of(model)
         if runtime.idle_steps:
             raise_idle(runtime.idle_steps)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
-from hf_subquad.index.activation_index import Selection
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.ops.token_tiles import make_tiles
+from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 Kind = Literal["plain", "gated", "stacked", "conv1d"]
 KINDS: tuple[Kind, ...] = ("plain", "gated", "stacked", "conv1d")

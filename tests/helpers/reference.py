@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import sparse_mlps
-from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.index.activation_index import ActivationIndex
+from hf_subquad.ops.token_tiles import Selection
 
 
 def mask_of(selection: Selection, neurons: int, dtype: torch.dtype) -> Tensor:
