@@ -126,7 +126,7 @@ def test_csv_has_a_row_per_step(shape_run: SimpleNamespace) -> None:
 
 def test_memory_is_told_before(shape_run: SimpleNamespace) -> None:
     first = shape_run.stdout.splitlines()[0]
-    assert first.startswith("memory: vanilla about ") and "one at a time" in first and "GB are available" in first
+    assert first.startswith("memory: vanilla up to about ") and "one at a time" in first and "GB are available" in first
 
 
 def test_table_and_picture(shape_run: SimpleNamespace) -> None:
