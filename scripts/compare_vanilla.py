@@ -93,7 +93,7 @@ def _memory_note(runs: Mapping[str, RunSettings]) -> str:
         name: expected["full" if name == "vanilla" or (name == "subquad" and run.rest == "full") else "low_rank"]
         for name, run in runs.items()
     }
-    text = ", ".join(f"{name} about {need / 1e9:.1f} GB" for name, need in needs.items())
+    text = ", ".join(f"{name} up to about {need / 1e9:.1f} GB" for name, need in needs.items())
     note = (
         f"memory: {text}, one at a time; {available_bytes() / 1e9:.1f} of {memory_bytes() / 1e9:.1f} GB are available"
     )

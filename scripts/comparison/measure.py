@@ -27,7 +27,8 @@ def full_run(settings: RunSettings, report: OnProgress) -> dict[str, Any]:
         digest: of all token ids trained on, in order.
         peak_memory_bytes: over the steps; `memory_before_model_bytes` of it are Python and its libraries.
         eval_loss_dense, eval_loss_sparse: at the end; None where there is none.
-        patched: name, projections, neurons and active neurons of each patched MLP.
+        patched: of each patched MLP name, projections, neurons, and its budget at the end: neurons for predicted and
+            for context tokens, and the share of the gradient that passes back.
         plan: the plan that was made, as JSON text; None if there was none.
     """
     return _Measured(settings, report).train(evaluated=True)
@@ -141,15 +142,20 @@ class _Measured:
 def _patched(model: Any) -> list[dict[str, Any]]:
     from hf_subquad import sparse_mlps
 
-    return [
-        {
-            "name": mlp.name,
-            "projections": [f"{mlp.name}.{path}".lstrip(".") for path in mlp.sources],
-            "neurons": mlp.index.neurons,
-            "active": mlp.active,
-        }
-        for mlp in sparse_mlps(model)
-    ]
+    found = []
+    for mlp in sparse_mlps(model):
+        neurons, budget = mlp.index.neurons, mlp.budget
+        found.append(
+            {
+                "name": mlp.name,
+                "projections": [f"{mlp.name}.{path}".lstrip(".") for path in mlp.sources],
+                "neurons": neurons,
+                "predicted": neurons if budget.predicted is None else mlp.index.round_up_k(budget.predicted),
+                "context": neurons if budget.context is None else mlp.index.round_up_k(budget.context),
+                "gradient": budget.gradient,
+            }
+        )
+    return found
 
 
 def _evaluator(inputs: Any, settings: RunSettings) -> Callable[..., float]:
