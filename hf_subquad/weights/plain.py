@@ -72,11 +72,12 @@ def _bare(model: nn.Module) -> nn.Module:
         if inner is None or not isinstance(inner, nn.Module):
             break
         model = inner
-    if not hasattr(model, "get_base_model"):
+    wrapped: Any = model
+    if not hasattr(wrapped, "get_base_model"):
         return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
+    if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
         raise PatchError("prompts that PEFT has learnt cannot be merged into weights: keep its adapter checkpoint")
-    return model.get_base_model()
+    return wrapped.get_base_model()
 
 
 def _inside_adapter(name: str, model: nn.Module) -> bool:
