@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
+from ..index.sketch import Sketch
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.compensation import Compensation
@@ -27,7 +28,7 @@ from ..layers.lookup import patched_parts, require_patched, sparse_mlps
 from ..layers.modes import sparse_forward
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.runtime import Runtime
-from ..layers.sparse_mlp import SparseMLP
+from ..layers.sparse_mlp import Corrections, SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import LayerPlan, Plan
 from .allocation import Option, allocate, undominated
@@ -85,10 +86,10 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
         CalibrationError: as `calibrate`. The model is as it was.
     """
     mlps = require_patched(model)
-    with ExitStack() as undo:
-        undo.enter_context(_restored(mlps))
+    with _restored(mlps):
         plan = _calibrate(model, list(batches), None)
-        undo.pop_all()
+        fitted = [(mlp.index.sketch, mlp.index.tokens, mlp.corrections) for mlp in mlps]
+    _adopt(mlps, fitted)
     apply_plan(model, plan)
     return plan
 
@@ -112,15 +113,12 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     if not mlps:
         return
     watch_batches(model, runtime)
-    with ExitStack() as undo:
-        undo.enter_context(_restored(mlps))
-        with preserve_mode_and_rng(model):
-            calls = _recorded(model, runtime, mlps, batches)
-            with _no_autocast(mlps):
-                corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
-        undo.pop_all()
-    for mlp, fitted in zip(mlps, corrections, strict=True):
-        mlp.corrections = fitted
+    with _restored(mlps), preserve_mode_and_rng(model):
+        calls = _recorded(model, runtime, mlps, batches)
+        with _no_autocast(mlps):
+            corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
+        fitted = [(mlp.index.sketch, mlp.index.tokens, c) for mlp, c in zip(mlps, corrections, strict=True)]
+    _adopt(mlps, fitted)
 
 
 @dataclass(frozen=True)
@@ -434,6 +432,13 @@ def _milliseconds(options: Sequence[Option]) -> float:
 
 def _no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:
     return torch.autocast(mlps[0].output.weight.device.type, enabled=False)
+
+
+def _adopt(mlps: Sequence[SparseMLP], fitted: Sequence[tuple[Sketch, Tensor | None, Corrections]]) -> None:
+    """Give each MLP the sketch, the tokens that it was fitted to, and the corrections that were found for it."""
+    for mlp, (sketch, tokens, corrections) in zip(mlps, fitted, strict=True):
+        mlp.index.adopt(sketch, tokens)
+        mlp.corrections = dict(corrections)
 
 
 @contextmanager
