@@ -21,7 +21,8 @@ class BatchHook:
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     """Let a runtime see every batch that a model is called with. Done once a model, however often it is asked for.
 
-    Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
+    Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper
+    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
