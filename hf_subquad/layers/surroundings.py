@@ -41,7 +41,7 @@ class Surroundings:
         )
 
     def recomputed_without_gradients(self) -> bool:
-        """Whether a pass in training mode without gradients may be the first one of reentrant gradient checkpointing."""
+        """Whether a training pass without gradients may be the first one of reentrant gradient checkpointing."""
         return any(
             getattr(holder, "gradient_checkpointing", False)
             and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get(
