@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from comparison.apart import WorkerError, available_bytes, memory_bytes, run_apart
+from comparison.apart import WorkerError, run_apart
 from comparison.measure import expected_memory, full_run, turn
+from comparison.memory import available_bytes, memory_bytes
 from comparison.report import summarise, table, write_csv, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
