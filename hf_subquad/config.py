@@ -46,8 +46,8 @@ class SubquadConfig:
     )
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
-        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far less "
-        "sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
+        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far "
+        "less sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
     )
     target_modules: list[str] | None = _setting(
         None,

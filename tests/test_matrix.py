@@ -100,7 +100,8 @@ def by_trl(kind: str, columns: list[str] | None = None, rename: dict[str, str] |
         if kind == "GRPO":
             others["reward_funcs"] = lambda completions, **_: [float(len(text) % 7) for text in completions]
         made = getattr(trl, f"{kind}Trainer")(
-            model=model, args=getattr(trl, f"{kind}Config")(**settings(folder), **more), processing_class=copy.deepcopy(tokenizer),
+            model=model, args=getattr(trl, f"{kind}Config")(**settings(folder), **more),
+            processing_class=copy.deepcopy(tokenizer),
             train_dataset=data.rename_columns(rename or {}), callbacks=[SubquadCallback()], **others,
         )  # fmt: skip
         made.train()
