@@ -19,6 +19,7 @@ from .errors import (
     UnsupportedModuleError,
     WeightsError,
 )
+from .head.patch_head import patch_head, unpatch_head
 from .layers.lookup import sparse_mlps
 from .layers.modes import dense_forward, sparse_forward
 from .patching.patch import apply_plan, patch_model, unpatch_model
@@ -29,6 +30,7 @@ from .training.callback import SubquadCallback
 from .training.checkpoints import last_whole_checkpoint
 from .training.sidecar import load_sidecar, save_sidecar
 from .training.sync import SyncReport, check_active, sync_model
+from .weights.plain import merged_named_weights, save_merged
 
 __version__ = "0.1.0"
 
@@ -62,10 +64,14 @@ __all__ = [
     "dense_forward",
     "last_whole_checkpoint",
     "load_sidecar",
+    "merged_named_weights",
+    "patch_head",
     "patch_model",
+    "save_merged",
     "save_sidecar",
     "sparse_forward",
     "sparse_mlps",
     "sync_model",
+    "unpatch_head",
     "unpatch_model",
 ]

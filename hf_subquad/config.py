@@ -46,8 +46,8 @@ class SubquadConfig:
     )
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
-        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far less "
-        "sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
+        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far "
+        "less sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
     )
     target_modules: list[str] | None = _setting(
         None,
@@ -71,11 +71,16 @@ class SubquadConfig:
         "What computes the sparse layers on a CUDA device: 'torch', 'triton', or 'auto' (Triton if it is installed). "
         "Elsewhere it is PyTorch.",
     )
+    head_megabytes: int = _setting(
+        64,
+        "In training, logits exist at labelled positions only, and so many MB of them at a time; 0: as in plain "
+        "training. Exact.",
+    )
 
     def __post_init__(self) -> None:
         for name, low in (
             ("rank", 1), ("tile_size", 1), ("sketch_rank", 1), ("seed", 0),
-            ("fold_steps", 0), ("refresh_steps", 0),
+            ("fold_steps", 0), ("refresh_steps", 0), ("head_megabytes", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if type(value) is not int or value < low:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from data import load_rows
-from lm_data import NO_LOSS, make_sequences
+from lm_data import NO_LOSS, answer_accuracy, make_sequences, predicted_tokens
 from methods import apply_method
 from settings import LmSettings, parse_settings
 from training import (
@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Settings
     settings = parse_settings(LmSettings, argv, __doc__)
-    arguments = training_arguments(settings, prediction_loss_only=True)
+    arguments = training_arguments(settings, prediction_loss_only=not settings.answer_accuracy)
     checkpoint = checkpoint_to_resume(settings)
     set_seed(settings.seed)
 
@@ -62,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
 
     # Training
+    metrics: dict[str, Any] = {}
+    if settings.answer_accuracy:
+        metrics = {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -69,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=evaluation.dataset,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS),  # pads to the longest
         callbacks=callbacks,
+        **metrics,
     )
     counts = count_parameters(model)
     say(arguments, describe_parameters(counts, settings.method))

@@ -1,10 +1,11 @@
-"""Token sequences and loss masks for causal language models.
+"""Token sequences and loss masks for causal language models, and the accuracy of answers.
 
 Two ways to make sequences of at most `max_length` tokens:
 - templates: one row, one sequence: [BOS] prompt answer EOS. Prompt and answer are tokenised apart, so that
-  the boundary is at the same token in training as it is when an answer is generated after the prompt.
+  the boundary is at the same token in training as it is when an answer is generated after the prompt. With `packing`
+  the sequences are joined and cut into blocks.
 - plain text: documents, each [BOS] text EOS, are joined and cut into blocks.
-BOS is put where the tokenizer puts it by itself. A label of -100 carries no loss.
+BOS is put where the tokenizer, or its chat template, puts it by itself. A label of -100 carries no loss.
 """
 
 import string
@@ -14,9 +15,25 @@ from typing import Any, Literal, NamedTuple
 from data import DataError, Rows, check_column, check_filled
 from datasets import Dataset
 from settings import LmSettings
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 NO_LOSS = -100
+
+
+def predicted_tokens(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The Trainer's `preprocess_logits_for_metrics`: keeps token ids [B, S], not logits [B, S, vocabulary]."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def answer_accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The Trainer's `compute_metrics`: the share of answers, EOS included, of which every token is the most likely one.
+
+    These are the answers that greedy decoding after the prompt gets right: it sees the same tokens as long as it does.
+    """
+    tokens, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    right = ((tokens == labels) | (labels == NO_LOSS)).all(1)
+    return {"accuracy": float(right.mean())}
 
 
 class Sequences(NamedTuple):
@@ -36,6 +53,8 @@ def make_sequences(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: LmS
         sequences = _blocks(rows, tokenizer, settings)
     else:
         sequences = _prompts_and_answers(rows, tokenizer, settings)
+        if settings.packing:
+            sequences = _packed(sequences, settings.max_length)
     total = len(sequences)
     sequences = sequences.filter(lambda labels: any(_targets(labels)), input_columns="labels")
     if len(sequences) == 0:
@@ -52,9 +71,19 @@ def encode_pair(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     loss_on: Literal["answers", "all"],
+    chat: bool = False,
 ) -> dict[str, list[int]]:
-    """One sequence [BOS] prompt answer EOS, cut at `max_length` tokens, with its labels."""
-    prompt_ids = bos_ids(tokenizer) + _ids(prompt, tokenizer)
+    """One sequence [BOS] prompt answer EOS, cut at `max_length` tokens, with its labels.
+
+    Args:
+        chat: the prompt is a user's turn in the tokenizer's chat template, and the answer begins the assistant's.
+    """
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        prompt_ids = _ids(text, tokenizer)
+    else:
+        prompt_ids = bos_ids(tokenizer) + _ids(prompt, tokenizer)
     answer_ids = _ids(answer, tokenizer) + eos_ids(tokenizer)
     masked = [NO_LOSS] * len(prompt_ids) if loss_on == "answers" else prompt_ids
     return _sequence((prompt_ids + answer_ids)[:max_length], (masked + answer_ids)[:max_length])
@@ -72,15 +101,30 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _prompts_and_answers(rows: Rows, tokenizer: PreTrainedTokenizerBase, settings: LmSettings) -> Dataset:
     templates = {name: getattr(settings, name) for name in ("prompt_template", "answer_template")}
+    if settings.chat and not tokenizer.chat_template:
+        raise DataError(f"chat: the tokenizer of {settings.model} has no chat template; set chat to false")
     columns = {column for name, text in templates.items() for column in _template_columns(rows, text, name)}
 
     def encode(row: Mapping[str, Any], index: int) -> dict[str, list[int]]:
         for column in columns:
             check_filled(row[column], column, index + 1, rows.source)
         prompt, answer = (text.format_map(row) for text in templates.values())
-        return encode_pair(prompt, answer, tokenizer, settings.max_length, settings.loss_on)
+        return encode_pair(prompt, answer, tokenizer, settings.max_length, settings.loss_on, settings.chat)
 
     return rows.dataset.map(encode, with_indices=True, remove_columns=rows.dataset.column_names)
+
+
+def _packed(sequences: Dataset, length: int) -> Dataset:
+    """Sequences joined and cut into blocks of `length` tokens, a thousand rows at a time."""
+
+    def pack(rows: Mapping[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        joined = {name: [value for row in column for value in row] for name, column in rows.items()}
+        return {
+            name: [stream[start : start + length] for start in range(0, len(stream), length)]
+            for name, stream in joined.items()
+        }
+
+    return sequences.map(pack, batched=True)
 
 
 def _template_columns(rows: Rows, template: str, setting: str) -> set[str]:

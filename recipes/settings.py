@@ -89,14 +89,24 @@ class LmSettings(Settings):
 
     prompt_template: str | None = None  # e.g. "Question: {question}\nAnswer:"
     answer_template: str | None = None  # e.g. " {answer}"
+    chat: bool = False  # prompt and answer become a user's and an assistant's turn in the tokenizer's chat template
     loss_on: Literal["answers", "all"] = "all"
+    packing: bool = False  # join prompts and answers and cut them into blocks of max_length tokens: no padding
+    answer_accuracy: bool = False  # also evaluate the share of answers that greedy decoding gets right to the token
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.prompt_template is None) != (self.answer_template is None):
             raise SettingsError("prompt_template and answer_template go together: set both or neither")
-        if self.loss_on == "answers" and self.prompt_template is None:
-            raise SettingsError("loss_on: answers needs prompt_template and answer_template")
+        needs_templates = {
+            "loss_on: answers": self.loss_on == "answers", "chat": self.chat, "packing": self.packing,
+            "answer_accuracy": self.answer_accuracy,
+        }  # fmt: skip
+        for name, is_set in needs_templates.items():
+            if is_set and self.prompt_template is None:
+                raise SettingsError(f"{name} needs prompt_template and answer_template")
+        if self.answer_accuracy and (self.packing or self.loss_on != "answers"):
+            raise SettingsError("answer_accuracy needs loss_on: answers, without packing: one answer a sequence")
 
 
 @dataclass(frozen=True, kw_only=True)

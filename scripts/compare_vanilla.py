@@ -4,25 +4,28 @@
     python scripts/compare_vanilla.py --model facebook/opt-125m --train-file train.txt --eval-file test.txt \\
         --steps 100 --learning-rate vanilla=2e-5 lora=2e-4 subquad=2e-4 --json out/comparison.json
 
-Each method trains in a process of its own with the real Trainer (SDPA attention, fused AdamW); the processes take
-turns of a few steps, so that exactly one computes at a time and all see the same moods of the machine.
+First each method trains for all --steps, which gives losses, memory and the cost of set-up. Then they take turns of a
+few steps on the same batches, round after round, which gives times: so all see the same moods of the machine. Every
+run has a process of its own with the real Trainer (SDPA attention, fused AdamW), one at a time, so that memory is
+needed for one method only.
 """
 
 import argparse
-import csv
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from comparison.plots import plot_loss_against_time, plots_available
-from comparison.report import CSV_COLUMNS, step_rows, summarise, table, write_json, write_whole
-from comparison.run_method import run_method
-from comparison.run_settings import RunSettings, Shape
-from comparison.turns import WorkerError, run_in_turns
+from comparison.apart import WorkerError, run_apart
+from comparison.measure import expected_memory, full_run, turn
+from comparison.memory import available_bytes, memory_bytes
+from comparison.report import summarise, table, write_csv, write_plot
+from comparison.settings import RunSettings, Shape
 from environment import provenance
+from reporting import plots_available, write_json
 from tqdm import tqdm
 
 METHODS = ("vanilla", "lora", "subquad")
@@ -30,7 +33,7 @@ LEARNING_RATES = {"vanilla": 2e-5, "lora": 2e-4, "subquad": 2e-4}
 
 
 def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
-    """Run the methods in turns, with a progress bar.
+    """Run the methods, with a progress bar.
 
     Args:
         runs: by method; they differ in `method`, `learning_rate` and `save_to` only.
@@ -39,45 +42,83 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
         The report; see report.py.
 
     Raises:
-        WorkerError: a method's process failed; the message has its traceback.
+        WorkerError: a method's process failed or was killed; the message says which and how.
     """
     common = next(iter(runs.values()))
-    state: dict[str, Mapping[str, Any]] = {}
-    with tqdm(total=common.steps * len(runs), unit="step", desc="comparison") as bar:
+    print(_memory_note(runs), flush=True)
+    turn_steps = common.untimed_steps + common.turn_steps + common.profile_steps
+    losses: dict[str, str] = {}
+    whole, turns = {}, {name: [] for name in runs}
+    with (
+        tqdm(total=len(runs) * (common.steps + common.rounds * turn_steps), unit="step") as bar,
+        tempfile.TemporaryDirectory() as folder,
+    ):
 
-        def on_turn(name: str, progress: Mapping[str, Any]) -> None:
-            if not progress:
-                return
-            bar.update(progress["step"] - state.get(name, {"step": 0})["step"])
-            state[name] = progress
-            losses = {n: f"{p['eval_loss']:.3f}" for n, p in state.items() if p["eval_loss"] is not None}
-            bar.set_postfix(losses)
+        def progress(name: str, of: Mapping[str, Any]) -> None:
+            bar.update()
+            if of["eval_loss"] is not None:
+                losses[name] = f"{of['eval_loss']:.3f}"
+                bar.set_postfix(losses)
 
-        results = run_in_turns(run_method, runs, on_turn)
-        bar.update(bar.total - bar.n)
+        for name in sorted(runs, key=("subquad", *METHODS).index):  # it says which MLPs are to be timed
+            bar.set_description(f"{name}, training")
+            whole[name] = run_apart(name, full_run, runs[name], lambda of, name=name: progress(name, of))
+        timed = dict(runs)
+        mlps = {mlp["name"]: mlp["projections"] for mlp in whole["subquad"]["patched"]} if "subquad" in runs else {}
+        if "subquad" in runs and whole["subquad"]["plan"]:
+            plan = Path(folder, "plan.json")
+            plan.write_text(whole["subquad"]["plan"], encoding="utf-8")
+            timed["subquad"] = replace(runs["subquad"], plan=str(plan))  # planned once
+        names = list(runs)
+        for number in range(common.rounds):
+            first = number % len(names)  # so that nobody always follows the same neighbour
+            for name in names[first:] + names[:first]:
+                bar.set_description(f"{name}, round {number + 1} of {common.rounds}")
+                argument = (timed[name], mlps)
+                label = f"{name}, round {number + 1}"
+                turns[name].append(run_apart(label, turn, argument, lambda of, name=name: progress(name, of)))
     settings = asdict(common)
     for name in ("method", "learning_rate", "save_to"):
         settings.pop(name)
-    return summarise({name: results[name] for name in runs}, common.untimed_steps) | {
+    return summarise({name: whole[name] for name in runs}, turns) | {
         "settings": settings | {"learning_rates": {name: run.learning_rate for name, run in runs.items()}},
         **provenance(),
     }
 
 
-def write_csv(report: Mapping[str, Any], path: Path) -> None:
-    """Per-step rows of all methods."""
+def _memory_note(runs: Mapping[str, RunSettings]) -> str:
+    """What memory each method will take, about."""
+    common = next(iter(runs.values()))
+    expected = run_apart("the estimate of memory", expected_memory, common)
+    needs = {
+        name: expected["full" if name == "vanilla" or (name == "subquad" and run.rest == "full") else "low_rank"]
+        for name, run in runs.items()
+    }
+    text = ", ".join(f"{name} up to about {need / 1e9:.1f} GB" for name, need in needs.items())
+    note = (
+        f"memory: {text}, one at a time; {available_bytes() / 1e9:.1f} of {memory_bytes() / 1e9:.1f} GB are available"
+    )
+    if common.device == "cpu" and max(needs.values()) > available_bytes():
+        note += "\nThis may not fit. Reduce --batch-size or --seq-length, or end other programs."
+    return note
 
-    def write(file: Path) -> None:
-        with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, CSV_COLUMNS)
-            writer.writeheader()
-            writer.writerows(step_rows(report))
 
-    write_whole(path, write)
-
-
-def write_plot(report: Mapping[str, Any], path: Path, title: str = "") -> None:
-    write_whole(path, lambda file: plot_loss_against_time(report, file, title))
+# Options that are fields of RunSettings, with their defaults.
+_NUMBERS = {
+    "steps": "of the whole training",
+    "batch_size": "",
+    "seq_length": "tokens of a sequence, at most",
+    "lr_warmup_steps": "",
+    "eval_every": "steps; 0: at both ends only",
+    "seed": "",
+    "threads": "",
+    "rank": "of LoRA and of subquad's updates",
+    "alpha": "",
+    "rounds": "of timing; in each every method has a turn",
+    "turn_steps": "timed steps of a turn",
+    "untimed_steps": "before them, to warm up",
+    "profile_steps": "after them, to time MLPs in; 0: no MLP times and Amdahl limits",
+}
 
 
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -99,13 +140,15 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--prompt-template", help="e.g. 'Question: {question}\\nAnswer:' (\\n is a line break)")
     data.add_argument("--answer-template", help="e.g. ' {answer}'")
     data.add_argument("--loss-on", choices=("answers", "all"), help="with templates")
+    data.add_argument("--chat", action="store_true", help="prompts and answers in the tokenizer's chat template")
+    data.add_argument("--packing", action="store_true", help="join prompts and answers into blocks of --seq-length")
     data.add_argument("--max-eval-rows", type=int, help="evaluate on the first sequences only")
 
-    run = parser.add_argument_group("training")
+    run = parser.add_argument_group("training and measurement")
+    for name, text in _NUMBERS.items():
+        default = getattr(defaults, name)
+        run.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
     run.add_argument("--methods", type=_methods, default=METHODS, help="default: vanilla,lora,subquad")
-    run.add_argument("--steps", type=int, default=defaults.steps)
-    run.add_argument("--batch-size", type=int, default=defaults.batch_size)
-    run.add_argument("--seq-length", type=int, default=defaults.seq_length)
     run.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     run.add_argument("--autocast", action="store_true", help="the Trainer's bf16=True, on weights of --dtype")
     run.add_argument(
@@ -113,18 +156,13 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f"default: {' '.join(f'{name}={rate:g}' for name, rate in LEARNING_RATES.items())}",
     )  # fmt: skip
     run.add_argument("--scheduler", default=defaults.scheduler, help="the Trainer's lr_scheduler_type")
-    run.add_argument("--lr-warmup-steps", type=int, default=defaults.lr_warmup_steps)
-    run.add_argument("--eval-every", type=int, default=defaults.eval_every, help="0: at both ends only")
-    run.add_argument("--seed", type=int, default=defaults.seed)
-    run.add_argument("--threads", type=int, default=defaults.threads)
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    run.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
+    run.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
 
-    ours = parser.add_argument_group("methods")
-    ours.add_argument("--rank", type=int, default=defaults.rank, help="of LoRA and of subquad's updates")
-    ours.add_argument("--alpha", type=float, default=defaults.alpha)
-    ours.add_argument(
-        "--rest", choices=("lora", "frozen", "full"), default="lora", help="how subquad trains what it does not patch"
-    )
+    ours = parser.add_argument_group("subquad")
+    ours.add_argument("--rest", choices=("lora", "frozen", "full"), default="lora", help="how it trains the rest")
+    ours.add_argument("--plan", help="JSON file; by default it plans")
     ours.add_argument("--active", type=_value, help="--set active=..: number or share of neurons")
     ours.add_argument("--tile-size", type=int, help="--set tile_size=..")
     ours.add_argument("--layers", type=_value, help="--set layers_to_transform=..: all, all_but_first, [1, 2]")
@@ -133,24 +171,12 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest="settings", help="any field of SubquadConfig; values are YAML",
     )  # fmt: skip
 
-    measure = parser.add_argument_group("measurement")
-    measure.add_argument("--turn-steps", type=int, default=defaults.turn_steps, help="steps of a turn")
-    measure.add_argument("--untimed-steps", type=int, default=defaults.untimed_steps, help="left out of medians")
-    measure.add_argument(
-        "--profile-steps", type=int, default=defaults.profile_steps,
-        help="extra steps of each baseline to time its MLPs in; 0: no Amdahl limits",
-    )  # fmt: skip
-    measure.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
-    measure.add_argument("--plot", type=Path, metavar="FILE", help="the PNG, elsewhere (or without --json)")
-    measure.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
-
     options = parser.parse_args(argv)
     if options.model and not (options.train_file and options.eval_file):
         parser.error("--model needs --train-file and --eval-file")
-    if options.steps <= options.untimed_steps:
-        parser.error(f"--steps must exceed --untimed-steps ({options.untimed_steps}), got {options.steps}")
-    if options.plot and not plots_available():
-        parser.error("--plot needs matplotlib (pip install 'hf-subquad[plots]')")
+    for name in ("steps", "rounds", "turn_steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     return options
 
 
@@ -158,8 +184,8 @@ def runs_of(options: argparse.Namespace) -> dict[str, RunSettings]:
     """Settings by method."""
     data = {
         name: getattr(options, name)
-        for name in ("text_column", "prompt_template", "answer_template", "loss_on")
-        if getattr(options, name) is not None
+        for name in ("text_column", "prompt_template", "answer_template", "loss_on", "chat", "packing")
+        if getattr(options, name) not in (None, False)
     }
     for name in ("prompt_template", "answer_template"):
         if name in data:
@@ -174,7 +200,7 @@ def runs_of(options: argparse.Namespace) -> dict[str, RunSettings]:
     same = {
         name: getattr(options, name)
         for name in RunSettings.__dataclass_fields__
-        if name not in ("method", "learning_rate", "data", "subquad", "save_to")
+        if name not in ("method", "learning_rate", "data", "subquad", "plan", "save_to")
     }
     return {
         method: RunSettings(
@@ -182,6 +208,7 @@ def runs_of(options: argparse.Namespace) -> dict[str, RunSettings]:
             learning_rate=rates[method],
             data=data,
             subquad=subquad,
+            plan=options.plan if method == "subquad" else None,
             save_to=options.save_to if method == "subquad" else None,
             **same,
         )
@@ -200,11 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         write_json(report, options.json)
         write_csv(report, options.json.with_suffix(".csv"))
-        print(f"wrote {options.json} and {options.json.with_suffix('.csv')}")
-    plot = options.plot or (options.json.with_suffix(".png") if options.json else None)
-    if plot and plots_available():
-        write_plot(report, plot, options.model or "random weights and tokens")
-        print(f"wrote {plot}")
+        if plots_available():
+            write_plot(report, options.json.with_suffix(".png"), options.model or "random weights and tokens")
+        print(f"wrote {options.json} and what is beside it")
     return 0
 
 

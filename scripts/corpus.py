@@ -1,25 +1,14 @@
 """Text that every Python installation carries: what the demo model is trained and fine-tuned on."""
 
-import sysconfig
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
-# Tests are repetitive, `encodings` is mostly tables, `pydoc_data` is what the demo fine-tunes on.
-SKIPPED_FOLDERS = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings", "__pycache__"}
-)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
+
+from stdlib_functions import standard_library_files
+
 # Every 40th file is held out: about 2.5% of the text, from all parts of the library.
 HELD_OUT_EVERY = 40
-
-
-def standard_library_files() -> Iterator[Path]:
-    """Paths of the standard library's own modules, in a fixed order."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        parts = path.relative_to(root).parts
-        # `_sysconfigdata*` holds the paths of the machine that Python was built on.
-        if not SKIPPED_FOLDERS.intersection(parts) and not path.name.startswith("_sysconfigdata"):
-            yield path
 
 
 def standard_library_text() -> tuple[list[str], list[str]]:

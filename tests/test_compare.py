@@ -1,11 +1,11 @@
-"""The comparison with the plain Trainer and LoRA, the demo model, and the turn-taking that the timing rests on."""
+"""The comparison with the plain Trainer and LoRA, the demo model, and the processes that the timing rests on."""
 
 import csv
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
@@ -26,9 +27,11 @@ DEMO_MODEL = SCRIPTS / "demo_model"
 sys.path[:0] = [str(SCRIPTS), str(REPOSITORY / "tests")]
 
 import comparison.report as reports  # noqa: E402
-from comparison.run_settings import Shape  # noqa: E402
-from comparison.turns import WorkerError, run_in_turns  # noqa: E402
-from turn_workers import die, use_turns  # noqa: E402
+import reporting  # noqa: E402
+from apart_workers import die, double  # noqa: E402
+from comparison.apart import WorkerError, run_apart  # noqa: E402
+from comparison.mlp_time import MlpTimer  # noqa: E402
+from comparison.settings import Shape  # noqa: E402
 
 METHODS = ("vanilla", "lora", "subquad")
 TEXT = "the quick brown fox jumps over the lazy dog while {} people watch it from a distance of {} metres\n"
@@ -51,7 +54,8 @@ def compare_vanilla(*arguments: str, check: bool = True) -> subprocess.Completed
 def shape_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("shape") / "new folder" / "run.json"
     arguments = ["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=opt", "--steps", "7"]
-    arguments += ["--batch-size", "2", "--seq-length", "32", "--turn-steps", "2", "--profile-steps", "2"]
+    arguments += ["--batch-size", "2", "--seq-length", "32", "--rounds", "2", "--turn-steps", "2"]
+    arguments += ["--untimed-steps", "1", "--profile-steps", "1"]
     arguments += ["--rank", "4", "--set", "sketch_rank=8", "tile_size=16", "active=0.25", "--json", str(path)]
     done = compare_vanilla(*arguments)
     return SimpleNamespace(path=path, report=json.loads(path.read_text()), stdout=done.stdout)
@@ -67,7 +71,8 @@ def test_report_has_every_key(shape_run: SimpleNamespace) -> None:
             assert method[key] is None  # random tokens have no held-out loss
     for key in ("speedup_vs_vanilla", "speedup_vs_lora"):
         assert report[key] > 0
-        assert report[key + "_spread"]["count"] == 3  # rounds 1 to 3; the first holds the untimed steps
+        assert report[key + "_spread"]["count"] == 2
+        assert report["mlp_" + key] > 0
     assert {"python", "torch", "transformers", "accelerate", "peft", "faiss", "hf_subquad"} <= set(report["versions"])
     assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1 and report["machine"]["memory_bytes"] > 0
     assert "commit" in report and "compare_vanilla.py" in report["command"]
@@ -78,26 +83,28 @@ def test_report_follows_from_its_own_rows(shape_run: SimpleNamespace) -> None:
     report = shape_run.report
     medians = {}
     for name, method in report["methods"].items():
-        seconds = [row["seconds"] for row in method["steps"]]
-        medians[name] = median(seconds[2:])
+        medians[name] = median(row["seconds"] for turn in method["turns"] for row in turn["steps"])
         assert method["step_seconds_median"] == medians[name]
+        assert [[row["step"] for row in turn["steps"]] for turn in method["turns"]] == [[2, 3]] * 2
         assert [row["tokens"] for row in method["steps"]] == [64] * 7
-        assert [row["round"] for row in method["steps"]] == [0, 0, 1, 1, 2, 2, 3]
-        assert method["training_seconds"] == pytest.approx(method["setup_seconds"] + sum(seconds))
+        assert method["training_seconds"] == pytest.approx(method["setup_seconds"] + 7 * medians[name])
         assert all(math.isfinite(row["train_loss"]) for row in method["steps"])
+        # A turn trains on the first batches of the whole training, from the same weights.
+        for turn in method["turns"]:
+            losses = [row["train_loss"] for row in turn["steps"]]
+            assert losses == pytest.approx([row["train_loss"] for row in method["steps"][1:3]], rel=1e-4)
     assert report["speedup_vs_vanilla"] == medians["vanilla"] / medians["subquad"]
     assert report["speedup_vs_lora"] == medians["lora"] / medians["subquad"]
 
 
 def test_only_what_is_patched_counts_towards_the_limit(shape_run: SimpleNamespace) -> None:
     report = shape_run.report
-    [mlp] = report["patched"]  # the first layer stays dense
-    assert (mlp["name"], mlp["neurons"], mlp["active"]) == ("model.decoder.layers.1", 128, 32)
-    assert report["active_share"] == 0.25
+    assert all(mlp["neurons"] == 128 for mlp in report["patched"])
+    assert report["predicted_share"] == report["context_share"] == 0.25
     for baseline in ("vanilla", "lora"):
-        share = report["methods"][baseline]["patched_mlp_share_of_step"]
-        assert 0 < share < 0.5
-        assert 1 < report[f"amdahl_limit_vs_{baseline}"] < 2
+        share = report["methods"][baseline]["mlp_share_of_step"]
+        assert 0 < share < 0.9
+        assert report[f"amdahl_limit_vs_{baseline}"] == pytest.approx(1 / (1 - share))
 
 
 def test_methods_start_equal_and_train_what_they_should(shape_run: SimpleNamespace) -> None:
@@ -113,9 +120,13 @@ def test_csv_has_a_row_per_step(shape_run: SimpleNamespace) -> None:
     with shape_run.path.with_suffix(".csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [name for name in METHODS for _ in range(7)]
-    assert [row["timed"] for row in rows[:7]] == ["False"] * 2 + ["True"] * 5
     last = shape_run.report["methods"]["vanilla"]["training_seconds"]
     assert float(rows[6]["training_seconds"]) == pytest.approx(last)
+
+
+def test_memory_is_told_before(shape_run: SimpleNamespace) -> None:
+    first = shape_run.stdout.splitlines()[0]
+    assert first.startswith("memory: vanilla up to about ") and "one at a time" in first and "GB are available" in first
 
 
 def test_table_and_picture(shape_run: SimpleNamespace) -> None:
@@ -137,6 +148,7 @@ def test_text_run_measures_losses_and_saves_a_plain_checkpoint(tmp_path: Path) -
     arguments += ["--eval-file", str(tmp_path / "eval.jsonl"), "--max-eval-rows", "4", "--eval-every", "2"]
     arguments += ["--steps", "4", "--batch-size", "2", "--seq-length", "64", "--methods", "vanilla,subquad"]
     arguments += ["--learning-rate", "vanilla=1e-4", "subquad=1e-2", "--profile-steps", "0"]
+    arguments += ["--rounds", "1", "--turn-steps", "1", "--untimed-steps", "0", "--active", "0.25"]
     arguments += ["--json", str(tmp_path / "run.json"), "--save-to", str(tmp_path / "checkpoint")]
     compare_vanilla(*arguments)
     report = json.loads((tmp_path / "run.json").read_text())
@@ -205,7 +217,7 @@ def test_failing_method_is_reported_with_its_traceback() -> None:
         (["--shape", "hidden=32"], "missing intermediate, layers, vocab"),
         (["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=gpt"], "arch must be"),
         (["--model", "somewhere"], "needs --train-file and --eval-file"),
-        (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--steps", "2"], "--steps must exceed"),
+        (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--rounds", "0"], "--rounds must be at least 1"),
         (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--methods", "lora,adam"], "expected some of"),
     ],
 )
@@ -222,29 +234,28 @@ def test_shape_parses() -> None:
     assert Shape.parse(text) == Shape(2048, 8192, 4, 100, "llama")
 
 
-# Turns
+# Processes
 
 
-def test_turns_never_overlap() -> None:
-    told: list[str] = []
-    results = run_in_turns(use_turns, {"a": "a", "b": "b"}, lambda name, progress: told.append(name))
-    spans = sorted((start, end) for held in results.values() for _, start, end in held)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    assert {name: [number for number, _, _ in held] for name, held in results.items()} == {
-        "a": [0, 1, 2],
-        "b": [0, 1, 2],
-    }
-    assert sorted(told) == ["a"] * 3 + ["b"] * 3
+def test_work_is_done_in_another_process_and_reported_in_order() -> None:
+    told: list[int] = []
+    pid, result = run_apart("one", double, 21, told.append)
+    assert result == 42 and told == [0, 1, 2] and pid != os.getpid()
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
-    [("killed", "SIGKILL"), ("exits", "exit status 3"), ("raises", "EOFError: a truncated file")],
+    ("how", "message"),
+    [
+        ("killed", r"SIGKILL; it had held (0\.[3-9]|[1-9][0-9.]*) GB of memory, of the machine's .* no memory left"),
+        ("exits", "exit status 3"),
+        ("raises", "EOFError: a truncated file"),
+    ],
 )
-def test_a_dying_process_is_reported_and_the_others_stopped(argument: str, message: str) -> None:
+def test_a_dying_process_is_named(how: str, message: str) -> None:
     start = time.monotonic()
-    with pytest.raises(WorkerError, match=f"(?s)bad.*{message}"):
-        run_in_turns(die, {"good": "waits", "bad": argument})
+    with pytest.raises(WorkerError, match=f"(?s)lora, round 2.*{message}"):
+        run_apart("lora, round 2", die, how)
     assert time.monotonic() - start < 30
     assert not multiprocessing.active_children()
 
@@ -252,20 +263,12 @@ def test_a_dying_process_is_reported_and_the_others_stopped(argument: str, messa
 # Parts
 
 
-def result(seconds: list[float], losses: list[float], **more: Any) -> dict[str, Any]:
-    """What a process returns; two steps a round, evaluations before, halfway and after."""
-    steps = [
-        {"step": i + 1, "round": i // 2, "seconds": s, "tokens": 100, "train_loss": 1.0} for i, s in enumerate(seconds)
-    ]
-    half = len(seconds) // 2
-    moments = [(0, 0.0), (half, sum(seconds[:half])), (len(seconds), sum(seconds))]
-    evaluations = [
-        {"step": step, "seconds": passed, "eval_loss": loss}
-        for (step, passed), loss in zip(moments, losses, strict=True)
-    ]
+def run(losses: list[float], **more: Any) -> dict[str, Any]:
+    """What a full training returns: six steps, evaluations before, halfway and after."""
+    steps = [{"step": i + 1, "seconds": 1.0, "tokens": 100, "train_loss": 1.0} for i in range(6)]
     return {
         "steps": steps,
-        "evaluations": evaluations,
+        "evaluations": [{"step": step, "eval_loss": loss} for step, loss in zip((0, 3, 6), losses, strict=True)],
         "setup_seconds": 0.5,
         "logs": [],
         "digest": "same",
@@ -276,50 +279,61 @@ def result(seconds: list[float], losses: list[float], **more: Any) -> dict[str, 
         "eval_loss_dense": losses[-1],
         "eval_loss_sparse": None,
         "patched": [],
-        "profile": None,
-        "waiting_cpu_seconds": 0.0,
     } | more
 
 
+def turns(*rounds: list[float], mlp: float = 0.0, digest: str = "same") -> list[dict[str, Any]]:
+    """What the turns of a method return, from the seconds of their steps."""
+    return [
+        {
+            "steps": [{"seconds": s, "tokens": 100} for s in seconds],
+            "profile": [{"seconds": seconds[0], "mlp_seconds": mlp}],
+            "digest": digest,
+        }
+        for seconds in rounds
+    ]
+
+
 def test_summary_of_known_times() -> None:
-    patched = [{"name": "mlp", "neurons": 100, "active": 25}]
-    profile = [{"step_seconds": 4.0, "mlp_seconds": {"mlp": 2.0}}] * 3
-    runs = {
-        "vanilla": result([9, 9, 4, 4, 5, 5], [3.0, 2.5, 2.0], profile=profile),
-        "subquad": result([9, 9, 2, 2, 1, 1], [3.0, 2.0, 1.5], patched=patched, eval_loss_sparse=1.6),
-    }
-    summary = reports.summarise(runs, untimed_steps=2)
+    patched = [{"name": "mlp", "neurons": 100, "predicted": 100, "context": 25, "gradient": 0.99}]
+    runs = {"vanilla": run([3.0, 2.5, 2.0]), "subquad": run([3.0, 2.0, 1.5], patched=patched, eval_loss_sparse=1.6)}
+    timed = {"vanilla": turns([4, 4], [5, 5], mlp=2.0), "subquad": turns([2, 2], [1, 1], mlp=0.5)}
+    summary = reports.summarise(runs, timed)
     assert summary["speedup_vs_vanilla"] == 4.5 / 1.5
     spread = summary["speedup_vs_vanilla_spread"]
     assert (spread["min"], spread["max"], spread["count"]) == (2, 5, 2)
-    assert summary["amdahl_limit_vs_vanilla"] == pytest.approx(4 / (4 - 2 * 0.75))
-    assert summary["speedup_vs_lora"] is None
-    assert summary["methods"]["vanilla"]["patched_mlp_share_of_step"] == 0.5
-    assert summary["methods"]["vanilla"]["seconds_to_vanilla_loss"] == 36
-    assert summary["methods"]["subquad"]["seconds_to_vanilla_loss"] == 20  # it was there halfway
+    share = (2 / 4 + 2 / 5) / 2
+    assert summary["methods"]["vanilla"]["mlp_share_of_step"] == pytest.approx(share)
+    assert summary["amdahl_limit_vs_vanilla"] == pytest.approx(1 / (1 - share))
+    assert summary["mlp_speedup_vs_vanilla"] == 4
+    assert summary["speedup_vs_lora"] is summary["mlp_speedup_vs_lora"] is None
+    assert summary["methods"]["vanilla"]["seconds_to_vanilla_loss"] == 0.5 + 6 * 4.5
+    assert summary["methods"]["subquad"]["seconds_to_vanilla_loss"] == 0.5 + 3 * 1.5  # it was there halfway
     text = reports.table(summary)
-    assert "3.00x" in text and "1.60x" in text and "1.6000" in text
+    assert "3.00x" in text and "4.00x" in text and "1.6000" in text and "25.0% for context tokens" in text
+    assert summary["predicted_share"] == 1 and summary["context_share"] == 0.25
 
 
 def test_summary_refuses_other_data() -> None:
-    runs = {"vanilla": result([1, 1], [1, 1, 1]), "lora": result([1, 1], [1, 1, 1], digest="other")}
+    runs = {"vanilla": run([1, 1, 1]), "lora": run([1, 1, 1], digest="other")}
     with pytest.raises(ValueError, match="other data"):
-        reports.summarise(runs, untimed_steps=0)
+        reports.summarise(runs, {"vanilla": turns([1]), "lora": turns([1])})
+    runs["lora"]["digest"] = "same"
+    with pytest.raises(ValueError, match="other data"):
+        reports.summarise(runs, {"vanilla": turns([1]), "lora": turns([1], digest="other")})
 
 
 def test_loss_never_reached_is_null_and_said() -> None:
-    runs = {"vanilla": result([1, 1], [3, 2, 1]), "lora": result([1, 1], [3, 2, 1.5])}
-    summary = reports.summarise(runs, untimed_steps=0)
+    runs = {"vanilla": run([3, 2, 1]), "lora": run([3, 2, 1.5])}
+    summary = reports.summarise(runs, {"vanilla": turns([1]), "lora": turns([1])})
     assert summary["methods"]["lora"]["seconds_to_vanilla_loss"] is None
     assert "not reached" in reports.table(summary)
 
 
 def test_picture_of_losses(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from comparison.plots import plot_loss_against_time
-
-    summary = reports.summarise({"vanilla": result([1, 1], [3, 2, 1])}, untimed_steps=0)
-    plot_loss_against_time(summary, tmp_path / "losses.png")
+    summary = reports.summarise({"vanilla": run([3, 2, 1])}, {"vanilla": turns([1])})
+    reports.write_plot(summary, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").stat().st_size > 5000
 
 
@@ -332,38 +346,66 @@ def test_files_are_never_half_written(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        reports.write_whole(path, fail)
+        reporting.write_whole(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_mlp_time_is_the_span_between_first_and_last_projection() -> None:
-    import torch
-    from comparison.mlp_time import MlpTimer
-    from torch import nn
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.03)
+        return x.clone()
 
-    class Slow(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.03)
-            return x.clone()
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return gradient
 
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.05)
-            return gradient
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.before, self.fc1, self.fc2 = (nn.Linear(4, 4) for _ in range(3))
+class TwoProjections(torch.nn.Module):
+    """An MLP without a module of its own."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return Slow.apply(self.fc2(Slow.apply(self.fc1(Slow.apply(self.before(x))))))
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.fc1, self.fc2 = (torch.nn.Linear(4, 4) for _ in range(3))
 
-    model, timer = Model(), MlpTimer(time.perf_counter)
-    with timer.watching(model, {"mlp": ["fc1", "fc2"]}):
-        model(torch.ones(2, 4)).sum().backward()
-    assert 0.08 <= timer.seconds["mlp"] < 0.15  # only the sleeper in between, of the three
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Slow.apply(self.fc2(Slow.apply(self.fc1(Slow.apply(self.before(x))))))
+
+
+class Gated(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.inputs: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for projection in (self.gate, self.up):
+            projection.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0]))
+        return self.down(Slow.apply(self.gate(x)) * self.up(x))
+
+
+class OneModule(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.mlp = torch.nn.Linear(4, 4), Gated()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Slow.apply(self.mlp(Slow.apply(self.before(x))))
+
+
+@pytest.mark.parametrize(
+    ("model", "mlps"),
+    [(TwoProjections, {"": ["fc1", "fc2"]}), (OneModule, {"mlp": ["mlp.gate", "mlp.up", "mlp.down"]})],
+)
+def test_mlp_time_is_what_lies_between_its_ends(model: Any, mlps: dict[str, list[str]]) -> None:
+    model = model()
+    timer = MlpTimer(model, mlps, time.perf_counter)
+    model(torch.ones(2, 4)).sum().backward()
+    assert 0.08 <= timer.seconds < 0.15  # only the sleeper in between, of three
+    if isinstance(model, OneModule):
+        assert model.mlp.inputs[0] is model.mlp.inputs[1]  # patched projections know by it that they belong together
+    timer.remove()
     timer.restart()
     model(torch.ones(2, 4)).sum().backward()
-    assert timer.seconds == {}  # hooks are gone
+    assert timer.seconds == 0

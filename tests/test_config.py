@@ -13,7 +13,11 @@ from hf_subquad import ConfigError, SubquadConfig, SubquadError
 
 WRONG: list[tuple[str, Any]] = [
     *((name, value) for name in ("rank", "tile_size", "sketch_rank") for value in (0, -1, 2.0, True, "3", None)),
-    *((name, value) for name in ("seed", "fold_steps", "refresh_steps") for value in (-1, 1.0, False, math.nan)),
+    *(
+        (name, value)
+        for name in ("seed", "fold_steps", "refresh_steps", "head_megabytes")
+        for value in (-1, 1.0, False, math.nan)
+    ),
     ("seed", 2**63),
     *(("alpha", value) for value in (0, -1.0, math.nan, math.inf, 1e39, 10**400, "1", None, True)),
     *(("tolerance", value) for value in (0, -1.0, math.nan, "1", None, True)),
@@ -43,7 +47,7 @@ def test_every_field_has_a_wrong_value_above() -> None:
 
 def test_every_field_explains_itself_and_there_are_few() -> None:
     fields = dataclasses.fields(SubquadConfig)
-    assert len(fields) <= 17
+    assert len(fields) <= 18
     assert all(len(f.metadata["help"]) > 10 for f in fields)
 
 

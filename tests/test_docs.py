@@ -25,8 +25,8 @@ import hf_subquad
 from hf_subquad import SubquadConfig, cli, patch_model
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "recipes")]
 
@@ -116,6 +116,7 @@ def test_command_is_accepted(command: str, monkeypatch: pytest.MonkeyPatch, only
     at = next(place for place, word in enumerate(words) if word.endswith(".py"))
     assert all((ROOT / word).is_file() for word in words[: at + 1] if word.endswith((".py", ".yaml")))
     monkeypatch.setattr(sys, "argv", words[at:])
+    monkeypatch.syspath_prepend(str((ROOT / words[at]).parent))
     with pytest.raises(_Accepted):
         importlib.import_module(Path(words[at]).stem).main()
 
@@ -138,8 +139,12 @@ def test_what_it_links_and_names_exists(page: Path) -> None:
 
 
 def test_settings_table_is_the_dataclass() -> None:
-    rows = [row for row in README.splitlines() if re.match(r"\| `\w+` \| `", row)]
+    rows = [row for row in SETTINGS.splitlines() if re.match(r"\| `\w+` \| `", row)]
     expected = [
         f"| `{f.name}` | `{json.dumps(f.default)}` | {f.metadata['help']} |" for f in dataclasses.fields(SubquadConfig)
     ]
     assert rows == expected
+
+
+def test_readme_is_short() -> None:
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 120

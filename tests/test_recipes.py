@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402
     BertConfig,
     BertForMaskedLM,
     DataCollatorForSeq2Seq,
+    EvalPrediction,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -46,9 +47,15 @@ from transformers import (  # noqa: E402
 )
 
 METHODS = ("vanilla", "lora", "subquad")
-NAMES = ("bert-base", "llama-3.2-1b", "minilm", "opt-1.3b", "relu-opt-14m", "relu-opt-wide-16m", "swiglu-llama-14m")
+NAMES = (
+    "bert-base", "llama-3.2-1b", "minilm", "opt-1.3b", "relu-opt-14m", "relu-opt-wide-16m", "smollm2-135m",
+    "smollm2-135m-long-prompt", "swiglu-llama-14m",
+)  # fmt: skip
+ARCHITECTURES = {"minilm": "bert", "smollm2": "llama"}  # where the name does not say it
+CHAT = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' </s> ' }}{% endfor %}"
+CHAT += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 CONFIGS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
-WORDS = [f"w{number}" for number in range(40)] + ["Question:", "Answer:", "\n"]
+WORDS = [f"w{number}" for number in range(38)] + ["user:", "assistant:", "Question:", "Answer:", "\n"]
 N, IGNORE = lm_data.NO_LOSS, -100
 
 
@@ -78,8 +85,9 @@ def word_tokenizer(bos: bool = False, cls: bool = False) -> PreTrainedTokenizerF
             single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        chat_template=CHAT,
+    )  # fmt: skip
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -119,11 +127,12 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = random.Random(0)
 
     def words(low: int, high: int) -> str:
-        return " ".join(generator.choices(WORDS[:40], k=generator.randint(low, high)))
+        return " ".join(generator.choices(WORDS[:38], k=generator.randint(low, high)))
 
     for name, rows in (("train", 40), ("test", 8)):
         lines = [
             {"question": words(3, 20), "answer": words(2, 12), "sentence": words(4, 20), "label": row % 2}
+            | {"text": words(10, 40)}
             for row in range(rows)
         ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -131,7 +140,8 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def architecture(name: str) -> str:
-    return "bert" if "minilm" in name else next(kind for kind in ("bert", "llama", "opt") if kind in name)
+    known = (kind for part, kind in ARCHITECTURES.items() if part in name)
+    return next(known, None) or next(kind for kind in ("bert", "llama", "opt") if kind in name)
 
 
 def run(config: Path, models_folder: Path, data_folder: Path, output: Path, *more: str, dry: bool = True) -> dict:
@@ -152,6 +162,7 @@ def run(config: Path, models_folder: Path, data_folder: Path, output: Path, *mor
         "disable_tqdm=true",
         "learning_rate=0.01",  # and no warm-up: two steps must move the loss
         "warmup_steps=0",
+        *(["answer_template=w{label}", "max_length=256"] if "long-prompt" in name else []),
         *more,
     ]
     return script.main(["--config", str(config), "--set", *overrides, *(["--dry-run"] if dry else [])])
@@ -245,6 +256,9 @@ def test_accelerate_configs_parse() -> None:
         ({"eval_file": None}, "train_file and eval_file go together"),
         ({"prompt_template": "a"}, "prompt_template and answer_template go together"),
         ({"loss_on": "answers"}, "loss_on: answers needs prompt_template"),
+        ({"chat": True}, "chat needs prompt_template"),
+        ({"packing": True}, "packing needs prompt_template"),
+        ({"prompt_template": "a", "answer_template": "b", "answer_accuracy": True}, "needs loss_on: answers, without"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
     ],
 )
@@ -387,6 +401,47 @@ def test_batches_are_padded_to_their_longest_without_loss() -> None:
     assert batch["labels"][0].tolist() == [IGNORE, *ids(tokenizer, "w2"), 2, IGNORE, IGNORE, IGNORE]
 
 
+def test_chat_puts_the_prompt_into_the_template_and_the_answer_after_it() -> None:
+    tokenizer = word_tokenizer(bos=True)  # the template, not the tokenizer, says where a chat begins
+    rows = data.Rows(Dataset.from_list([{"question": "w1 w2", "answer": "w3"}]), "file")
+    settings = qa_settings(prompt_template="{question}", answer_template="{answer}", chat=True)
+    row = lm_data.make_sequences(rows, tokenizer, settings).dataset[0]
+    prompt = ids(tokenizer, "user: w1 w2 </s> assistant:")
+    assert 3 not in prompt
+    assert row["input_ids"] == prompt + ids(tokenizer, "w3") + [2]
+    assert row["labels"] == [IGNORE] * len(prompt) + ids(tokenizer, "w3") + [2]
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="chat: the tokenizer of m has no chat template"):
+        lm_data.make_sequences(rows, tokenizer, settings)
+
+
+@pytest.mark.parametrize("loss_on", ["answers", "all"])
+def test_packing_joins_sequences_and_loses_no_token(loss_on: str) -> None:
+    tokenizer = word_tokenizer(bos=True)
+    rows = data.Rows(
+        Dataset.from_list([{"question": f"w{i} w9", "answer": " ".join(["w7"] * i)} for i in range(1, 6)]), "file"
+    )
+    plain, packed = (
+        lm_data.make_sequences(rows, tokenizer, qa_settings(loss_on=loss_on, max_length=n, packing=packing)).dataset
+        for n, packing in ((50, False), (12, True))
+    )
+    for name in ("input_ids", "labels"):
+        assert [token for row in packed for token in row[name]] == [token for row in plain for token in row[name]]
+    assert [len(row["input_ids"]) for row in packed][:-1] == [12] * (len(packed) - 1) and len(packed) == 4
+    assert any(IGNORE in row["labels"] for row in packed) == (loss_on == "answers")
+
+
+def test_accuracy_counts_answers_that_are_right_to_the_last_token() -> None:
+    labels = torch.tensor([[N, N, 5, 6], [N, N, 5, 6], [N, N, 7, N], [N, N, 7, N]])
+    logits = torch.nn.functional.one_hot(
+        torch.tensor([[9, 5, 6, 0], [9, 5, 9, 0], [9, 7, 9, 0], [9, 9, 7, 0]]), 10
+    ).float()  # the token after position i is predicted at position i
+    for found in (logits, (logits, torch.zeros(1))):
+        tokens = lm_data.predicted_tokens(found, labels).numpy()
+        result = lm_data.answer_accuracy(EvalPrediction(tokens, labels.numpy()))
+        assert result == {"accuracy": 0.5}
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
@@ -501,10 +556,15 @@ def plain_loss(config: Path, folder: Path, data_folder: Path) -> float:
         batch["labels"] = torch.tensor([row["label"] for row in rows])
     else:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        coded = [
-            lm_data.encode_pair(f"Question: {row['question']}\nAnswer:", f" {row['answer']}", tokenizer, 256, "answers")
+        chat = "long-prompt" in config.name
+        question = "Which module of Python's standard library is this function from?\n\n"
+        pairs = [
+            (question + row["text"], f"w{row['label']}")
+            if chat
+            else (f"Question: {row['question']}\nAnswer:", f" {row['answer']}")
             for row in rows
         ]
+        coded = [lm_data.encode_pair(*pair, tokenizer, 256, "answers", chat) for pair in pairs]
         batch = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=N)(coded)
     with torch.no_grad():
         return float(model(**batch).loss)
@@ -522,6 +582,7 @@ def test_recipe_runs_and_leaves_a_plain_checkpoint(
     assert json.loads((folder / "results.json").read_text())["eval_loss_dense"] == results["eval_loss_dense"]
     assert results["steps"] == 2
     assert results["eval_loss_dense"] == pytest.approx(plain_loss(config, folder / "final", data_folder), rel=1e-4)
+    assert ("eval_accuracy" in results) == ("long-prompt" in config.stem or architecture(config.name) == "bert")
     if results["method"] == "subquad":
         assert 0 < abs(results["eval_loss_sparse"] - results["eval_loss_dense"]) < 1  # not the dense forward again
     else:

@@ -116,7 +116,7 @@ def test_sharded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_load_of_its_own_state_keeps_the_dense_model(family: str) -> None:
-    """Loaded weights are whole: the update must not be counted twice."""
+    """Loaded weights are whole: the update, which comes back with them, must not be counted twice."""
     model = patch_model(build(family), CONFIG).eval()
     fill_updates(model)
     inputs = batch(family, model)
@@ -124,10 +124,10 @@ def test_load_of_its_own_state_keeps_the_dense_model(family: str) -> None:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     result = model.load_state_dict(state)
     assert not result.missing_keys and not result.unexpected_keys
-    assert all(p.update.is_zero() for mlp in sparse_mlps(model) for p in mlp.projections)
+    assert not any(p.update.is_zero() for mlp in sparse_mlps(model) for p in mlp.projections)
     torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
     for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name]), name
+        torch.testing.assert_close(value, state[name], rtol=1e-6, atol=1e-6)
     model.train()
     logits(model, inputs).sum().backward()
 
@@ -167,7 +167,7 @@ def test_partial_load_touches_only_what_it_names() -> None:
     model = patch_model(opt(), CONFIG).eval()
     fill_updates(model)
     name = "model.decoder.layers.1.fc1"
-    model.load_state_dict({f"{name}.weight": model.state_dict()[f"{name}.weight"].clone()}, strict=False)
+    model.load_state_dict({f"{name}.weight": 1.5 * model.state_dict()[f"{name}.weight"]}, strict=False)
     zero = {
         f"{m.name}.{p}": q.update.is_zero()
         for m in sparse_mlps(model)

@@ -26,14 +26,14 @@ from hf_subquad import (
     OutputError,
     SidecarError,
     SubquadConfig,
-    atomic,
     compensate,
     load_sidecar,
     patch_model,
     save_sidecar,
-    sidecar,
     sparse_mlps,
 )
+from hf_subquad import atomic_files as atomic
+from hf_subquad.training import sidecar
 
 NAME = "subquad_state.safetensors"
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_subquad import CalibrationError, WeightsError
-from hf_subquad.index.sketch import Sketch, add_low_rank, build_sketch
+from hf_subquad.index.sketch import Sketch, add_low_rank, build_sketch, summary_of
 
 
 def low_rank(rows: int, width: int, rank: int, seed: int = 0) -> Tensor:
@@ -145,7 +145,7 @@ def test_values_that_cannot_be_fitted_are_told(value: float) -> None:
         build_sketch(weight, 5, 0, spoiled)
     weight[3, 4] = value
     for inputs in (None, tokens):
-        with pytest.raises(WeightsError, match="weight"):
+        with pytest.raises(WeightsError, match="weights"):
             build_sketch(weight, 5, 0, inputs)
 
 
@@ -154,6 +154,26 @@ def test_a_fit_is_repeatable_and_leaves_global_randomness_alone() -> None:
     first, second = (build_sketch(weight, 6, 1, tokens) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.codes, second.codes) and torch.equal(first.basis, second.basis)
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_a_summary_serves_as_all_tokens_do(rank: int) -> None:
+    weight, tokens = decaying(200, 60), correlated(900, 60)
+    summary = summary_of(tokens, 2 * rank, 0)
+    assert summary.shape == (2 * rank, 60)
+    expected = error(build_sketch(weight, rank, 0, tokens), weight, tokens)
+    assert error(build_sketch(weight, rank, 0, summary), weight, tokens) <= 1.03 * expected
+    assert error(build_sketch(weight, rank, 0, tokens[: 2 * rank]), weight, tokens) > 1.05 * expected
+    assert torch.equal(summary_of(tokens, 2 * rank, 0), summary)
+
+
+@pytest.mark.parametrize("count", [1, 9, 20])
+def test_a_summary_of_few_tokens_or_few_dimensions_is_exact(count: int) -> None:
+    tokens = torch.randn(count, 6)
+    summary = summary_of(tokens, 8, 0)
+    assert len(summary) <= 8
+    moment = tokens.t() @ tokens
+    torch.testing.assert_close(summary.t() @ summary, 6 * moment / moment.trace(), rtol=1e-4, atol=1e-4)
 
 
 # Kept current

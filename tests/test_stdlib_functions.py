@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
 import stdlib_functions
 from stdlib_functions import Function
@@ -44,8 +44,10 @@ def test_files_are_written_with_rows_of_both_kinds(tmp_path: Path, capsys: pytes
     assert f"{files['train']}: {len(rows['train'])} functions" in capsys.readouterr().out
 
 
-def test_no_text_gives_the_label_away_or_is_on_both_sides() -> None:
-    train, test = stdlib_functions.make_rows(max_per_label=10**6)
+@pytest.mark.parametrize("limits", [{}, {"min_chars": 500, "max_chars": 1500}])
+def test_no_text_gives_the_label_away_or_is_on_both_sides(limits: dict[str, int]) -> None:
+    train, test = stdlib_functions.make_rows(max_per_label=10**6, **limits)
+    assert all(500 <= len(row["text"]) <= 1500 for row in [*train, *test] if limits)
     labels = {row["label"] for row in train}
     assert labels == {row["label"] for row in test}
     words = "|".join(label.strip("_") for label in labels)
@@ -73,10 +75,26 @@ def test_the_limit_is_a_share_of_the_same_rows() -> None:
         assert [row for row in more[part] if row in few[part]] == few[part]
 
 
-def test_a_limit_of_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_texts_are_cut_at_a_line() -> None:
+    text = "def f():\n    a = 1\n    return a"
+    cut = {limit: stdlib_functions._whole_lines(text, limit) for limit in (None, 31, 29, 18, 17, 5)}
+    assert cut[None] == cut[31] == text
+    assert cut[29] == cut[18] == "def f():\n    a = 1" and cut[17] == "def f():" and cut[5] == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-per-label", "0"], "--max-per-label must be at least 1, got 0"),
+        (["--min-chars", "9", "--max-chars", "9"], r"--max-chars must exceed --min-chars (9), got 9"),
+    ],
+)
+def test_a_limit_of_none_is_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        stdlib_functions.main(["--out", str(tmp_path), "--max-per-label", "0"])
-    assert "--max-per-label must be at least 1, got 0" in capsys.readouterr().err
+        stdlib_functions.main(["--out", str(tmp_path), *options])
+    assert message in capsys.readouterr().err
 
 
 def _essence(text: str) -> str:

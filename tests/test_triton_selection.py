@@ -114,11 +114,11 @@ def importance(sketched: Tensor, inputs: list[ProjectedInput], activation: str, 
         pre.append(estimate if bias is None else estimate + bias.double())
     spread = [values.square().mean(-1, keepdim=True).sqrt() for values in pre]
     activate = ACTIVATIONS[activation]
-    now, moved = activate(pre[0]), activate(pre[0] + 0.5 * spread[0])
+    now, moved = activate(pre[0]), activate(pre[0] + 0.1 * spread[0])
     if len(pre) == 1:
         scores = now.square() + (moved - now).square()
     else:
-        scores = (moved - now).square() * pre[1].square() + now.square() * (pre[1].square() + (0.5 * spread[1]) ** 2)
+        scores = (moved - now).square() * pre[1].square() + now.square() * (pre[1].square() + (0.1 * spread[1]) ** 2)
     return scores.sum(1) * output_norms.double()
 
 

@@ -7,8 +7,7 @@ exactly.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from ..ops.importance import Activation, combine
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from .half_space import Report, ReportingIndex, empty_index
-from .selection_quality import outputs
-from .sketch import Sketch, add_low_rank, build_sketch
+from .sketch import Sketch, add_low_rank, build_sketch, summary_of
 
-# Measured on pretrained models: fewer tokens choose worse neurons, more hardly better; 32 directions did best.
-_SCORED_TOKENS = 16  # of each tile
-_TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other
+_SCORED_TOKENS = 16  # of each tile, at least
+_SCORING = 0.05  # of a tile's products, forward and backward, that scoring more of its tokens may take
+_TILE_DIRECTIONS = 32  # leading directions of the sketch by which tokens resemble each other: measured to do best
 _FITTED_TOKENS = 2048  # at most: more hardly fit better
+_SUMMARY = 2  # rows of their summary for each of the sketch's
 
 
 class ActivationIndex:
@@ -46,7 +45,8 @@ class ActivationIndex:
     Attributes:
         sketch: of the base input rows of all input projections, stacked.
         output_norms: ||v_j||^2 of the output rows, float32 [m].
-        tokens: [N, d] that the sketch is fitted to; None while it is made from the weights alone.
+        summary: of the tokens that the sketch is fitted to, float32 [s, d]; None while it is made from the weights
+            alone. With the weights it decides the sketch: whoever keeps it can build the same one.
         sketch_is_approximate: the sketch has gone through folds since it was built from the weights.
     """
 
@@ -69,7 +69,7 @@ class ActivationIndex:
         self.factory = config.index_factory
         self.backend_name = config.backend
         self.backend(output.weight.device)  # one that is not there is told now
-        self.tokens: Tensor | None = None
+        self.summary: Tensor | None = None
         self.sketch: Sketch
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self.build()
@@ -82,13 +82,13 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows anew, for the tokens that were fitted last, and measure the output rows.
+        """Sketch the base input rows anew, for the tokens that it was fitted to last, and measure the output rows.
 
         Raises:
             WeightsError: an input weight holds NaN or infinite values, as one that was loaded after the patch may.
                 The index is as it was.
         """
-        self._build(self.tokens)
+        self._build(self.summary)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
@@ -106,34 +106,37 @@ class ActivationIndex:
             generator = torch.Generator().manual_seed(self.seed)
             some = torch.randperm(len(tokens), generator=generator)[:_FITTED_TOKENS].sort().values
             tokens = tokens[some.to(tokens.device)]
-        self._build(tokens.clone())
+        try:
+            summary = summary_of(tokens, _SUMMARY * self.rank, self.seed)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{self.name} cannot be fitted to its input: {error}; leave that batch out"
+            ) from error
+        self._build(summary)
 
-    def adopt(self, sketch: Sketch, tokens: Tensor | None) -> None:
-        """Take a sketch of the same weights that was fitted elsewhere, and the tokens that it was fitted to."""
-        self.sketch, self.tokens, self.sketch_is_approximate = sketch, tokens, False
-        self._note_weights()
-        self.refresh()
+    def adopt(self, summary: Tensor | None) -> None:
+        """Fit the sketch to tokens that are summed up in `summary`, of an index of the same MLP."""
+        self._build(summary)
 
-    def _build(self, tokens: Tensor | None) -> None:
+    def _build(self, summary: Tensor | None) -> None:
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:
-            sketch = build_sketch(stacked, self.rank, self.seed, tokens)
-        except (WeightsError, CalibrationError) as error:
-            raise type(error)(f"{self.name}: {error}: load its weights anew, or take tokens of a sane batch") from error
+            sketch = build_sketch(stacked, self.rank, self.seed, summary)
+        except WeightsError as error:
+            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them anew") from error
         self.sketch = sketch
-        self.tokens = tokens
+        self.summary = summary
         self.sketch_is_approximate = False
         self._note_weights()
-        self.refresh()
+        self.output_norms = self.output.row_norms()
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Afterwards the index is as it was, whatever was fitted inside. Base weights are not to change inside."""
-        before = dict(vars(self))
-        try:
-            yield
-        finally:
-            vars(self).update(before)
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` goes back to."""
+        return dict(vars(self))
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Undo what was fitted since a snapshot. Base weights are to be as they were then."""
+        vars(self).update(snapshot)
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed, or replaced, since. True if it was."""
@@ -144,7 +147,9 @@ class ActivationIndex:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Measure ||v_j||^2 of the live output rows anew: float32 [m]."""
+        """Measure ||v_j||^2 of the live output rows; `build` if base weights were changed behind PyTorch's back."""
+        if not all(map(_same, self._samples, self._projections)):
+            return self.build()
         self.output_norms = self.output.row_norms()
 
     @torch.no_grad()
@@ -154,7 +159,7 @@ class ActivationIndex:
         blocks = [p.update.factors() for p in self.inputs]
         left = torch.block_diag(*[u for u, _ in blocks])
         right = torch.cat([v for _, v in blocks])
-        self.sketch = add_low_rank(self.sketch, left, right, self.tokens)
+        self.sketch = add_low_rank(self.sketch, left, right, self.summary)
         for projection in self._projections:
             projection.set_rows(projection.merged_rows())
             projection.update.restart()
@@ -166,11 +171,11 @@ class ActivationIndex:
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
         """Tiles of the tokens x [N, d], and the k most important neurons of each.
 
-        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over a sample of the tile's tokens, plus
-        what a small change of its pre-activations would do to that.
+        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over `scored_tokens` of it, plus what a
+        small change of its pre-activations would do to that.
         """
         tiles = self.tile(x, tile_size, order)
-        return Selection(tiles, self.choose(x[_sampled(tiles.slots)], k))
+        return Selection(tiles, self.choose(x[self._sampled(tiles.slots)], k))
 
     @torch.no_grad()
     def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
@@ -188,7 +193,7 @@ class ActivationIndex:
         k = self.round_up_k(k)
         if k >= self.neurons:
             return torch.arange(self.neurons, device=tile_tokens.device).expand(len(tile_tokens), -1)
-        return self.backend(tile_tokens.device).top_neurons(self.tile_scores(_sampled(tile_tokens)), k)
+        return self.backend(tile_tokens.device).top_neurons(self.tile_scores(self._sampled(tile_tokens)), k)
 
     def round_up_k(self, k: int) -> int:
         """How many neurons are computed if k are asked for: what costs the same on the device, at most all."""
@@ -197,7 +202,7 @@ class ActivationIndex:
     @torch.no_grad()
     def ranked(self, tile_tokens: Tensor, k: int) -> Tensor:
         """The k most important neurons of each of the given tiles, tokens [n, T, d], the most important first."""
-        return self.tile_scores(_sampled(tile_tokens)).topk(k, dim=1).indices
+        return self.tile_scores(self._sampled(tile_tokens)).topk(k, dim=1).indices
 
     @torch.no_grad()
     def tile_scores(self, sample: Tensor) -> Tensor:
@@ -236,18 +241,32 @@ class ActivationIndex:
         queries = torch.cat([x @ self.sketch.basis.t(), x @ v.float().t(), x.new_ones(len(x), 1)], 1)
         return self._reporting[1].report(queries, threshold)
 
-    def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> Tensor:
-        """`selection_quality.outputs`."""
-        return outputs(self, tile_tokens, neurons)
-
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""
         return combine(pre, self.activation, self.gated)
 
+    def scored_tokens(self, size: int) -> int:
+        """How many tokens of a tile of `size` are scored at most, evenly spread.
+
+        All, if scoring them takes a twentieth of the products of a forward and backward pass through half of the
+        neurons; else as many as do, but no fewer than 16.
+        """
+        rank, width = self.sketch.basis.shape
+        rows = len(self.sketch.codes)
+        scoring, products = rank * (width + rows), (rows + self.neurons) * width
+        affordable = max(_SCORED_TOKENS, int(size * _SCORING * products / scoring))
+        most = self.backend(self.output.weight.device).most_scored
+        return min(size, affordable, most or size)
+
+    def _sampled(self, by_slot: Tensor) -> Tensor:
+        """Of [n, T, ...], the slots of each tile that are scored."""
+        size = by_slot.shape[1]
+        return by_slot[:, :: -(-size // self.scored_tokens(size))]
+
     def _note_weights(self) -> None:
         """Remember which base weights the index is of."""
         self._reporting = None
-        self._samples = [projection.sample() for projection in self._projections]
+        self._samples = [projection.sample().clone() for projection in self._projections]
         self._seen: tuple[Any, ...] | None = self._base_version()
         self._warned = False
 
@@ -271,7 +290,6 @@ class ActivationIndex:
         if self.sketch.basis.device != device:
             self.sketch = self.sketch.to(device)
             self.output_norms = self.output_norms.to(device)
-            self._samples = [sample.to(device) for sample in self._samples]
         if not self._warned and self._is_stale():
             self._warned = True
             warnings.warn(
@@ -288,11 +306,6 @@ def _same(sample: Tensor, projection: NeuronProjection) -> bool:
     """Whether a sample is of a projection's base weights, but for a cast of them."""
     now, rounding = projection.sample(), torch.finfo(projection.weight.dtype)
     return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
-
-
-def _sampled(by_slot: Tensor) -> Tensor:
-    """Of [n, T, ...], the slots of each tile that are scored."""
-    return by_slot[:, :: -(-by_slot.shape[1] // _SCORED_TOKENS)]
 
 
 def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:

@@ -52,15 +52,35 @@ def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = N
     rank, found = min(rank, rows, width), min(rank + _OVERSAMPLING, rows, width)
     inputs = None if tokens is None or not len(tokens) else _scaled(tokens.to(weight.device))
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(width, found, generator=generator).to(weight.device)
+    probe = torch.randn(width, found, generator=generator, dtype=torch.float32).to(weight.device)
     span = _orthonormal(weight @ _second_moment(inputs, probe))
     for _ in range(_POWER_ITERATIONS):
         span = _orthonormal(weight @ _second_moment(inputs, weight.t() @ span))
     projected = span.t() @ weight
     if not torch.isfinite(projected).all():
-        raise WeightsError("a weight holds NaN or infinite values, or such as are too large to be squared")
+        raise WeightsError("its weights hold NaN or infinite values, or such as are too large to be squared")
     left = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, :rank]
     return Sketch(left.t() @ projected, span @ left)
+
+
+def summary_of(tokens: Tensor, count: int, seed: int) -> Tensor:
+    """A few rows in place of many tokens: float32 [count or N, d], with about their second moment up to its size.
+
+    What is lost lies outside of the leading directions of the tokens, which are found as those of a sketch are. With
+    twice a sketch's rank of rows the sketch serves other tokens as well as one that is fitted to all (measured).
+
+    Raises:
+        CalibrationError: the tokens hold NaN or infinite values, or their squares leave the range of float32.
+    """
+    inputs = _scaled(tokens)
+    if len(inputs) <= count:
+        return inputs
+    count = min(count, inputs.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.randn(inputs.shape[1], count, generator=generator, dtype=torch.float32).to(inputs.device)
+    span = _orthonormal(inputs.t() @ (inputs @ probe))
+    span = _orthonormal(inputs.t() @ (inputs @ span))
+    return torch.linalg.qr(inputs @ span).R @ span.t()
 
 
 def add_low_rank(sketch: Sketch, left: Tensor, right: Tensor, tokens: Tensor | None = None) -> Sketch:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 Activation = Callable[[Tensor], Tensor]
 
-MOVE = 0.5  # of pre-activations' root mean square: how far importance looks beyond the estimate
+# How far importance looks beyond the estimate, by pre-activations' root mean square. On an LLM with SwiGLU none at all,
+# and 2.5 times as much, cost more of the loss; the gradient hardly cares.
+MOVE = 0.1
 
 
 def importance(pre: list[Tensor], activation: Activation, gated: bool) -> Tensor:

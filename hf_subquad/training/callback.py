@@ -1,15 +1,12 @@
 """The Trainer callback: hands every event to the function that does the work. It keeps nothing itself."""
 
-import os
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from accelerate.state import PartialState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..layers.lookup import patched_parts, runtime_of
@@ -18,6 +15,8 @@ from .checkpoints import resume
 from .engines import check_engine, compares_with_reference
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
+from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder
+from .trainer_head import start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 
 PLAN_NAME = "subquad_plan.json"
@@ -31,7 +30,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
     There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
     if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
     batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
-    neurons; folds, audits and adjusts budgets on schedule; adds `subquad/...` to the Trainer's logs; writes and reads
+    neurons; limits logits to labelled positions where nobody reads the others; folds, audits and adjusts budgets on
+    schedule; adds `subquad/...` to the Trainer's logs; writes and reads
     the sidecar of each checkpoint.
     """
 
@@ -46,20 +46,21 @@ class SubquadCallback(TrainerCallback, ExportableState):
         check_engine(args)
         runtime_of(model)
         train_updates(model)
-        self._move_first(sys._getframe(1).f_locals.get("self"))
+        self._move_first()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         check_engine(args)  # for a callback that came by add_callback
-        folder = _run_folder(sys._getframe(1), args)
+        folder = run_folder(args)
         if state.global_step:
-            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(folder, state)
-            resume(model, Path(resumed_from), state.global_step, optimizer, type(self).__name__ in _states(state))
+            checkpoint = resumed_from() or _checkpoint_folder(folder, state)
+            resume(model, checkpoint, state.global_step, optimizer, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
-        self._move_first(sys._getframe(1).f_locals.get("self"))
+        stop_labelled_head(model)  # of a training that was broken off
+        self._move_first()
         runtime, mlps = patched_parts(model)
         runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)
         runtime.exact_forward = compares_with_reference(args)
@@ -78,10 +79,11 @@ class SubquadCallback(TrainerCallback, ExportableState):
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
         if runtime.plan is not None and state.is_world_process_zero:
-            for line in runtime.plan.table().splitlines():
-                logger.info(line)
+            logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
+        # After planning, which looks at logits.
+        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)
         sync_model(model, state.global_step)
 
     def on_step_end(
@@ -119,12 +121,13 @@ class SubquadCallback(TrainerCallback, ExportableState):
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
         if args.should_save:
-            folder = _checkpoint_folder(_run_folder(sys._getframe(1), args), state)
+            folder = _checkpoint_folder(run_folder(args), state)
             save_sidecar(model, folder, state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        stop_labelled_head(model)
         runtime = runtime_of(model)
         if runtime.idle_steps:
             raise_idle(runtime.idle_steps)
@@ -135,52 +138,25 @@ class SubquadCallback(TrainerCallback, ExportableState):
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
             "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
-            "save with model.merge_and_unload().save_pretrained(folder)"
+            "write the plain model, all merged, with hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:
         """Nothing to keep; that it is there tells a checkpoint that lacks its sidecar from one that never had any."""
         return {"args": {}, "attributes": {}}
 
-    def _move_first(self, handler: Any) -> None:
-        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them.
-
-        The Trainer appends the user's callbacks after TensorBoard, W&B and the like, and hands callbacks no
-        reference to their handler; the handler is the caller of `on_init_end`.
-        """
-        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+    def _move_first(self) -> None:
+        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them: the Trainer
+        appends the user's callbacks after TensorBoard, W&B and the like."""
+        handler = calling_handler()
+        if handler is not None and self in handler.callbacks:
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
-        else:
-            logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
     """What checkpoints keep of callbacks, by their class (a dict, other than the annotation says)."""
     return cast("dict[str, Any]", state.stateful_callbacks)
-
-
-def _resumed_from(frame: FrameType | None) -> str | None:
-    """The checkpoint folder that `Trainer.train` resumes from, which callbacks are not told: from its own frame."""
-    _, folder = _trainer_and("resume_from_checkpoint", frame)
-    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
-
-
-def _run_folder(frame: FrameType | None, args: TrainingArguments) -> Path:
-    """Where the Trainer puts the checkpoints of this run: a trial of a hyperparameter search has a folder of its own,
-    which callbacks are not told."""
-    trainer, trial = _trainer_and("trial", frame)
-    return Path(trainer._get_output_dir(trial) if trainer else args.output_dir or "")
-
-
-def _trainer_and(name: str, frame: FrameType | None) -> tuple[Trainer | None, Any]:
-    """The Trainer whose method is the nearest caller that has a variable of that name, and its value."""
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and name in frame.f_locals:
-            return trainer, frame.f_locals[name]
-        frame = frame.f_back
-    return None, None
 
 
 def _checkpoint_folder(run: Path, state: TrainerState) -> Path:

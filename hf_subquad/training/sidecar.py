@@ -51,8 +51,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
             tensors[f"{name}.rows"] = projection.rows().contiguous()
     for mlp in require_patched(model):
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
-        if mlp.index.tokens is not None:
-            tensors[f"{mlp.name}.tokens"] = mlp.index.tokens
+        if mlp.index.summary is not None:
+            tensors[f"{mlp.name}.summary"] = mlp.index.summary
         for name, correction in mlp.corrections.items():
             tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -61,6 +61,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         "step": step,
         "merged": merged,
         "restarts": restarts,
+        "folded": runtime_of(model).folded,
         "config": config.to_dict(),
         "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
         "files": _other_files(path.parent),
@@ -97,18 +98,19 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     plan = _plan(path, model, about)
     with torch.no_grad():
         for name, projection in projections.items():
-            update = projection.update
+            update, whole = projection.update, projection.merged_rows()
             update.U.copy_(tensors[f"{name}.U"])
             update.V.copy_(tensors[f"{name}.V"])
             update.restarts = about["restarts"][name]
+            projection.moments_are_stale = False
             if about["merged"]:
-                projection.set_rows(update.added_to(projection.rows(), sign=-1))
+                projection.set_rows(update.added_to(whole, sign=-1))
             elif f"{name}.rows" in tensors:
                 projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
     for mlp in require_patched(model):
         device = mlp.output.weight.device
-        mlp.index.tokens = tokens.to(device) if (tokens := tensors.get(f"{mlp.name}.tokens")) is not None else None
-        mlp.index.build()
+        summary = tensors.get(f"{mlp.name}.summary")
+        mlp.index.adopt(None if summary is None else summary.to(device))
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
         mlp.corrections = {
             name: Compensation(*(tensors[path] for path in paths)).to(device)
@@ -118,6 +120,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     if plan is not None:
         apply_plan(model, plan)
     runtime_of(model).synced_step = about["step"]
+    runtime_of(model).folded = about.get("folded", any(about["restarts"].values()))
     return about["step"]
 
 
@@ -173,7 +176,7 @@ def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> No
     projections, found = _projections(model), set(tensors)
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
     for mlp in require_patched(model):
-        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.tokens"} & found)
+        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
         for paths in map(set, _correction_names(mlp).values()):
             wanted |= paths if paths & found else set()
     odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
@@ -199,7 +202,7 @@ def _check_fits(
     if f"{name}.rows" in tensors:
         return
     expected = tensors[f"{name}.sample"]
-    found = projection.sample().cpu()
+    found = projection.sample(live=about["merged"]).cpu()
     tolerance = 4 * torch.finfo(projection.weight.dtype).eps
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
         raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import InactivePatchError, WeightsError
+from ..layers.batch_hook import watch_batches
 from ..layers.lookup import patched_parts, require_patched
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
@@ -79,7 +80,9 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
         WeightsError: base weights that were changed from outside, or updates that are due to be folded, hold NaN or
             infinite values; no base weight is changed.
     """
-    return sync_parts(*patched_parts(model), step, optimizer)
+    runtime, mlps = patched_parts(model)
+    watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
+    return sync_parts(runtime, mlps, step, optimizer)
 
 
 @torch.no_grad()
@@ -92,6 +95,8 @@ def sync_parts(
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
+    if optimizer is not None:
+        restart_moments(mlps, optimizer, only_stale=True)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already
@@ -213,11 +218,18 @@ def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
     return [mlp.name for mlp in mlps if not all(factor.requires_grad for factor in _factors(mlp))]
 
 
-def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
-    """Drop the optimizer's state of the low-rank updates, step counts of any kind included: it starts them anew."""
+def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, only_stale: bool = False) -> None:
+    """Drop the optimizer's state of the low-rank updates, step counts of any kind included: it starts them anew.
+
+    Args:
+        only_stale: of those that started anew because other weights were loaded.
+    """
     for mlp in mlps:
-        for factor in _factors(mlp):
-            optimizer.state.pop(factor, None)
+        for projection in mlp.projections:
+            if projection.moments_are_stale or not only_stale:
+                for factor in projection.update.parameters():
+                    optimizer.state.pop(factor, None)
+            projection.moments_are_stale = False
 
 
 def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[BudgetChange]]:

@@ -37,18 +37,19 @@ def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device)
 
 
 def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
-    dataset = getattr(dataloader, "dataset", dataloader)
+    dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
         dataset = dataset.dataset  # one process's share of it
     collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
-    by_row = getattr(dataloader, "batch_sampler", None) is not None
-    rows = rows if by_row or isinstance(dataset, IterableDataset) else 1
-    if getattr(dataloader, "batch_size", rows) is None and not by_row:  # each item is a batch
+    if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
+        # each item is a batch
         items = _items(dataset, count)
         return [collate(item) for item in items] if collate else items
-    chosen = _items(dataset, rows * count)
     if collate is None:
         raise CalibrationError(f"the dataloader is a {type(dataloader).__name__} without collate_fn")
+    if hasattr(dataset, "__len__"):
+        count = max(1, min(count, len(dataset) // rows))
+    chosen = _items(dataset, rows * count)
     count = max(1, min(count, len(chosen) // rows))
     return [collate(chosen[first::count]) for first in range(count) if chosen]
 

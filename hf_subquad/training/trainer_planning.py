@@ -9,7 +9,6 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from ..index.sketch import Sketch
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.lookup import patched_parts, require_patched
@@ -28,21 +27,20 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted for one MLP, on the CPU."""
+    """What was fitted for one MLP, on the CPU: what sums up its tokens for the index, and its corrections."""
 
-    sketch: Sketch
-    tokens: Tensor | None
+    summary: Tensor | None
     corrections: dict[TokenClass, Compensation]
 
     @classmethod
     def of(cls, mlp: SparseMLP) -> "Fitted":
-        device, tokens = torch.device("cpu"), mlp.index.tokens
+        device, summary = torch.device("cpu"), mlp.index.summary
         corrections = {name: correction.to(device) for name, correction in mlp.corrections.items()}
-        return cls(mlp.index.sketch.to(device), None if tokens is None else tokens.to(device), corrections)
+        return cls(None if summary is None else summary.to(device), corrections)
 
     def give_to(self, mlp: SparseMLP) -> None:
         device = mlp.output.weight.device
-        mlp.index.adopt(self.sketch.to(device), None if self.tokens is None else self.tokens.to(device))
+        mlp.index.adopt(None if self.summary is None else self.summary.to(device))
         mlp.corrections = {name: correction.to(device) for name, correction in self.corrections.items()}
 
 

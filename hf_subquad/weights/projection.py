@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..config import SubquadConfig
 from ..errors import ParallelismError
 from ..ops.backends import MergedWeight
+from .handed_out import HandedOut
 from .low_rank import LowRankUpdate
 
 _SAMPLED = 256
@@ -39,6 +40,7 @@ class NeuronProjection(nn.Module):
     Attributes:
         runtime: that of the MLP (`layers.runtime.Runtime`), which knows whether updates count now.
         kept_frozen: the weight was frozen by the user before the patch, so the update is frozen, too.
+        moments_are_stale: the update started anew, with other weights, since the optimizer saw it last.
     """
 
     is_input: bool
@@ -55,7 +57,19 @@ class NeuronProjection(nn.Module):
         zero: Literal["U", "V"] = "U" if self.is_input else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
         self.kept_frozen = False
+        self.moments_are_stale = False
+        self._handed_out = HandedOut()
         self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @property
+    def in_features(self) -> int:
+        """Inputs, as of `nn.Linear`."""
+        return self.rows().shape[1 if self.is_input else 0]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs, as of `nn.Linear`."""
+        return self.rows().shape[0 if self.is_input else 1]
 
     def store_by_neuron(self) -> None:
         """Make `rows()` contiguous: the weight keeps its shape, over transposed storage if need be."""
@@ -69,6 +83,8 @@ class NeuronProjection(nn.Module):
 
     def rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """Base rows [m, d], detached; in `dtype` from a copy that is kept while the weight stays as it is."""
+        if self._handed_out and not torch.compiler.is_compiling():
+            self._handed_out.notice_writes()
         weight = self.weight.detach()
         rows = weight if self.weight_is_rows else weight.t()
         if dtype is None or dtype == rows.dtype:
@@ -130,21 +146,49 @@ class NeuronProjection(nn.Module):
 
     def extra_repr(self) -> str:
         neurons, width = self.rows().shape
-        return f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad"
+        return (
+            f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad: leave it out of PEFT's "
+            "target_modules, or set them to 'all-linear'"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.merged_weight()
+        destination[prefix + "weight"] = merged = self.merged_weight()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+        if not merged.is_meta:
+            self._handed_out.remember(merged, self.update.U, self.update.V)
+            if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
+                self._handed_out.watch(merged, self._written)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
         before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and len(errors) == before:
-            self.update.restart()  # the loaded weight is whole: an update on top would count twice
-            self.store_by_neuron()  # with assign=True it is another tensor
-            self.weights_loaded()
+            self._whole_weight_came()
+
+    @torch.no_grad()
+    def _written(self, merged: Tensor) -> None:
+        self.weight.copy_(merged)
+        self._whole_weight_came()
+
+    @torch.no_grad()
+    def _whole_weight_came(self) -> None:
+        """The base weight was overwritten with one that is whole: an update on top would count twice.
+
+        If it is a state of this projection, it gets back the update that it had then; else the update starts anew.
+        """
+        known = None if self.weight.is_meta else self._handed_out.recall(self.weight)
+        if known is None:
+            self.update.restart()
+        else:
+            self.update.U.copy_(known.U)
+            self.update.V.copy_(known.V)
+            rows = self.update.added_to(self.rows(), sign=-1)
+            self.weight.data = rows.clone() if self.weight_is_rows else rows.clone().t()  # not what was assigned
+        self.moments_are_stale = known is None
+        self.store_by_neuron()  # with assign=True it is another tensor
+        self.weights_loaded()
 
     def weights_loaded(self) -> None:
         """Called when other weights were loaded, for what is made from them."""

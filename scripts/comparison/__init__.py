@@ -1,1 +1,1 @@
-"""A comparison of training methods: processes that take turns, a timed Trainer, and a report."""
+"""A comparison of training methods: a process of its own for every run, a timed Trainer, and a report."""

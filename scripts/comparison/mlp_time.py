@@ -1,55 +1,47 @@
-"""How long a dense model spends in some of its MLPs, forward and backward, inside a real training step."""
+"""How long a model spends in some of its MLPs, forward and backward, inside a real training step."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-# Names of an MLP's projections in the model, in the order in which they are called; the output is the last.
-Projections = Sequence[str]
-
 
 class MlpTimer:
-    """Seconds since `restart` spent in each MLP.
+    """Seconds since `restart` spent in MLPs.
 
-    An MLP's time is the span from the entry of its first projection to the exit of its last one, in the forward
-    pass, plus the reverse span in the backward pass: its activation, gate product and dropout count, and so do the
-    weight gradients and, under PEFT, its adapters. The hooks themselves cost microseconds.
+    An MLP's time is the span from the entry of its first projection to the exit of its last one in the forward pass,
+    plus the reverse span in the backward pass: activation, gate product, dropout, weight gradients, adapters, and the
+    selection of neurons count. Where a module of the model holds exactly these projections, the spans are that
+    module's own, so that all projections still see the same input. The hooks themselves cost microseconds.
+
+    Args:
+        mlps: by name of the MLP, the paths of its projections in the bare model, in the order in which they are called.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, model: nn.Module, mlps: Mapping[str, Sequence[str]], now: Callable[[], float]) -> None:
         self.now = now
-        self.seconds: dict[str, float] = {}
+        self.seconds = 0.0
+        modules = dict(model.named_modules())
+        self._handles = [
+            handle for mlp, projections in mlps.items() for handle in self._hooks(*_ends(modules, mlp, projections))
+        ]
 
     def restart(self) -> None:
-        self.seconds = {}
+        self.seconds = 0.0
 
-    @contextmanager
-    def watching(self, model: nn.Module, mlps: dict[str, Projections]) -> Iterator[None]:
-        """Context manager: time these MLPs (by name) of `model`, which may be wrapped by PEFT."""
-        names = dict(model.named_modules())
-        handles = [
-            handle
-            for mlp, projections in mlps.items()
-            for handle in self._hooks(mlp, [_find(names, path) for path in projections])
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
-    def _hooks(self, mlp: str, projections: list[nn.Module]) -> list[Any]:
+    def _hooks(self, first: nn.Module, last: nn.Module) -> list[Any]:
         open_since: dict[str, float] = {}
 
-        def enter(phase: str, *_: Any) -> None:
+        def enter(phase: str) -> None:
             open_since.setdefault(phase, self.now())
 
-        def leave(phase: str, *_: Any) -> None:
-            self.seconds[mlp] = self.seconds.get(mlp, 0.0) + self.now() - open_since.pop(phase)
+        def leave(phase: str) -> None:
+            self.seconds += self.now() - open_since.pop(phase)
 
-        first, last = projections[0], projections[-1]
         return [
             first.register_forward_pre_hook(lambda *_: enter("forward")),
             last.register_forward_hook(lambda *_: leave("forward")),
@@ -58,7 +50,16 @@ class MlpTimer:
         ]
 
 
-def _find(modules: dict[str, nn.Module], path: str) -> nn.Module:
+def _ends(modules: Mapping[str, nn.Module], mlp: str, projections: Sequence[str]) -> tuple[nn.Module, nn.Module]:
+    """The modules at whose entry and exit an MLP begins and ends."""
+    whole = _find(modules, mlp)
+    linear = sum(isinstance(each, nn.Linear) and "lora_" not in path for path, each in whole.named_modules())
+    if len(projections) > 2 and linear <= len(projections):
+        return whole, whole
+    return _find(modules, projections[0]), _find(modules, projections[-1])
+
+
+def _find(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
     for name in (path, f"base_model.model.{path}"):
         if name in modules:
             return modules[name]

@@ -1,1 +1,1 @@
-"""The parts of `gpu_check.py`: one file a section, and what runs, times and reports them."""
+"""Sections of gpu_check.py. Each has `cases(bench)`: names and functions that yield rows."""

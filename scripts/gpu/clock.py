@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,25 +24,13 @@ class Clock:
         self.on_gpu = device.type == "cuda"
         self._flushed = torch.empty(_FLUSHED, dtype=torch.int8, device=device) if self.on_gpu else None
 
-    def times(self, work: Work, total_ms: float = 300.0, most: int = _MOST) -> list[float]:
-        """Of several runs, as many as take about `total_ms`, after warm-up."""
-        return self.interleaved({"": work}, total_ms, most)[""]
-
     def median(self, work: Work, total_ms: float = 300.0, most: int = _MOST) -> float:
-        return statistics.median(self.times(work, total_ms, most))
-
-    def interleaved(
-        self, works: Mapping[str, Work], total_ms: float = 1500.0, most: int = _MOST
-    ) -> dict[str, list[float]]:
-        """By name, the times of works that take turns: one run of each in every round, after warm-up."""
+        """Of several runs, as many as take about `total_ms`, after warm-up."""
         if not self.on_gpu:
-            return {name: [_wall_ms(work)] for name, work in works.items()}
-        for work in works.values():
-            work()
-        round_ms = sum(span() for span in [self._span(work) for work in works.values()])
-        rounds = min(max(int(total_ms / max(round_ms, 1e-3)), _LEAST), most)
-        spans = [{name: self._span(work) for name, work in works.items()} for _ in range(rounds)]
-        return {name: [each[name]() for each in spans] for name in works}
+            return _wall_ms(work)
+        work()
+        rounds = min(max(int(total_ms / max(self._span(work)(), 1e-3)), _LEAST), most)
+        return statistics.median([read() for read in [self._span(work) for _ in range(rounds)]])
 
     def device_ms(self, work: Work, total_ms: float = 200.0) -> tuple[float | None, str | None]:
         """Median of `work` replayed as a CUDA graph: what it takes without its launches. None, and why, if it cannot
@@ -55,19 +43,6 @@ class Clock:
             torch.cuda.synchronize()  # raises if the device is lost
             return None, f"{type(error).__name__}: {error}"
         return self.median(graph.replay, total_ms), None
-
-    def host_ms(self, work: Work, repeats: int = 5) -> float:
-        """Median time until `work` returns, with nothing ahead of it in the queue: what launching it takes."""
-        found = []
-        for _ in range(repeats if self.on_gpu else 1):
-            self.wait()
-            found.append(_wall_ms(work))
-        self.wait()
-        return statistics.median(found)
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
 
     def _span(self, work: Work) -> Callable[[], float]:
         """Run it once; the returned function waits for it and tells its milliseconds."""

@@ -1,22 +1,78 @@
 """Section `kernels`: each operation by itself, beside the dense GEMM's rate and PyTorch's time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from hf_subquad.ops.backends import backend_for, triton_products
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from .bench import Bench, Case, Row, dtype_name
+from hf_subquad.ops.backends import EstimatedInput, MergedWeight, Scoring, backend_for, triton_products
+from hf_subquad.ops.token_tiles import TokenTiles
+
+from .bench import Bench, Case, Row, Shape, dtype_name
 from .clock import Work
-from .problem import Problem, ProblemSize, gathered_down, gathered_up, make
-from .shapes import Shape
+
+_SAMPLED = 16  # tokens of a tile that are scored
+_DIRECTIONS = 64  # of a sketch
+
+
+@dataclass
+class Problem:
+    """Random inputs of production's sizes: N tokens of d features in n tiles of T slots, k of m neurons, rank q.
+
+    Attributes:
+        a: [n, T, k] each, of two matrices.
+        inputs: into neurons, two; outputs: the same rows with a bias [d].
+        features: float32 [N, 32], what tiles are made by.
+    """
+
+    x: Tensor
+    x_low: Tensor
+    a: list[Tensor]
+    tiles: TokenTiles
+    neurons: Tensor
+    inputs: list[MergedWeight]
+    outputs: list[MergedWeight]
+    scoring: Scoring
+    features: Tensor
+
+    @classmethod
+    def make(cls, bench: Bench, shape: Shape) -> "Problem":
+        torch.manual_seed(1)
+
+        def some(*sizes: int, spread: float = 1.0) -> Tensor:
+            return (spread * torch.randn(*sizes, device=bench.device)).to(bench.dtype)
+
+        n, d, m, q = max(1, bench.tokens // bench.tile), shape.hidden, shape.intermediate, bench.rank
+        slots, k = -(-bench.tokens // n), backend_for("triton", bench.device).round_up_k(shape.active)
+        entries = torch.randperm(n * slots, device=bench.device).view(n, slots)
+        neurons = torch.rand(n, m, device=bench.device).argsort(1)[:, :k].sort(1).values
+        factors = [(some(m, q, spread=q**-0.5).float(), some(q, d, spread=d**-0.5).float()) for _ in range(2)]
+        inputs = [MergedWeight(some(m, d, spread=d**-0.5), u, v, some(m)) for u, v in factors]
+        r = min(_DIRECTIONS, d)
+        estimated = [
+            EstimatedInput(some(m, r, spread=r**-0.5).float(), u, v, some(m, spread=0.1).float()) for u, v in factors
+        ]
+        basis, norms = some(r, d, spread=d**-0.5).float(), some(m).float().square()
+        return cls(
+            x=some(bench.tokens, d),
+            x_low=some(bench.tokens, q),
+            a=[some(n, slots, k) for _ in range(2)],
+            tiles=TokenTiles.of(entries, bench.tokens),
+            neurons=neurons,
+            inputs=inputs,
+            outputs=[replace(matrix, bias=some(d)) for matrix in inputs],
+            scoring=Scoring(basis, estimated[: 1 + shape.gated], F.silu if shape.gated else F.relu, norms),
+            features=torch.randn(bench.tokens, min(32, d), device=bench.device),
+        )
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Attributes:
-    work: as it is timed.
     pytorch: the same operation of the PyTorch backend, if there is one.
     flops: useful ones, without the low-rank update and without padding.
     bytes: each input read once, each output written once; gathered rows and scratch of tiles count as often as used.
@@ -30,33 +86,17 @@ class Kernel:
 
 
 def cases(bench: Bench) -> list[Case]:
-    shapes = (bench.sizes.main, *bench.sizes.others)
-    return [(shape.name, partial(_shape, bench, shape)) for shape in shapes]
-
-
-def problem_of(bench: Bench, shape: Shape) -> Problem:
-    """Inputs of production, at the first token count and the paper's share."""
-    count, tile = bench.sizes.tokens[0], bench.sizes.tile
-    tiles = max(1, count // tile)
-    active = backend_for("triton", bench.device).round_up_k(shape.paper_active)
-    size = ProblemSize(
-        shape.name, count, tiles, -(-count // tiles), active, shape.intermediate, shape.hidden, bench.sizes.rank
-    )
-    return make(size, bench.dtype, bench.device)
+    return [(shape.name, partial(_shape, bench, shape)) for shape in (bench.main, bench.other)]
 
 
 def _shape(bench: Bench, shape: Shape) -> Iterator[Row]:
-    p = problem_of(bench, shape)
-    main = shape == bench.sizes.main
-    about = {
-        "shape": shape.name, "tokens": p.size.tokens, "active": p.size.active, "tile": p.size.slots,
-        "dtype": dtype_name(bench.dtype), "main": main,
-    }  # fmt: skip
-    weight = p.matrices[0].rows.t()
+    p = Problem.make(bench, shape)
+    weight = p.inputs[0].rows.t()
+    about = {"shape": shape.name, "active": p.neurons.shape[1], "dtype": dtype_name(bench.dtype)}
     dense_ms = bench.clock.median(lambda: p.x @ weight)
-    dense = 2 * p.size.tokens * p.size.width * p.size.neurons / dense_ms / 1e9
+    dense = 2 * len(p.x) * shape.hidden * shape.intermediate / dense_ms / 1e9
     yield {"kernel": "dense GEMM, all neurons", **about, "ms": dense_ms, "tflops": dense, "of_dense_rate": 1.0}
-    for kernel in _kernels(bench, p, gated=shape.gated):
+    for kernel in _kernels(bench, p):
         launched = bench.clock.median(kernel.work, total_ms=60)
         device_ms, why_not = bench.clock.device_ms(kernel.work, total_ms=60)
         ms = launched if device_ms is None else device_ms
@@ -71,81 +111,51 @@ def _shape(bench: Bench, shape: Shape) -> Iterator[Row]:
         yield row
 
 
-def _kernels(bench: Bench, p: Problem, gated: bool) -> Iterator[Kernel]:
+def _kernels(bench: Bench, p: Problem) -> Iterator[Kernel]:
     triton: Any = backend_for("triton", bench.device)
     pytorch: Any = backend_for("torch", bench.device)
-    size, entries, neurons = p.size, p.tiles.entries, p.neurons
-    slots = size.tiles * size.slots
-    product = 2.0 * slots * size.active * size.width
-    rows, us, vs = ([getattr(m, name) for m in p.matrices] for name in ("rows", "u", "v"))
-    biases = [matrix.bias for matrix in p.matrices]
-    lows, bias = [p.x_low, p.x_low], p.outputs[0].bias
+    entries, neurons, u = p.tiles.entries, p.neurons, p.inputs[0].u
+    n, slots, k = p.a[0].shape
+    tokens, (m, rank), value = len(p.x), u.shape, p.x.itemsize
     for count, name in ((1, ""), (2, ", two matrices")):
-        first = slice(count)
-        yield Kernel(
-            f"gathered_up{name}",
-            lambda first=first: triton_products.gathered_up(
-                p.x, entries, neurons, rows[first], biases[first], us[first], lows[first]
-            ),
-            flops=count * product,
+        flops = 2.0 * count * n * slots * k * p.x.shape[1]
+        up, down = (
+            [
+                partial(getattr(b, f"gathered_{way}"), given, p.tiles, neurons, matrices[:count])
+                for b in (triton, pytorch)
+            ]
+            for way, given, matrices in (("up", p.x, p.inputs), ("down", p.a[:count], p.outputs))
         )
-        yield Kernel(
-            f"gathered_down{name}",
-            lambda first=first: triton_products.gathered_down(
-                p.a[first], entries, neurons, rows[first], lows[first], vs[first], bias
-            ),
-            flops=count * product,
-        )
-    value, low = p.x.itemsize, size.tokens * size.rank * p.x.itemsize
-    read = slots * size.active * value
+        yield Kernel(f"gathered_up{name}", *up, flops=flops)
+        yield Kernel(f"gathered_down{name}", *down, flops=flops)
+    read = (n * slots * k + tokens * rank) * value
     yield Kernel(
         "per_token",
-        lambda: triton_products.per_token(p.a[0], entries, neurons, us[0], size.tokens),
-        bytes=read + low + size.tiles * size.active * size.rank * us[0].itemsize,
+        lambda: triton_products.per_token(p.a[0], entries, neurons, u, tokens),
+        bytes=read + n * k * rank * u.itemsize,
     )
     yield Kernel(
         "per_neuron",
-        lambda: triton_products.per_neuron(p.a[0], entries, neurons, p.x_low, size.neurons),
-        bytes=read + low + size.tiles * size.active * size.rank * 4 + size.neurons * size.rank * 4,
+        lambda: triton_products.per_neuron(p.a[0], entries, neurons, p.x_low, m),
+        bytes=read + (n * k + m) * rank * 4,
     )
-    for count, name in ((1, ""), (2, ", two matrices")):
-        yield Kernel(
-            f"operation gathered_up{name}, with x V^T",
-            partial(gathered_up, triton, p, count),
-            partial(gathered_up, pytorch, p, count),
-            flops=count * product,
-        )
-        yield Kernel(
-            f"operation gathered_down{name}, with per_token",
-            partial(gathered_down, triton, p, count),
-            partial(gathered_down, pytorch, p, count),
-            flops=count * product,
-        )
-    yield from _selection_kernels(triton, pytorch, p, gated)
-
-
-def _selection_kernels(triton: Any, pytorch: Any, p: Problem, gated: bool) -> Iterator[Kernel]:
-    size, sample = p.size, p.sample
-    scoring = p.gated if gated else p.plain
-    scores = pytorch.tile_scores(sample.float(), p.to(sample.float().dtype).gated)
-    rounds = max(1, size.tiles.bit_length() - 1)
-    features = p.features.numel() * p.features.itemsize
+    rounds = max(1, n.bit_length() - 1)
+    tile = -(-tokens // (1 << rounds))
+    sample = p.x[p.tiles.slots[:, :: -(-slots // _SAMPLED)]]
+    scores = pytorch.tile_scores(sample, p.scoring)
+    codes = sum(each.codes.numel() + each.u.numel() for each in p.scoring.inputs) * 4
     yield Kernel(
         "bisect",
-        lambda: triton.bisect(p.features, 1 << rounds, -(-size.tokens // (1 << rounds))),
-        lambda: pytorch.bisect(p.features, 1 << rounds, -(-size.tokens // (1 << rounds))),
-        bytes=rounds * (features + 16 * size.tokens),
+        *(partial(each.bisect, p.features, 1 << rounds, tile) for each in (triton, pytorch)),
+        bytes=rounds * (p.features.numel() * p.features.itemsize + 16 * tokens),
     )
-    codes = sum(each.codes.numel() + each.u.numel() for each in scoring.inputs) * 4
     yield Kernel(
         "tile_scores",
-        lambda: triton.tile_scores(sample, scoring),
-        lambda: pytorch.tile_scores(sample, scoring),
-        bytes=sample.numel() * sample.itemsize + codes + scores.numel() * 4,
+        *(partial(each.tile_scores, sample, p.scoring) for each in (triton, pytorch)),
+        bytes=sample.numel() * value + codes + scores.numel() * 4,
     )
     yield Kernel(
         "top_neurons",
-        lambda: triton.top_neurons(scores, size.active),
-        lambda: pytorch.top_neurons(scores, size.active),
-        bytes=scores.numel() * 4 + size.tiles * size.active * 8,
+        *(partial(each.top_neurons, scores, k) for each in (triton, pytorch)),
+        bytes=scores.numel() * 4 + n * k * 8,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_subquad import LayerPlan, Plan, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.planning import calibration
+from hf_subquad.planning import calibration, measured_mlp
 from hf_subquad.planning.measurements import MLPCall
 from hf_subquad.planning.mlp_timing import MLPTiming
 from hf_subquad.planning.predictions import Predictions
@@ -52,8 +52,9 @@ def set_times(
         return MLPTiming(3.0 * m, 2.0 * m, {budget: ms(budget) for budget in budgets})
 
     ticks = itertools.count()
-    monkeypatch.setattr(calibration, "time_mlp", time_mlp)
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
+    monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
+    for module in (calibration, measured_mlp):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
 
 
 def hand_plan(model: nn.Module, active: Sequence[int | tuple[int, int]], **of_layers: Any) -> Plan:

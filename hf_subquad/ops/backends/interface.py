@@ -73,7 +73,13 @@ class Scoring:
 
 
 class Backend(ABC):
-    """N tokens in n tiles of T slots; a tile computes k of m neurons."""
+    """N tokens in n tiles of T slots; a tile computes k of m neurons.
+
+    Attributes:
+        most_scored: tokens of a tile that `tile_scores` takes at most; None: any number.
+    """
+
+    most_scored: int | None = None
 
     @abstractmethod
     def bisect(self, features: Tensor, count: int, size: int) -> Tensor:

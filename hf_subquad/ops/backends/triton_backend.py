@@ -19,6 +19,8 @@ _STEP = 64  # neurons; kernels whose blocks are all full load without masks
 class TritonBackend(TorchBackend):
     """Rows are gathered as a kernel loads them, so that they pass through device memory once, as a dense GEMM's do."""
 
+    most_scored = 16  # that a program of the kernel holds
+
     def bisect(self, features: Tensor, count: int, size: int) -> Tensor:
         return triton_tiles.bisect(features, count, size)
 

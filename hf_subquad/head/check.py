@@ -1,0 +1,105 @@
+"""Finds out by trying how a model can run on labelled rows: a few tokens, against its stock loss."""
+
+from collections.abc import Callable
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
+from .labelled_call import NotHereError, Way, run_on_labelled_rows, supported_loss
+from .labelled_rows import IGNORED
+
+_LENGTH, _TARGETS = 12, 8
+
+
+def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
+    """The way that costs least among those that give the model's own loss, in evaluation mode.
+
+    Raises:
+        NotHereError: there is none; the message says why.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise NotHereError("it has no output embeddings")
+    own_forward = model.__dict__.get("forward")
+    if (getattr(own_forward, "__module__", None) or "").startswith("liger_kernel"):
+        raise NotHereError("Liger's fused loss is in place, which does without logits already")
+    if hooked := [name or "head" for name, m in head.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
+        raise NotHereError(f"hooks on its head ({', '.join(hooked)}) would see the labelled rows only")
+    if model.main_input_name != "input_ids":
+        raise NotHereError(f"its main input is {model.main_input_name}, not input_ids")
+    reasons = []
+    with preserve_mode_and_rng(model), torch.autocast(model.device.type, enabled=False):
+        inputs = _few_tokens(model)
+        try:
+            expected = stock(**inputs).loss
+        except Exception as error:
+            raise NotHereError(f"it does not run on a few tokens ({type(error).__name__}: {error})") from error
+        ways: tuple[Way, ...] = ("chunks", "rows") if supported_loss(model) else ()
+        for way in (*ways, "labels"):
+            try:
+                if way == "chunks":
+                    _check_parameters(model, head)
+                loss = run_on_labelled_rows(model, stock, inputs, way, 1).loss
+            except NotHereError as reason:
+                reasons.append(f"{way}: {reason}")
+            except Exception as error:
+                reasons.append(f"{way}: {type(error).__name__}: {error}")
+            else:
+                if _same(loss, expected, model.dtype):
+                    return way
+                reasons.append(f"{way}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
+    raise NotHereError("labelled rows alone do not give its loss (" + "; ".join(reasons) + ")")
+
+
+def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
+    embeddings = model.get_input_embeddings()
+    vocabulary = min(embeddings.get_parameter("weight").shape[0], model.config.get_text_config(decoder=True).vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    length = _TARGETS if model.config.is_encoder_decoder else _LENGTH
+    ids = torch.randint(vocabulary, (2, _LENGTH), generator=generator).to(model.device)
+    labels = torch.randint(vocabulary, (2, length), generator=generator).to(model.device)
+    labels[:, : length // 3] = IGNORED
+    labels[1, -2:] = IGNORED
+    inputs: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if "attention_mask" in signature(model.forward).parameters:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    return inputs
+
+
+def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
+    """Chunks collect gradients of the head's own parameters; there must be no others that its output depends on."""
+    with torch.enable_grad():
+        hidden = torch.zeros(1, _width(head), dtype=model.dtype, device=model.device, requires_grad=True)
+        found = _leaves(head.forward(hidden))
+    if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
+        raise NotHereError("the head depends on trainable parameters that are not its own")
+
+
+def _width(head: nn.Module) -> int:
+    width = getattr(head, "in_features", None)
+    if not isinstance(width, int):
+        raise NotHereError(f"the head is a {type(head).__name__}, no linear layer")
+    return width
+
+
+def _leaves(value: Tensor) -> set[int]:
+    found, waiting, seen = set(), [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
+
+
+def _same(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """A wrong row or label changes a loss of a few tokens by much more than a rounding of its logits."""
+    tolerance = max(128 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
+    return bool((loss - expected).abs() <= tolerance * max(1.0, expected.abs().item()))

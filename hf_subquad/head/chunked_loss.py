@@ -1,0 +1,125 @@
+"""Cross-entropy behind a head, chunk by chunk of rows, so that logits of a few rows exist at a time.
+
+The gradient of the logits, softmax minus one-hot, is at hand as soon as the logits are. So the forward pass computes it
+and passes it on to the hidden states and the head's parameters, where it is small, and the chunk's logits are gone
+before the next chunk's come.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MEGABYTE = 2**20
+
+
+def chunked_cross_entropy(
+    head: Callable[[Tensor], Tensor],
+    parameters: list[nn.Parameter],
+    hidden: Tensor,
+    labels: Tensor,
+    denominator: Tensor | int,
+    vocabulary: int,
+    megabytes: int,
+    weight: nn.Parameter | None = None,
+) -> Tensor:
+    """Sum of the cross-entropies of head(hidden) against labels, over a denominator; float32, as in transformers.
+
+    Args:
+        head: maps (rows, width) to (rows, vocabulary), each row by itself.
+        parameters: all parameters that the head's output depends on and that take gradients.
+        hidden: shape (rows, width), at least one row.
+        labels: ids in [0, vocabulary); shape (rows,).
+        megabytes: bound on what the logits and their gradient take at a time; one row is the least.
+        weight: one of the parameters, if the head is a linear layer of it and nothing else but a bias: its gradient is
+            then summed in place, without a matrix of its size for every chunk.
+
+    Raises:
+        IndexError: a label lies outside the vocabulary (PyTorch's own error).
+    """
+    rows = max(1, megabytes * MEGABYTE // (vocabulary * bytes_per_logit(hidden.dtype)))
+    denominator = torch.as_tensor(denominator, device=hidden.device)
+    loss: Tensor = _ChunkedCrossEntropy.apply(head, rows, labels, denominator, weight, hidden, *parameters)
+    return loss
+
+
+def bytes_per_logit(dtype: torch.dtype) -> int:
+    """Logits and log-probabilities; in other dtypes than float32 also the logits in float32 and their gradient."""
+    return 8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: Callable[[Tensor], Tensor],
+        rows: int,
+        labels: Tensor,
+        denominator: Tensor,
+        weight: nn.Parameter | None,
+        hidden: Tensor,
+        *parameters: nn.Parameter,
+    ) -> Tensor:
+        inputs = (hidden, *parameters)
+        needed = ctx.needs_input_grad[5:]
+        trained = [position for position, needs in enumerate(needed) if needs]
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        of_hidden = []
+        total = torch.zeros((), device=hidden.device)
+        for chunk, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
+            chunk = chunk.detach().requires_grad_(needed[0])
+            with torch.set_grad_enabled(bool(trained)):
+                logits = head(chunk)
+            log_probabilities = torch.log_softmax(logits.detach().float(), dim=-1)
+            total += nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
+            if not trained:
+                continue
+            at_logits = log_probabilities.exp_()
+            at_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
+            at_logits = at_logits.div_(denominator).to(logits.dtype)
+            by_autograd = list(trained)
+            if (
+                weight is not None
+                and weight.requires_grad
+                and weight.dtype == chunk.dtype == logits.dtype == total.dtype
+            ):
+                position = next(position for position in trained if inputs[position] is weight)
+                by_autograd.remove(position)
+                gradients[position] = _with_product(gradients[position], at_logits, chunk.detach())
+            leaves = [chunk if position == 0 else inputs[position] for position in by_autograd]
+            found = torch.autograd.grad(logits, leaves, at_logits, allow_unused=True) if leaves else ()
+            for position, part in zip(by_autograd, found, strict=True):
+                if position == 0:
+                    of_hidden.append(part)
+                elif part is not None:
+                    gradients[position] = _added(gradients[position], part)
+            del logits, log_probabilities, at_logits  # before the next chunk's
+        if of_hidden:
+            gradients[0] = torch.cat(of_hidden)
+        ctx.gradients, ctx.dtypes = gradients, [value.dtype for value in inputs]
+        return total / denominator
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "the labelled head keeps its gradients for one backward pass: call unpatch_head(model) to go through "
+                "a graph twice (retain_graph=True)"
+            )
+        scaled = (g if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, None, None, None, *scaled
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sums over chunks are kept in float32 at least."""
+    if total is None:
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    return total.add_(part)
+
+
+def _with_product(total: Tensor | None, at_logits: Tensor, hidden: Tensor) -> Tensor:
+    return at_logits.t() @ hidden if total is None else total.addmm_(at_logits.t(), hidden)

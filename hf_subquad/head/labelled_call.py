@@ -1,0 +1,172 @@
+"""One forward pass of a model whose head gets the labelled rows only, and whose loss gets their labels."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+
+from .chunked_loss import chunked_cross_entropy
+from .labelled_rows import IGNORED, LabelledRows
+
+# How the labelled rows reach the loss. 'chunks': the model's loss function is replaced by one that includes the head.
+# 'rows': the head gives logits of the labelled rows, and what the model does to them, and its loss function, follow.
+# 'labels': the loss stands inside the model's forward, which is called with the labels of these rows.
+Way = Literal["chunks", "rows", "labels"]
+
+
+class NotHereError(Exception):
+    """A call cannot run on labelled rows. Internal: the stock forward runs instead.
+
+    Its message says why, if that holds for the model rather than for one call.
+    """
+
+
+def supported_loss(model: PreTrainedModel) -> bool:
+    return model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+
+
+def run_on_labelled_rows(
+    model: PreTrainedModel, stock: Callable[..., Any], inputs: dict[str, Any], way: Way, megabytes: int
+) -> Any:
+    """The outputs of the stock forward, with `logits` None.
+
+    Raises:
+        NotHereError: these inputs, or this model, need the stock forward.
+    """
+    labels = inputs.get("labels")
+    if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
+        raise NotHereError
+    rows = LabelledRows.of(labels, shifted=way != "labels" and model.loss_function is ForCausalLMLoss)
+    if not len(rows.index):  # the loss of no labels is what the stock forward makes of it
+        raise NotHereError
+    call = _Call(model, rows, labels, megabytes, way)
+    if way == "labels":
+        inputs = {**_with_decoder_inputs(model, inputs, labels), "labels": rows.labels.unsqueeze(0)}
+    with call.in_place():
+        outputs = stock(**inputs)
+    if not call.head_calls or (way != "labels" and not call.loss_calls):
+        raise NotHereError("its forward does not call its head and its loss function")
+    return dataclasses.replace(outputs, logits=None)
+
+
+class _Call:
+    """What stands in for head and loss function during one forward pass."""
+
+    def __init__(self, model: PreTrainedModel, rows: LabelledRows, labels: Tensor, megabytes: int, way: Way) -> None:
+        self.model, self.rows, self.labels, self.megabytes, self.way = model, rows, labels, megabytes, way
+        self.head: nn.Module = model.get_output_embeddings()
+        self.head_forward = self.head.forward
+        self.linear = type(self.head) is nn.Linear and "forward" not in vars(self.head)
+        self.loss_function = model.loss_function
+        self.head_calls = self.loss_calls = 0
+        self.stand_in: Tensor | None = None  # for the logits, between head and loss: the labelled hidden states
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        loss = {"chunks": self.loss_of_chunks, "rows": self.loss_of_rows, "labels": self.unexpected_loss}[self.way]
+        with ExitStack() as stack:
+            stack.enter_context(_attribute(self.head, "forward", self.gathered))
+            stack.enter_context(_attribute(self.model, "_loss_function", loss))
+            yield
+
+    def gathered(self, hidden: Tensor) -> Tensor:
+        self.head_calls += 1
+        if self.head_calls > 1:
+            raise NotHereError("its forward calls the head more than once")
+        if hidden.shape[:-1] != self.rows.shape:
+            raise NotHereError(f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.rows.shape)}")
+        labelled = self.rows.gather(hidden)
+        if self.way != "chunks" or _in_float16(hidden):
+            return cast("Tensor", self.head_forward(labelled))
+        self.stand_in = labelled
+        return labelled
+
+    def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
+        _, compact = self._checked(logits, labels, kwargs)
+        if self.loss_function is ForCausalLMLoss:
+            kwargs["shift_labels"] = compact
+        return self.loss_function(logits, compact, vocab_size, *args, **kwargs)
+
+    def loss_of_chunks(
+        self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        if self.stand_in is None:
+            return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
+        hidden, compact = self._checked(logits, labels, kwargs)
+        if hidden is not self.stand_in:
+            raise NotHereError("its forward changes the logits between head and loss")
+        return chunked_cross_entropy(
+            self.head_forward,
+            [parameter for parameter in self.head.parameters() if parameter.requires_grad],
+            hidden[0],
+            compact[0],
+            len(compact[0]) if num_items_in_batch is None else num_items_in_batch,
+            vocab_size,
+            self.megabytes,
+            cast("nn.Parameter", self.head.weight) if self.linear else None,
+        )
+
+    def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        raise NotHereError("its loss function is not one of transformers' for language models")
+
+    def _checked(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits of the labelled rows and their labels, both as a batch of one."""
+        self.loss_calls += 1
+        if not self.head_calls or logits.shape[:-1] != (1, len(self.rows.index)) or labels is not self.labels:
+            raise NotHereError("its forward changes logits or labels between head and loss")
+        if kwargs.get("shift_labels") is not None or kwargs.get("ignore_index", IGNORED) != IGNORED:
+            raise NotHereError("its loss is called with shift_labels or ignore_index")
+        return logits, self.rows.labels.unsqueeze(0).to(logits.device)
+
+
+def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:
+    """Whether a call asks for the loss of token ids, and for nothing else that depends on the logits of all."""
+    if labels.dim() != 2 or labels.is_floating_point():
+        return False
+    if inputs.get("return_dict", getattr(model.config, "return_dict", True)) is False:
+        return False
+    keep = inputs.get("logits_to_keep")
+    return (keep is None or (isinstance(keep, int) and keep == 0)) and not {"shift_labels", "ignore_index"} & set(
+        inputs
+    )
+
+
+def _with_decoder_inputs(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+    """An encoder-decoder makes the inputs of its decoder from the labels, of which it is to get some only."""
+    if not model.config.is_encoder_decoder:
+        return inputs
+    if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:
+        return inputs
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return {**inputs, "decoder_input_ids": prepare(labels=labels)}
+    # Others shift the labels by one position inside their forward; the check has compared the loss.
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
+    return {**inputs, "decoder_input_ids": shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)}
+
+
+def _in_float16(hidden: Tensor) -> bool:
+    """Chunks compute gradients before the loss scale of float16 could keep the small ones from vanishing."""
+    device = hidden.device.type
+    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype) == torch.float16
+
+
+@contextmanager
+def _attribute(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give an instance an attribute for a while; afterwards it has its own one again, or none."""
+    before = module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before

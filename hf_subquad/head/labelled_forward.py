@@ -1,0 +1,72 @@
+"""A model's forward that computes logits at the labelled positions only, in training."""
+
+import inspect
+from types import MethodType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .check import find_way
+from .labelled_call import NotHereError, Way, run_on_labelled_rows
+
+logger = logging.get_logger(__name__)
+
+
+class LabelledForward:
+    """Stands in for `model.forward`, as an attribute of this one model; survives `deepcopy` and `pickle`.
+
+    Attributes:
+        model: the model whose forward it is.
+        megabytes: bound on the logits of a chunk of rows.
+        automatic: the callback put it here, and takes it away.
+        replaced: the attribute `forward` that was there before, if any.
+        active: False once it was taken away, perhaps from under something that wraps it.
+        way: how the labelled rows reach the loss; None: the stock forward runs.
+    """
+
+    def __init__(self, model: PreTrainedModel, megabytes: int, automatic: bool = False) -> None:
+        self.model, self.megabytes, self.automatic = model, megabytes, automatic
+        self.replaced = model.__dict__.get("forward")
+        self.active = True
+        self.way: Way | None = None
+        self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `way` was found for
+
+    def stock(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that this one stands in for."""
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # by which the Trainer chooses columns of the data
+        return inspect.signature(self.replaced or MethodType(type(self.model).forward, self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.model:  # accelerate makes a method of it when it undoes its mixed precision
+            args = args[1:]
+        if torch.compiler.is_compiling() or not self.active or not self.model.training or not torch.is_grad_enabled():
+            return self.stock(*args, **kwargs)
+        try:
+            way = self.find_way()
+            if way is not None:
+                inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+                return run_on_labelled_rows(self.model, self.stock, inputs, way, self.megabytes)
+        except NotHereError as reason:
+            if str(reason):
+                self.way = None
+                logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
+        return self.stock(*args, **kwargs)
+
+    def find_way(self) -> Way | None:
+        """Done anew after something replaced the head or the loss function (PEFT, say).
+
+        Raises:
+            NotHereError: there is none, the first time that this is found.
+        """
+        now = (self.model.get_output_embeddings(), self.model.loss_function)
+        if self._found_for is None or any(a is not b for a, b in zip(now, self._found_for, strict=True)):
+            self._found_for, self.way = now, None
+            self.way = find_way(self.model, self.stock)
+        return self.way

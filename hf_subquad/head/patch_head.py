@@ -1,0 +1,101 @@
+"""Switch a model's head to the labelled positions, and back."""
+
+from typing import TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError
+from .labelled_call import NotHereError
+from .labelled_forward import LabelledForward
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+HEAD_MEGABYTES = 64
+
+
+def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
+    """In training, compute logits and loss at the positions with a label only, in chunks of rows; in place.
+
+    Loss and gradients are those of the stock forward, to rounding. `outputs.logits` is then None: what reads logits in
+    training needs the model as it was. Calls without labels, in evaluation mode or without gradients, under
+    `torch.compile`, and batches without any label run the stock forward.
+
+    Needs no sparse MLPs, and works before or after `get_peft_model`.
+
+    Args:
+        model: a causal or masked language model, or an encoder-decoder; also wrapped by PEFT or DDP.
+        megabytes: bound on the memory that logits and their gradient take at a time, where the model's loss follows
+            its head directly; elsewhere (soft-capped or scaled logits) those of all labelled rows exist at once.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AlreadyPatchedError: the head is patched.
+        UnsupportedModuleError: the model's loss cannot be computed on labelled rows; the message says why.
+        ConfigError: `megabytes` is out of range.
+        In each case the model is as it was.
+    """
+    install(model, megabytes)
+    return model
+
+
+def unpatch_head(model: ModelT) -> ModelT:
+    """Undo `patch_head`, in place: the model's forward is the one that it was.
+
+    Raises:
+        NotPatchedError: the head is not patched.
+    """
+    forward = labelled_forward(model)
+    if forward is None:
+        raise NotPatchedError(f"the head of {type(model).__name__} is not patched: call patch_head(model) first")
+    remove(forward)
+    return model
+
+
+def install(model: nn.Module, megabytes: int, automatic: bool = False) -> LabelledForward:
+    """`patch_head`, for the callback too."""
+    if type(megabytes) is not int or megabytes < 1:
+        raise ConfigError(f"megabytes must be an integer of at least 1, got {megabytes!r}")
+    if labelled_forward(model) is not None:
+        raise AlreadyPatchedError("the head is patched already: call unpatch_head(model) first to patch it anew")
+    root = language_model(model)
+    if root is None:
+        raise UnsupportedModuleError(f"{type(model).__name__} holds no model of transformers")
+    forward = LabelledForward(root, megabytes, automatic)
+    try:
+        forward.find_way()
+    except NotHereError as reason:
+        raise UnsupportedModuleError(
+            f"the head of {type(root).__name__} cannot be limited to labelled positions: {reason}"
+        ) from reason
+    root.forward = forward
+    return forward
+
+
+def remove(forward: LabelledForward) -> None:
+    forward.active = False  # if something wraps it by now, it hands calls through
+    attributes = forward.model.__dict__
+    if attributes.get("forward") is not forward:
+        return
+    if forward.replaced is None:
+        del attributes["forward"]
+    else:
+        attributes["forward"] = forward.replaced
+
+
+def labelled_forward(model: nn.Module) -> LabelledForward | None:
+    """What `patch_head` put into a model, if it did."""
+    root = language_model(model)
+    if root is None:
+        return None
+    found = root.__dict__.get("forward")
+    while found is not None and not isinstance(found, LabelledForward):  # accelerate wraps it for mixed precision
+        found = getattr(found, "__wrapped__", None)
+    return found if found is not None and found.active else None
+
+
+def language_model(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost model of transformers in a model."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

@@ -1,0 +1,69 @@
+"""The head on labelled positions during the Trainer's training, where nobody sees that other logits are missing."""
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ..errors import UnsupportedModuleError
+from ..head.patch_head import install, labelled_forward, language_model, remove
+
+logger = logging.get_logger(__name__)
+
+
+def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: int) -> None:
+    """Patch the head for this training, unless the user did, or it is switched off, or somebody may look at logits.
+
+    One log line says that it is on, or why it is not.
+    """
+    root = language_model(model)
+    if not megabytes or labelled_forward(model) is not None or root is None or root.get_output_embeddings() is None:
+        return
+    reason = reader_of_logits(trainer)
+    if reason is None:
+        try:
+            way = install(model, megabytes, automatic=True).way
+        except UnsupportedModuleError as error:
+            reason = str(error)
+        else:
+            at_a_time = f"{megabytes} MB of them at a time" if way == "chunks" else "all of them at once"
+            _say(
+                trainer,
+                f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
+                "same (head_megabytes=0 switches it off)",
+            )
+            return
+    _say(trainer, f"logits are computed at all positions: {reason}")
+
+
+def stop_labelled_head(model: nn.Module) -> None:
+    """Undo `start_labelled_head`; what the user patched stays."""
+    forward = labelled_forward(model)
+    if forward is not None and forward.automatic:
+        remove(forward)
+
+
+def reader_of_logits(trainer: Trainer | None) -> str | None:
+    """Who may look at the logits of a training step, or replaces its forward; None: nobody does."""
+    if trainer is None:
+        return "no Trainer is at hand"
+    args, kind = trainer.args, type(trainer)
+    for name in ("compute_loss", "training_step"):
+        if getattr(kind, name) is not getattr(Trainer, name) or name in vars(trainer):
+            return f"{kind.__name__} has a {name} of its own"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func is given"
+    if trainer.label_smoother is not None:
+        return "label_smoothing_factor is set"
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        return "Liger's fused_linear_cross_entropy is on"
+    if args.torch_compile or isinstance(trainer.model, torch._dynamo.OptimizedModule):
+        return "the model is compiled"
+    if args.n_gpu > 1:
+        return "torch.nn.DataParallel copies the model"
+    return None
+
+
+def _say(trainer: Trainer | None, text: str) -> None:
+    if trainer is None or trainer.is_world_process_zero():
+        logger.warning(text)

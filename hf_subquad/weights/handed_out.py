@@ -1,0 +1,100 @@
+"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing is lost silently."""
+
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_REMEMBERED = 3  # states
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Snapshot(NamedTuple):
+    """The factors that a merged weight was made with, and how to recognise it."""
+
+    fingerprint: tuple[int, int]
+    U: Tensor
+    V: Tensor
+
+
+class HandedOut:
+    """Merged weights of one projection that left it through `state_dict()`.
+
+    In an `nn.Module`, what is written into a value of `state_dict()` is written into the model. A merged weight is a
+    copy, so writes are noticed: when the copy is next looked at, and when it goes out of use, as in
+    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. Nothing is kept in memory for that.
+
+    A state that was handed out may be loaded again, after another one was tried: the factors that it was made with
+    are remembered for the latest three states.
+    """
+
+    def __init__(self) -> None:
+        self._live: list[_Copy] = []
+        self._snapshots: deque[Snapshot] = deque(maxlen=_REMEMBERED)
+
+    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> None:
+        """Note with which factors a merged weight was made."""
+        snapshot = Snapshot(fingerprint(merged), U.detach().clone(), V.detach().clone())
+        if not self._snapshots or self._snapshots[-1].fingerprint != snapshot.fingerprint:
+            self._snapshots.append(snapshot)
+
+    def recall(self, merged: Tensor) -> Snapshot | None:
+        """The factors of a merged weight that was handed out, if this is one."""
+        if not self._snapshots:
+            return None
+        found = fingerprint(merged)
+        return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
+
+    def watch(self, merged: Tensor, written: Callable[[Tensor], None]) -> None:
+        """Call a method of the projection with a copy that was handed out, if it is written to."""
+        self._live.append(_Copy(merged, self._live, written))
+
+    def notice_writes(self) -> None:
+        """Pass on what was written into copies that are in use."""
+        for copy in self._live:
+            copy.pass_on()
+
+    def __bool__(self) -> bool:
+        return bool(self._live)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_live": [], "_snapshots": deque(maxlen=_REMEMBERED)}
+
+
+class _Copy(weakref.ref):  # type: ignore[type-arg]
+    """A merged weight in use elsewhere. It shares its storage as long as that is in use, and no longer."""
+
+    def __new__(cls, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> "_Copy":
+        return super().__new__(cls, merged, _Copy._out_of_use)
+
+    def __init__(self, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> None:
+        super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
+        self._shared: Tensor = merged.detach()
+        self._version = self._shared._version
+        self._content = fingerprint(self._shared)
+        self._live = live
+        self._written = weakref.WeakMethod(written)
+
+    def pass_on(self, thoroughly: bool = False) -> None:
+        """Thoroughly: also what was written around PyTorch's version counter (`.data`)."""
+        changed = self._shared._version != self._version
+        if changed or (thoroughly and fingerprint(self._shared) != self._content):
+            self._version, self._content = self._shared._version, fingerprint(self._shared)
+            if (written := self._written()) is not None:
+                written(self._shared)
+
+    @staticmethod
+    def _out_of_use(copy: "_Copy") -> None:
+        copy._live.remove(copy)
+        copy.pass_on(thoroughly=True)
+
+
+@torch.no_grad()
+def fingerprint(values: Tensor) -> tuple[int, int]:
+    """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
+    by_row = values.view(_INTEGERS[values.dtype.itemsize]).sum(1, dtype=torch.int64)
+    weights = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)
+    return int(by_row.sum()), int((by_row * weights).sum())

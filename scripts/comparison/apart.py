@@ -1,0 +1,101 @@
+"""Runs work in a process of its own, so that its memory is given back and its peak is its own; one at a time."""
+
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from .memory import memory_bytes, peak_bytes_of
+
+OnProgress = Callable[[Any], None]
+Work = Callable[[Any, OnProgress], Any]
+
+# Imported once, by the process that the others fork from. It looks in the current folder, so only what is installed.
+_PRELOADED = [
+    "torch", "transformers.trainer", "transformers.models.auto.modeling_auto", "transformers.models.llama",
+    "transformers.models.opt", "peft", "datasets",
+]  # fmt: skip
+_POLL_SECONDS = 0.2
+
+
+class WorkerError(RuntimeError):
+    """A process failed; the message holds its name and its traceback, or how it died and what memory it held."""
+
+
+def run_apart(name: str, work: Work, argument: Any, on_progress: OnProgress = lambda progress: None) -> Any:
+    """Run `work(argument, report)` in a process of its own and return what it returns.
+
+    Args:
+        name: for messages.
+        work: a function that a fresh Python process can import; its result and all it reports are pickled.
+        on_progress: gets what `work` reports.
+
+    Raises:
+        WorkerError: it raised an exception, or the process died.
+    """
+    context = _context()
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(work, argument, sending), name=name)
+    process.start()
+    sending.close()  # so that the process's death closes the pipe
+    held = 0
+    try:
+        while True:
+            wait([receiving, process.sentinel], timeout=_POLL_SECONDS)
+            held = max(held, peak_bytes_of(process.pid))
+            ended = not process.is_alive()  # asked before the pipe: what it sent before its end is still there
+            if receiving.poll():
+                try:
+                    kind, content = receiving.recv()
+                except (EOFError, OSError):
+                    process.join()
+                    raise WorkerError(_how_it_died(name, process.exitcode, held)) from None
+                if kind == "result":
+                    return content
+                if kind == "error":
+                    raise WorkerError(f"{name} failed:\n{content}")
+                on_progress(content)
+            elif ended:
+                raise WorkerError(_how_it_died(name, process.exitcode, held))
+    finally:
+        receiving.close()
+        process.join(timeout=5)  # it may still be ending
+        if process.is_alive():
+            process.kill()
+            process.join()
+
+
+def _context() -> Any:
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
+
+
+def _run(work: Work, argument: Any, sending: Connection) -> None:
+    """What the process runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    try:
+        message = ("result", work(argument, lambda progress: sending.send(("progress", progress))))
+    except BrokenPipeError:  # the parent is gone
+        sys.exit(1)
+    except BaseException:
+        message = ("error", traceback.format_exc())
+    sending.send(message)
+
+
+def _how_it_died(name: str, code: int | None, held: int) -> str:
+    if code is None or code >= 0:
+        return f"{name}: the process ended with exit status {code}"
+    killed_by = signal.Signals(-code).name
+    text = f"{name}: the process was killed by {killed_by}; it had held {held / 1e9:.1f} GB of memory"
+    if killed_by != "SIGKILL":
+        return text
+    return (
+        f"{text}, of the machine's {memory_bytes() / 1e9:.1f} GB. Most likely the system had no memory left: "
+        "reduce the batch size or the sequence length, or end other programs"
+    )

@@ -1,0 +1,89 @@
+"""Tables, pictures and files of reports, made from rows only."""
+
+import argparse
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from environment import provenance
+
+Points = Mapping[str, Sequence[tuple[float, float]]]  # (x, y) by the name of the line
+
+
+class Panel(NamedTuple):
+    x_label: str
+    y_label: str
+    lines: Points
+    x_scale: str = "linear"  # or "log"
+    y_scale: str = "linear"
+
+
+def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns, the first aligned left, the others right."""
+    cells = [list(head), *map(list, lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in cells)
+    )
+
+
+def lines_of(rows: Iterable[Mapping[str, Any]], name: str, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
+    """(row[x], row[y]) by row[name], in order of x."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row[name], []).append((row[x], row[y]))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def plots_available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
+    """A PNG with one panel beside the other; a line has the same colour in each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    styles = {name: (f"C{i % 10}", "os^vD<>ph*"[i % 10], "-" if i < 10 else "--") for i, name in enumerate(names)}
+    for axes, panel in zip(grid[0], panels, strict=True):
+        for name, points in panel.lines.items():
+            colour, marker, dashes = styles[name]
+            axes.plot(*zip(*points, strict=True), dashes, label=name, color=colour, marker=marker, markersize=4)
+        axes.set(xscale=panel.x_scale, yscale=panel.y_scale, xlabel=panel.x_label, ylabel=panel.y_label)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    write_whole(path, lambda file: figure.savefig(file, dpi=150))
+    plt.close(figure)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Create `path` with what `write` puts into a file, or leave what was there: never a half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(report: Any, path: Path) -> None:
+    write_whole(path, lambda file: file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+
+
+def conclude(report: Mapping[str, Any], text: str, options: argparse.Namespace) -> None:
+    """Print a report as text; write it, with settings and provenance, to the file `options.json`, if there is one."""
+    print(text)
+    if options.json:
+        settings = {name: value for name, value in vars(options).items() if name not in ("json", "png")}
+        write_json({**report, "settings": settings, **provenance()}, options.json)

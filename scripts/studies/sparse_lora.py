@@ -1,0 +1,317 @@
+"""SparseLoRA's recipe beside this library's plan, at equal measured time of a training step.
+
+    python scripts/studies/sparse_lora.py --model smollm2-135m --train-file train.jsonl --eval-file test.jsonl \\
+        --tolerances 0.003 0.01 --steps 40 --json out/sparse_lora.json
+
+SparseLoRA (Khaki et al., ICML 2025) is made from this library's parts: neurons of a token's MLP are chosen by a rank-8
+SVD of the weights, one set for all context tokens of a sequence; tokens at which the loss looks run dense, and so do
+the first 5% of the steps. Its share of neurons is the one at which its step takes as long as the plan's. Both have the
+same low-rank updates, LoRA on attention, and skip padding. `dense` is the same model with all neurons.
+
+Before training: the cosine of the gradient with the exact one, on a batch that no plan saw. Then all are trained from
+the same start on the same batches, and the dense model's loss is measured on held-out rows.
+"""
+
+import argparse
+import copy
+import functools
+import gc
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "recipes")]
+
+from data import load_rows
+from lm_data import NO_LOSS, make_sequences
+from methods import apply_method
+from reporting import conclude, text_table
+from settings import LmSettings
+from training import load_tokenizer
+
+from hf_subquad import Plan, SubquadConfig, apply_plan, calibrate, compensate, dense_forward, sparse_mlps, sync_model
+from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.token_classes import classify
+from hf_subquad.ops.token_tiles import TokenTiles
+from hf_subquad.planning.fidelity import DenseReference
+
+Batch = dict[str, Tensor]
+
+SVD_RANK = 8
+SCORED_ONE_IN = 4  # tokens, as of this library's tiles of 64
+DENSE_STEPS = 0.05  # share of the steps, at the start
+SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the neurons, at which SparseLoRA's step is timed
+PLANNED_ON = 3  # batches
+
+DEFINITIONS = {
+    "step_seconds": "median over rounds in which all take turns: forward, backward, clipping, AdamW and sync_model",
+    "share": "SparseLoRA's share of neurons for context tokens, read off the straight pieces between timed shares; "
+    "`reached`: it can be as fast as the plan",
+    "cosine, gradient_error, divergence": "of the gradient of all trained parameters, and of the predictions, against "
+    "the dense forward, before training",
+    "loss": "held-out, of the dense forward after training; nats per token that carries loss",
+}
+
+
+class SequenceSets:
+    """In place of an index's `select`: one set of neurons for the context tokens of each sequence."""
+
+    def __init__(self, index: ActivationIndex, counts: list[int]) -> None:
+        self.index, self.counts = index, counts
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, k: int, tile_size: int, order: str) -> Selection:
+        tiles = sequence_tiles(self.counts, len(x), x.device)
+        scores = self.index.tile_scores(x[tiles.slots[:, ::SCORED_ONE_IN]])
+        return Selection(tiles, self.index.backend(x.device).top_neurons(scores, self.index.round_up_k(k)))
+
+
+def sequence_tiles(counts: Sequence[int], tokens: int, device: torch.device) -> TokenTiles:
+    """A tile for each sequence, of `counts` tokens that follow each other; shorter ones are filled with spare slots."""
+    counts = [count for count in counts if count]
+    assert sum(counts) == tokens, f"{tokens} context tokens, expected {counts}"
+    size = max(counts)
+    real = torch.arange(size)[None] < torch.tensor(counts)[:, None]
+    entries = torch.empty(len(counts), size, dtype=torch.long)
+    entries[real] = torch.arange(tokens)
+    entries[~real] = torch.arange(tokens, entries.numel())
+    return TokenTiles.of(entries.to(device), tokens)
+
+
+class Candidate:
+    """A model in training, and how its budgets are set.
+
+    Args:
+        share: SparseLoRA's, of the neurons; None for a plan, or for all neurons if there is none.
+    """
+
+    def __init__(self, base: nn.Module, options: argparse.Namespace, plan: Plan | None, share: float | None) -> None:
+        self.share, self.plan = share, plan
+        config = SubquadConfig(
+            rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
+            sketch_rank=SVD_RANK if share is not None else options.sketch_rank,
+        )  # fmt: skip
+        transformers.set_seed(options.seed)  # so that adapters start from the same values
+        self.model, _ = apply_method(copy.deepcopy(base), "subquad", rank=options.rank, alpha=options.alpha,
+                                     subquad=config, rest="lora")  # fmt: skip
+        self.model.train()
+        self.counts: list[int] = []
+        self.mlps = sparse_mlps(self.model)
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=options.learning_rate, weight_decay=0.0, fused=True)
+        if share is not None:
+            for mlp in self.mlps:
+                mlp.index.select = SequenceSets(mlp.index, self.counts)  # type: ignore[method-assign, assignment]
+        self.done = 0
+        sync_model(self.model, 0)
+
+    def prepare(self, calibration: Sequence[Batch]) -> "Candidate":
+        """Set the budgets that it trains with."""
+        if self.plan is not None:
+            apply_plan(self.model, self.plan)
+            compensate(self.model, calibration)
+        else:
+            self.set_share(self.share)
+        return self
+
+    def set_share(self, share: float | None) -> None:
+        for mlp in self.mlps:
+            mlp.set_budget(Budget() if share is None else Budget(context=round(share * mlp.index.neurons)))
+
+    def see(self, batch: Batch) -> Batch:
+        """Call it before every forward: it counts the context tokens of each sequence."""
+        classes = classify(self.model, batch).stacks["decoder"]
+        rows, columns = classes.shape
+        self.counts[:] = torch.bincount(classes.context // columns, minlength=rows).tolist()
+        return batch
+
+    def step(self, batch: Batch) -> float:
+        """Seconds of one training step."""
+        self.see(batch)
+        started = time.perf_counter()
+        self.model(**batch).loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        sync_model(self.model, self.done, self.optimizer)
+        return time.perf_counter() - started
+
+    def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
+        for number, batch in enumerate(batches):
+            if self.share is not None:
+                self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
+            self.step(batch)
+            tick()
+
+    @torch.no_grad()
+    def loss(self, batches: Sequence[Batch]) -> float:
+        self.model.eval()
+        with dense_forward(self.model):
+            counts = [int((batch["labels"][:, 1:] != NO_LOSS).sum()) for batch in batches]
+            losses = [float(self.model(**self.see(batch)).loss) for batch in batches]
+        self.model.train()
+        return sum(a * b for a, b in zip(losses, counts, strict=True)) / sum(counts)
+
+    def fidelity(self, batch: Batch) -> dict[str, float]:
+        """Against the dense forward; the budgets stay."""
+        with dense_forward(self.model):
+            reference = DenseReference(self.model, self.see(batch))
+        found = reference.fidelity()
+        return {"cosine": found.cosine, "gradient_error": found.gradient_error, "divergence": found.divergence}
+
+
+def share_at(times: Mapping[float, float], seconds: float) -> tuple[float, bool]:
+    """The share whose step takes so long, on straight pieces between those timed, and whether there is one so fast."""
+    points = sorted(times.items())
+    if seconds <= points[0][1]:
+        return points[0][0], seconds >= points[0][1]
+    for (low, low_seconds), (high, high_seconds) in itertools.pairwise(points):
+        if low_seconds <= seconds <= high_seconds:
+            return low + (high - low) * (seconds - low_seconds) / (high_seconds - low_seconds), True
+    return points[-1][0], True
+
+
+def study(options: argparse.Namespace) -> dict[str, Any]:
+    base, train, held_out = load(options)
+    calibration, judged, training = train[:PLANNED_ON], train[PLANNED_ON], train[PLANNED_ON + 1 :]
+    plans = {tolerance: make_plan(base, options, tolerance, calibration) for tolerance in options.tolerances}
+
+    medians = time_in_turns(base, options, plans, calibration, training)
+    times = {share: medians["share", share] for share in SHARES}
+    wanted: list[tuple[str, float | None, float | None, bool, float]] = [("dense", None, None, True, medians["dense"])]
+    for tolerance in plans:
+        target = medians["plan", tolerance]
+        wanted.append(("plan", tolerance, None, True, target))
+        share, reached = share_at(times, target)
+        wanted.append(("SparseLoRA", tolerance, share, reached, max(target, min(times.values()))))
+    rows = []
+    with tqdm(total=len(wanted) * options.steps, unit="step", desc="training") as bar:
+        for method, tolerance, share, reached, step_seconds in wanted:
+            plan = plans[tolerance] if method == "plan" and tolerance is not None else None
+            candidate = Candidate(base, options, plan, share).prepare(calibration)
+            row = {"method": method, "tolerance": tolerance, "share": share, "reached": reached}
+            row |= {"step_seconds": step_seconds, **candidate.fidelity(judged), "start": candidate.loss(held_out)}
+            candidate.train(training[: options.steps], bar.update)
+            rows.append(row | {"loss": candidate.loss(held_out)})
+            del candidate
+            gc.collect()
+    return {"rows": rows, "sparse_lora_seconds": [{"share": s, "seconds": t} for s, t in times.items()]}
+
+
+def time_in_turns(
+    base: nn.Module, options: argparse.Namespace, plans: Mapping[float, Plan], calibration: Sequence[Batch],
+    batches: Sequence[Batch],
+) -> dict[Any, float]:  # fmt: skip
+    """Median seconds of a training step, all neurons, by plan, and by SparseLoRA's share."""
+    dense, sparse = Candidate(base, options, None, None), Candidate(base, options, None, SHARES[0])
+
+    def at_share(share: float, batch: Batch) -> float:
+        sparse.set_share(share)
+        return sparse.step(batch)
+
+    works: dict[Any, Callable[[Batch], float]] = {"dense": dense.step}
+    for tolerance, plan in plans.items():
+        works["plan", tolerance] = Candidate(base, options, plan, None).prepare(calibration).step
+    works |= {("share", share): functools.partial(at_share, share) for share in SHARES}
+    seconds: dict[Any, list[float]] = {name: [] for name in works}
+    for number in tqdm(range(options.rounds + 1), unit="round", desc="timing in turns"):
+        for name, work in works.items():
+            taken = work(batches[number % len(batches)])
+            if number:  # the first round warms up
+                seconds[name].append(taken)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def make_plan(base: nn.Module, options: argparse.Namespace, tolerance: float, calibration: Sequence[Batch]) -> Plan:
+    return calibrate(Candidate(base, options, None, None).model, calibration, tolerance=tolerance)
+
+
+def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batch]]:
+    """The model, batches to train on, and batches to judge by."""
+    settings = LmSettings(
+        model=options.model, method="subquad", output_dir="", train_file=options.train_file,
+        eval_file=options.eval_file, prompt_template=options.prompt_template.replace("\\n", "\n"),
+        answer_template=options.answer_template, chat=options.chat, loss_on="answers", max_length=options.max_length,
+        max_train_rows=options.batch_size * (options.steps + PLANNED_ON + 1), max_eval_rows=options.max_eval_rows,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    collate = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)
+    train, held_out = (
+        [
+            dict(batch)
+            for batch in DataLoader(
+                make_sequences(load_rows(settings, part), tokenizer, settings).dataset,  # type: ignore[arg-type]
+                options.batch_size,
+                collate_fn=collate,
+            )
+        ]
+        for part in ("train", "eval")
+    )
+    return model, train, held_out
+
+
+def table(report: Mapping[str, Any]) -> str:
+    head = ["method", "tolerance", "share", "step (s)", "cosine", "divergence", "loss", "against dense"]
+    exact = report["rows"][0]["loss"]
+    return text_table(
+        head,
+        (
+            [
+                row["method"] + ("" if row["reached"] else " (slower)"),
+                "" if row["tolerance"] is None else f"{row['tolerance']:g}",
+                "" if row["share"] is None else f"{row['share']:.1%}",
+                f"{row['step_seconds']:.3g}", f"{row['cosine']:.4f}", f"{row['divergence']:.4f}", f"{row['loss']:.4f}",
+                f"{row['loss'] / exact - 1:+.2%}",
+            ]
+            for row in report["rows"]
+        ),
+    )  # fmt: skip
+
+
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train-file", required=True, help=".jsonl")
+    parser.add_argument("--eval-file", required=True, help=".jsonl, held out")
+    parser.add_argument("--prompt-template", default="Question: {question}\\nAnswer:")
+    parser.add_argument("--answer-template", default=" {answer}")
+    parser.add_argument("--chat", action="store_true", help="in the tokenizer's chat template")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--max-eval-rows", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--alpha", type=float, default=16.0)
+    parser.add_argument("--sketch-rank", type=int, default=64, help="of the plan's index")
+    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.003], help="of plans, one after the other")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse_options(argv)
+    torch.set_num_threads(options.threads)
+    report = study(options)
+    conclude(report | {"definitions": DEFINITIONS}, table(report), options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

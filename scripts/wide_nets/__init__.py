@@ -1,1 +1,0 @@
-"""What the scripts about wide nets share."""
