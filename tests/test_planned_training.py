@@ -109,7 +109,7 @@ def test_the_callback_plans_logs_and_keeps_the_plan(tmp_path: Path, caplog: pyte
     assert 0 < plan.loss_increase <= plan.tolerance == 1e-5
     assert plan.tokens == 14 and plan.step_ms == STEP_MS  # two rows of seven tokens
     assert all(set(mlp.corrections) == {"predicted"} for mlp in sparse_mlps(model) if not mlp.dense)
-    assert all(mlp.index.tokens is not None for mlp in sparse_mlps(model))
+    assert all(mlp.index.summary is not None for mlp in sparse_mlps(model))
     assert caplog.text.count(plan.table()) == 1
     rows = [entry for entry in run.state.log_history if "loss" in entry]
     assert [row["subquad/planned_loss_increase"] for row in rows] == [plan.loss_increase] * 2
