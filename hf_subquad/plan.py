@@ -61,8 +61,8 @@ class Plan:
     """Budgets for all patched MLPs of a model, for one batch shape on one machine.
 
     Attributes:
-        tolerance: the largest `loss_increase` asked for, in nats per predicted token; the gradient's cosine is asked to
-            be at least 1 - 10 times that.
+        tolerance: what may be lost: `loss_increase` is at most 10 times that, and `gradient_cosine` at least 1 - 10
+            times that.
         loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's,
             measured with all budgets together. It is the expected increase of the loss, in nats per predicted token,
             of a model whose predictions fit the data.
