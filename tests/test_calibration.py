@@ -195,10 +195,10 @@ def test_plans_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         set_times(monkeypatch, backward=0.5)
         random.random(), torch.rand(1)
-        plans.append(calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED))
-    assert plans[0] == plans[1]
+        plans.append(calibrate(opt(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED))
+    assert plans[0] == plans[1] and not all(layer.dense for layer in plans[0].layers)
     set_times(monkeypatch, backward=0.5)
-    assert calibrate(llama(), text_batches(3, 4, 5, shape=(4, 9), prompt=4), PLANNED) != plans[0]
+    assert calibrate(opt(), text_batches(3, 4, 5, shape=(4, 9), prompt=4), PLANNED) != plans[0]
 
 
 @pytest.mark.parametrize("tolerance", [1e-5, 1e9])

@@ -76,6 +76,11 @@ def choose(
         if used <= 1 and (fastest or used >= _CLOSE_ENOUGH):
             break
         allowance *= min(3.0, max(0.1, 0.9 / used)) if used else 3.0
+    if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
+        free = allocate(options, 0.0)
+        found = run([option.budget for option in free])
+        if limits.spent(found) <= 1:
+            best, best_found = free, found
     return best, best_found
 
 
