@@ -17,6 +17,7 @@ DIVERGENCE_PER_TOLERANCE = (
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 4
 _CLOSE_ENOUGH = 0.75  # of what may be lost is spent
+_NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 
 logger = get_logger(__name__)
 
@@ -85,13 +86,19 @@ def choose(
 
 
 def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float]) -> list[float]:
-    """By MLP, what a unit of forward cost spends: found for each band of layers by running it alone."""
+    """By MLP, what a unit of forward cost spends: found for each band of layers by running it alone, with fewer and
+    fewer neurons until that is felt. Context of the last layer alone would tell nothing, say."""
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
     for start in range(0, len(measured), size):
         band = range(start, min(start + size, len(measured)))
-        probe = [_middle(one) if i in band else Budget() for i, one in enumerate(measured)]
-        price = _price(measured, MeasuredMLP.forward_cost, probe, spent)
+        price = 0.0
+        for probe_of in _PROBES:
+            probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
+            total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
+            if total > 0 and (lost := spent(probe)) > _NOTICEABLE:
+                price = lost / total
+                break
         for i in band:
             prices[i] = price
     return prices
@@ -113,6 +120,19 @@ def _middle(measured: MeasuredMLP) -> Budget:
     name: TokenClass = "context" if "context" in measured.classes else "predicted"
     ks = [k for k in measured.classes[name].ks if k]
     return only(name, ks[len(ks) // 2]) if ks else Budget()
+
+
+def _half(measured: MeasuredMLP) -> Budget:
+    """Half of the neurons, of all tokens."""
+    return Budget(**{name: one.ks[len(one.ks) // 2] for name, one in measured.classes.items() if one.ks})
+
+
+def _least(measured: MeasuredMLP) -> Budget:
+    """The fewest neurons, of all tokens."""
+    return Budget(**{name: one.ks[0] for name, one in measured.classes.items() if one.ks})
+
+
+_PROBES = (_middle, _half, _least)
 
 
 def _milliseconds(options: Sequence[Option]) -> float:
