@@ -107,11 +107,8 @@ def test_every_checkpoint_has_one_sidecar_and_nothing_else_new(tmp_path: Path) -
 @pytest.mark.parametrize("without", ["optimizer.pt deleted", "save_only_model"])
 def test_checkpoint_of_an_unpatched_run(without: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its optimizer held other parameters, and the Trainer loads that before it calls any callback."""
-    Trainer(
-        model=opt(),
-        args=arguments(tmp_path, **{**SAVING, "max_steps": 2}, save_only_model=without == "save_only_model"),
-        train_dataset=Texts(),
-    ).train()  # fmt: skip
+    args = arguments(tmp_path, **{**SAVING, "max_steps": 2}, save_only_model=without == "save_only_model")
+    Trainer(model=opt(), args=args, train_dataset=Texts()).train()
     checkpoint = tmp_path / "checkpoint-2"
     trained = type(opt()).from_pretrained(checkpoint)
 

@@ -21,8 +21,12 @@ class BatchHook:
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     """Let a runtime see every batch that a model is called with. Done once a model, however often it is asked for.
 
-    A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
+    Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper
+    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
     """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 

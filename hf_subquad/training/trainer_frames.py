@@ -33,7 +33,7 @@ def current_trainer() -> Trainer | None:
 
 
 def run_folder(args: TrainingArguments) -> Path:
-    """Where the Trainer puts this run's checkpoints: a trial of a hyperparameter search has a folder of its own."""
+    """Where the Trainer puts the checkpoints of this run; a trial of a hyperparameter search has its own folder."""
     found = _variable("trial")
     if found is None:
         return Path(args.output_dir or "")
