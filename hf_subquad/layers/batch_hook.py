@@ -1,4 +1,4 @@
-"""The hook that shows a patched model's inputs to its runtime, before each of its forwards."""
+"""The hook that passes a patched model's inputs to its runtime before each forward."""
 
 import inspect
 from typing import Any
@@ -19,9 +19,9 @@ class BatchHook:
 
 
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
-    """Let a runtime see every batch that a model is called with. Done once a model, however often it is asked for.
+    """Show every batch that a model is called with to a runtime. A second call for the same model changes nothing.
 
-    A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
+    A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, so it needs a hook too.
     """
     if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)

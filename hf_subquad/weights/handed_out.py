@@ -1,4 +1,4 @@
-"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing may be lost silently."""
+"""Merged weights that `state_dict()` returned: writing to them or loading them again must not be lost silently."""
 
 import weakref
 from collections import deque
@@ -13,7 +13,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Snapshot(NamedTuple):
-    """The factors that a merged weight was made with, and how to recognise it."""
+    """The factors that a merged weight was made with, and its fingerprint."""
 
     fingerprint: tuple[int, int]
     U: Tensor
@@ -21,14 +21,14 @@ class Snapshot(NamedTuple):
 
 
 class HandedOut:
-    """Merged weights of one projection that left it through `state_dict()`.
+    """Merged weights of one projection that `state_dict()` returned.
 
-    In an `nn.Module`, what is written into a value of `state_dict()` is written into the model. A merged weight is a
-    copy, so writes are noticed: when the copy is next looked at, and when it goes out of use, as in
-    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. Nothing is kept in memory for that.
+    In an `nn.Module`, writing into a value of `state_dict()` changes the model. A merged weight is a copy, so writes to
+    it are detected and passed on: the next time the weight is read, and when the copy is freed, as in
+    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. This keeps no copy alive.
 
-    A state that was handed out may be loaded again, after another one was tried: the factors that it was made with
-    are remembered for the latest three states.
+    A returned state may be loaded again after another one was tried. The factors that it was made with are kept for
+    the latest three states.
     """
 
     def __init__(self) -> None:
@@ -42,18 +42,18 @@ class HandedOut:
             self._snapshots.append(snapshot)
 
     def recall(self, merged: Tensor) -> Snapshot | None:
-        """The factors of a merged weight that was handed out, if this is one."""
+        """The factors of a merged weight that was returned before, if this is one."""
         if not self._snapshots:
             return None
         found = fingerprint(merged)
         return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
 
     def watch(self, merged: Tensor, written: Callable[[Tensor], None]) -> None:
-        """Call a method of the projection with a copy that was handed out, if it is written to."""
+        """Call a method of the projection with a returned copy if it is written to."""
         self._live.append(_Copy(merged, self._live, written))
 
     def notice_writes(self) -> None:
-        """Pass on what was written into copies that are in use."""
+        """Pass on what was written into copies that are still alive."""
         for copy in self._live:
             copy.pass_on()
 
@@ -65,7 +65,7 @@ class HandedOut:
 
 
 class _Copy(weakref.ref):  # type: ignore[type-arg]
-    """A merged weight in use elsewhere. It shares its storage as long as that is in use, and no longer."""
+    """A weak reference to a returned merged weight, which shares its storage for as long as that is alive."""
 
     def __new__(cls, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> "_Copy":
         return super().__new__(cls, merged, _Copy._out_of_use)
@@ -79,7 +79,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
         self._written = weakref.WeakMethod(written)
 
     def pass_on(self, thoroughly: bool = False) -> None:
-        """Thoroughly: also what was written around PyTorch's version counter (`.data`)."""
+        """`thoroughly`: also writes that PyTorch's version counter misses (`.data`)."""
         changed = self._shared._version != self._version
         if changed or (thoroughly and fingerprint(self._shared) != self._content):
             self._version, self._content = self._shared._version, fingerprint(self._shared)
@@ -94,7 +94,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 
 @torch.no_grad()
 def fingerprint(values: Tensor) -> tuple[int, int]:
-    """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
+    """A hash of the bits of a matrix and their positions: equal for equal matrices, whatever their memory layout."""
     by_row = values.view(_INTEGERS[values.dtype.itemsize]).sum(1, dtype=torch.int64)
     weights = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)
     return int(by_row.sum()), int((by_row * weights).sum())
