@@ -1,4 +1,4 @@
-"""The Trainer callback: hands every event to the function that does the work. It keeps nothing itself."""
+"""The Trainer callback: passes every event to the function that does the work. It has no state of its own."""
 
 import os
 import sys
@@ -29,12 +29,15 @@ logger = get_logger(__name__)
 class SubquadCallback(TrainerCallback, ExportableState):
     """Keeps a patched model in sync during `Trainer.train()`.
 
-    There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
-    if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
-    batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
-    neurons; limits logits to labelled positions where nobody reads the others; folds, audits and adjusts budgets on
-    schedule; adds `subquad/...` to the Trainer's logs; writes and reads
-    the sidecar of each checkpoint.
+    There is nothing to configure: settings belong to `SubquadConfig`. The callback
+
+    - raises a typed error if the patch would not take effect, or does not support the engine (FSDP, DeepSpeed,
+      `torch.nn.DataParallel`);
+    - plans budgets on batches of the training data, unless there is a plan or a fixed `active`, and fits indices and
+      corrections;
+    - limits logits to labelled positions where nothing reads the others;
+    - folds, audits and adjusts budgets on schedule, and adds `subquad/...` to the Trainer's logs;
+    - writes and reads the sidecar of each checkpoint.
     """
 
     def on_init_end(
@@ -76,7 +79,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if runtime.exact_forward:
             logger.warning_once(
                 f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
-                "model: MLPs run dense, so that both are alike, and train their low-rank updates"
+                "model: MLPs compute all neurons, so that the two agree, and train their low-rank updates"
             )
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
@@ -144,7 +147,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         )
 
     def state(self) -> dict[str, Any]:
-        """Nothing to keep; that it is there tells a checkpoint that lacks its sidecar from one that never had any."""
+        """An empty state. It marks checkpoints of runs with this callback, whose sidecar must not be missing."""
         return {"args": {}, "attributes": {}}
 
     def _move_first(self, handler: Any) -> None:
@@ -161,19 +164,19 @@ class SubquadCallback(TrainerCallback, ExportableState):
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
-    """What checkpoints keep of callbacks, by their class (a dict, other than the annotation says)."""
+    """The saved states of callbacks, by class name (a dict, although the annotation says otherwise)."""
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 
 def _resumed_from(frame: FrameType | None) -> str | None:
-    """The checkpoint folder that `Trainer.train` resumes from, which callbacks are not told: from its own frame."""
+    """The folder that `Trainer.train` resumes from, read from its frame because callbacks do not get it."""
     _, folder = _trainer_and("resume_from_checkpoint", frame)
     return folder if isinstance(folder, str) and os.path.isdir(folder) else None
 
 
 def _run_folder(frame: FrameType | None, args: TrainingArguments) -> Path:
-    """Where the Trainer puts the checkpoints of this run: a trial of a hyperparameter search has a folder of its own,
-    which callbacks are not told."""
+    """Where the Trainer puts the checkpoints of this run. A trial of a hyperparameter search has a folder of its own,
+    which callbacks do not get."""
     trainer, trial = _trainer_and("trial", frame)
     return Path(trainer._get_output_dir(trial) if trainer else args.output_dir or "")
 
