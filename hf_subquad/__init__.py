@@ -30,6 +30,7 @@ from .training.callback import SubquadCallback
 from .training.checkpoints import last_whole_checkpoint
 from .training.sidecar import load_sidecar, save_sidecar
 from .training.sync import SyncReport, check_active, sync_model
+from .weights.plain import merged_named_weights, save_merged
 
 __version__ = "0.1.0"
 
@@ -63,8 +64,10 @@ __all__ = [
     "dense_forward",
     "last_whole_checkpoint",
     "load_sidecar",
+    "merged_named_weights",
     "patch_head",
     "patch_model",
+    "save_merged",
     "save_sidecar",
     "sparse_forward",
     "sparse_mlps",

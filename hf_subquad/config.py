@@ -45,9 +45,9 @@ class SubquadConfig:
         "similar", "How tokens form tiles: 'similar' (bisection by content) or 'consecutive'."
     )
     layers_to_transform: list[int] | LayerGroup = _setting(
-        "all_but_first",
-        "Layer numbers to patch, or 'all', or 'all_but_first', which leaves out the first layer of each stack: it is "
-        "far less sparse than the rest.",
+        "all",
+        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far "
+        "less sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
     )
     target_modules: list[str] | None = _setting(
         None,

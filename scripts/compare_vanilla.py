@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from comparison.apart import WorkerError, available_bytes, memory_bytes, run_apart
+from comparison.apart import WorkerError, run_apart
 from comparison.measure import expected_memory, full_run, turn
+from comparison.memory import available_bytes, memory_bytes
 from comparison.report import summarise, table, write_csv, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
@@ -93,7 +94,7 @@ def _memory_note(runs: Mapping[str, RunSettings]) -> str:
         name: expected["full" if name == "vanilla" or (name == "subquad" and run.rest == "full") else "low_rank"]
         for name, run in runs.items()
     }
-    text = ", ".join(f"{name} about {need / 1e9:.1f} GB" for name, need in needs.items())
+    text = ", ".join(f"{name} up to about {need / 1e9:.1f} GB" for name, need in needs.items())
     note = (
         f"memory: {text}, one at a time; {available_bytes() / 1e9:.1f} of {memory_bytes() / 1e9:.1f} GB are available"
     )

@@ -1,4 +1,4 @@
-"""Fine-tune the language model in this repository three ways, side by side, in about three minutes on two cores.
+"""Fine-tune the language model in this repository three ways, side by side, in a few minutes on two cores.
 
     python scripts/demo.py                      # writes demo_output/
     python scripts/demo.py --steps 30           # a shorter look
@@ -67,6 +67,8 @@ def demo_runs(options: argparse.Namespace) -> dict[str, RunSettings]:
             max_eval_rows=64,
             seed=options.seed,
             threads=options.threads,
+            untimed_steps=1,
+            profile_steps=1,
             rest=options.rest,
             subquad=SUBQUAD,
             save_to=str(options.output / "checkpoint") if method == "subquad" else None,
@@ -127,7 +129,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     runs = demo_runs(options)
-    print("vanilla, lora and subquad take turns on the same batches; about three minutes on two free cores")
+    print("vanilla, lora and subquad train, then take turns on the same batches; a few minutes on two free cores")
     try:
         report = compare(runs)
         checked = check_checkpoint(options.output / "checkpoint", runs["subquad"])

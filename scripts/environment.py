@@ -17,52 +17,41 @@ VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "MALLOC_", "LD_PRELOAD", "ATEN_CPU
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit, machine, the command line and the time (UTC), for the end of a report."""
+    """Versions (None for what is not installed), commit, machine, the command line and the time (UTC)."""
+    versions = {name.removesuffix("-cpu").replace("-", "_"): _version(name) for name in PACKAGES}
     return {
-        "versions": versions(),
-        "commit": commit(),
-        "machine": machine(),
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": _commit(),
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": platform.platform(),
+            "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
+        },
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that matter; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package.removesuffix("-cpu").replace("-", "_")] = version(package)
-        except PackageNotFoundError:
-            found[package.removesuffix("-cpu").replace("-", "_")] = None
-    return found
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """Commit of this repository, with "+changes" if the working tree differs from it; None outside of git."""
-    folder = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=30
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, memory (bytes), system, and the environment variables that change speed."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
-    }
 
 
 def _cpu_model() -> str:

@@ -100,7 +100,7 @@ def test_report_follows_from_its_own_rows(shape_run: SimpleNamespace) -> None:
 def test_only_what_is_patched_counts_towards_the_limit(shape_run: SimpleNamespace) -> None:
     report = shape_run.report
     assert all(mlp["neurons"] == 128 for mlp in report["patched"])
-    assert 0 < report["active_share"] <= 1
+    assert report["predicted_share"] == report["context_share"] == 0.25
     for baseline in ("vanilla", "lora"):
         share = report["methods"][baseline]["mlp_share_of_step"]
         assert 0 < share < 0.9
@@ -126,7 +126,7 @@ def test_csv_has_a_row_per_step(shape_run: SimpleNamespace) -> None:
 
 def test_memory_is_told_before(shape_run: SimpleNamespace) -> None:
     first = shape_run.stdout.splitlines()[0]
-    assert first.startswith("memory: vanilla about ") and "one at a time" in first and "GB are available" in first
+    assert first.startswith("memory: vanilla up to about ") and "one at a time" in first and "GB are available" in first
 
 
 def test_table_and_picture(shape_run: SimpleNamespace) -> None:
@@ -295,7 +295,7 @@ def turns(*rounds: list[float], mlp: float = 0.0, digest: str = "same") -> list[
 
 
 def test_summary_of_known_times() -> None:
-    patched = [{"name": "mlp", "neurons": 100, "active": 25}]
+    patched = [{"name": "mlp", "neurons": 100, "predicted": 100, "context": 25, "gradient": 0.99}]
     runs = {"vanilla": run([3.0, 2.5, 2.0]), "subquad": run([3.0, 2.0, 1.5], patched=patched, eval_loss_sparse=1.6)}
     timed = {"vanilla": turns([4, 4], [5, 5], mlp=2.0), "subquad": turns([2, 2], [1, 1], mlp=0.5)}
     summary = reports.summarise(runs, timed)
@@ -310,7 +310,8 @@ def test_summary_of_known_times() -> None:
     assert summary["methods"]["vanilla"]["seconds_to_vanilla_loss"] == 0.5 + 6 * 4.5
     assert summary["methods"]["subquad"]["seconds_to_vanilla_loss"] == 0.5 + 3 * 1.5  # it was there halfway
     text = reports.table(summary)
-    assert "3.00x" in text and "4.00x" in text and "1.6000" in text
+    assert "3.00x" in text and "4.00x" in text and "1.6000" in text and "25.0% for context tokens" in text
+    assert summary["predicted_share"] == 1 and summary["context_share"] == 0.25
 
 
 def test_summary_refuses_other_data() -> None:

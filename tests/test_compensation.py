@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.mlps import KINDS, Kind, force, leaves_of, patched, reference
-from helpers.models import CONFIG, batch, build, fill_updates, llama, logits, opt, tokens
+from helpers.models import CONFIG, WIDTH, batch, build, fill_updates, llama, logits, opt, tokens
 from helpers.planning import text_batches
 from helpers.reference import mask_of
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from hf_subquad import (
     sparse_mlps,
     unpatch_model,
 )
+from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.compensation import Compensation, CompensationFit
+from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.training.budget_control import audit
 
 D, M, R, OUT, N = 12, 40, 5, 7, 300
@@ -162,7 +164,7 @@ def test_call_by_hand_in_any_shape_and_dtype() -> None:
 def test_forward_and_gradients_equal_autograd_on_a_plain_reference(kind: Kind) -> None:
     """A masked dense MLP plus a linear map, by stock operations in float64."""
     module, mlp, twin = patched(kind, D, M)
-    mlp.compensation = made = random_compensation(orthogonal(), D)
+    mlp.corrections["predicted"] = made = random_compensation(orthogonal(), D)
     selection = force(mlp, 21, 13, 5)
     x = noise(3, 7, D, seed=7, dtype=torch.float64).requires_grad_()
     weights = noise(3, 7, D, seed=8, dtype=torch.float64)
@@ -179,7 +181,7 @@ def test_forward_and_gradients_equal_autograd_on_a_plain_reference(kind: Kind) -
     for projection, pair in zip(mlp.projections, leaves, strict=True):
         torch.testing.assert_close(projection.update.U.grad, pair[0].grad)
         torch.testing.assert_close(projection.update.V.grad, pair[1].grad)
-    mlp.compensation = None
+    mlp.corrections = {}
     x.grad = None
     (module(x) * weights).sum().backward()
     assert (x.grad - plain_x.grad).norm() > 0.1 * plain_x.grad.norm()
@@ -191,7 +193,7 @@ def test_outputs_are_views_of_any_width() -> None:
     x = noise(21, D, dtype=torch.float64)
     force(mlp, 21, 13, 5)
     bare = module(x)
-    mlp.compensation = made = random_compensation(orthogonal(), D)
+    mlp.corrections["predicted"] = made = random_compensation(orthogonal(), D)
     torch.testing.assert_close(module(x), bare + made(x))
 
 
@@ -199,7 +201,7 @@ def held_out_error(module: nn.Module, x: Tensor) -> float:
     """As the watch audits: what is missing from the output, compensated, over what all neurons add."""
     mlp = sparse_mlps(module)[0]
     selection = mlp.index.select(x, mlp.k, 16, "similar")
-    return audit(mlp, x[selection.tiles.slots], selection.neurons).error
+    return audit(mlp, "predicted", x[selection.tiles.slots], selection.neurons).error
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,30 +217,24 @@ def test_compensate_lowers_the_error_on_held_out_tokens(kind: Kind) -> None:
     with dense_forward(module), torch.no_grad():  # and in the real forward pass
         expected = module(fresh)
     found = module(fresh).detach()
-    compensation, mlp.compensation = mlp.compensation, None
-    bare = module(fresh).detach()
-    mlp.compensation = compensation
+    with mlp.using(corrections={}):
+        bare = module(fresh).detach()
     assert (found - expected).norm() < 0.97 * (bare - expected).norm()
 
 
 def test_compensate_equals_a_fit_by_hand() -> None:
-    """Of the neurons that selections skip, with live updates, over all batches."""
+    """Of the neurons that the fitted index skips in tiles of all batches' tokens, with live updates."""
     module, mlp, twin = patched("plain", D, M, dtype=torch.float32, active=9, tile_size=8)
     parts = [noise(40, D, seed=30), noise(3, 9, D, seed=31)]
     compensate(module, [{"x": part} for part in parts])
-    xs, misses = [], []
-    leaves = leaves_of(mlp, torch.float32)
-    for part in parts:
-        x = part.reshape(-1, D)
-        selection = mlp.index.select(x, 9, 8, "similar")
-        whole = reference(twin, mlp, x, None, leaves)
-        kept = reference(twin, mlp, x, mask_of(selection, M, torch.float32), leaves)
-        order = selection.tiles.slots.flatten()
-        xs.append(x[order])
-        misses.append((whole - kept)[order].detach())
-    expected = fitted(mlp.index.sketch.basis, (torch.cat(xs), torch.cat(misses)))
-    torch.testing.assert_close(mlp.compensation.weight, expected.weight, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(mlp.compensation.bias, expected.bias, rtol=1e-3, atol=1e-4)
+    leaves, x = leaves_of(mlp, torch.float32), torch.cat([part.reshape(-1, D) for part in parts])
+    selection = mlp.index.select(x, 9, 8, "similar")
+    whole = reference(twin, mlp, x, None, leaves)
+    kept = reference(twin, mlp, x, mask_of(selection, M, torch.float32), leaves)
+    order = selection.tiles.slots.flatten()
+    expected = fitted(mlp.index.sketch.basis, (x[order], (whole - kept)[order].detach()))
+    torch.testing.assert_close(mlp.corrections["predicted"].weight, expected.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(mlp.corrections["predicted"].bias, expected.bias, rtol=1e-3, atol=1e-4)
 
 
 # In models
@@ -258,15 +254,16 @@ def test_every_mlp_of_a_model_is_fitted(family: str) -> None:
     inputs = batch(family, model)
     found = logits(model, inputs)
     for mlp in sparse_mlps(model):
-        assert mlp.compensation.weight.any() and mlp.compensation.bias.any()
-        mlp.compensation = None
+        correction = mlp.corrections["predicted"]
+        assert correction.weight.any() and correction.bias.any()
+        mlp.corrections = {}
     assert not torch.equal(logits(model, inputs), found)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_all_neurons_leave_nothing_to_compensate(family: str) -> None:
     model = compensated(family, active=1.0)
-    assert all(mlp.compensation is not None and not mlp.compensation.weight.any() for mlp in sparse_mlps(model))
+    assert not any(mlp.corrections for mlp in sparse_mlps(model))
     inputs = batch(family, model)
     with dense_forward(model):
         expected = logits(model, inputs)
@@ -296,8 +293,8 @@ def test_copies_keep_it(duplicate) -> None:
     twin = duplicate(model)
     assert torch.equal(logits(twin, inputs), logits(model, inputs))
     for mine, theirs in zip(sparse_mlps(model), sparse_mlps(twin), strict=True):
-        theirs.compensation.weight.zero_()
-        assert mine.compensation.weight.any()
+        theirs.corrections["predicted"].weight.zero_()
+        assert mine.corrections["predicted"].weight.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -307,12 +304,12 @@ def test_half_precision(kind: Kind, dtype: torch.dtype) -> None:
     module, mlp, twin = patched(kind, D, M, dtype=dtype, active=9, tile_size=8)
     x = noise(N, D, seed=30).to(dtype)
     compensate(module, [{"x": x}])
-    assert {value.dtype for value in vars(mlp.compensation).values()} == {torch.float32}
+    assert {value.dtype for value in vars(mlp.corrections["predicted"]).values()} == {torch.float32}
     selection = force(mlp, N, 9, 8)
     found = module(x.requires_grad_())
     assert found.dtype == dtype
     exact = reference(twin, mlp, x.double(), mask_of(selection, M, torch.float64), leaves_of(mlp, torch.float64))
-    exact = exact + mlp.compensation(x.double())
+    exact = exact + mlp.corrections["predicted"](x.double())
     torch.testing.assert_close(found.double(), exact, rtol=0.05, atol=0.05)
     found.float().square().mean().backward()
     assert x.grad.dtype == dtype and x.grad.isfinite().all()
@@ -331,8 +328,10 @@ def test_only_sparse_mlps_are_fitted() -> None:
     model = patch_model(opt(), CONFIG)
     first, second = sparse_mlps(model)
     first.set_active(first.index.neurons)
+    sketches = first.index.sketch, second.index.sketch
     compensate(model, text_batches(0))
-    assert first.compensation is None and second.compensation is not None
+    assert not first.corrections and set(second.corrections) == {"predicted"}
+    assert first.index.sketch is sketches[0] and second.index.sketch is not sketches[1]
 
 
 def test_compensate_leaves_all_else_alone() -> None:
@@ -341,12 +340,12 @@ def test_compensate_leaves_all_else_alone() -> None:
     model.model.decoder.layers[0].eval()
     modes = [module.training for module in model.modules()]
     values = {name: value.clone() for name, value in model.named_parameters()}
-    state, budgets = torch.get_rng_state(), [(mlp.k, mlp.dense) for mlp in sparse_mlps(model)]
+    state, budgets = torch.get_rng_state(), [mlp.budget for mlp in sparse_mlps(model)]
     compensate(model, text_batches(0, 1))
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(values[n], p) and p.grad is None for n, p in model.named_parameters())
-    assert [(mlp.k, mlp.dense) for mlp in sparse_mlps(model)] == budgets
+    assert [mlp.budget for mlp in sparse_mlps(model)] == budgets
     assert sparse_mlps(model)[0].runtime.forward == "auto"
     assert not any(p._forward_pre_hooks for mlp in sparse_mlps(model) for p in mlp.projections)
 
@@ -356,12 +355,12 @@ def test_batches_can_be_iterated_once_only() -> None:
     compensate(model, iter(text_batches(0, 1)))
     compensate(other, text_batches(0, 1))
     for mine, theirs in zip(sparse_mlps(model), sparse_mlps(other), strict=True):
-        assert torch.equal(mine.compensation.weight, theirs.compensation.weight)
+        assert torch.equal(mine.corrections["predicted"].weight, theirs.corrections["predicted"].weight)
 
 
 def test_errors_leave_what_was_fitted() -> None:
     model = compensated()
-    before = [mlp.compensation for mlp in sparse_mlps(model)]
+    before = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.tokens) for mlp in sparse_mlps(model)]
     spoiled = {"inputs_embeds": batch("opt", model)["inputs_embeds"].detach().clone()}
     spoiled["inputs_embeds"][1, 2, 3] = float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.1.*NaN"):
@@ -372,7 +371,8 @@ def test_errors_leave_what_was_fitted() -> None:
         sparse_mlps(model)[1].output.update.U.fill_(3e38)
     with pytest.raises(CalibrationError, match="too large"):
         compensate(model, text_batches(0, 1))
-    assert all(mlp.compensation is former for mlp, former in zip(sparse_mlps(model), before, strict=True))
+    after = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.tokens) for mlp in sparse_mlps(model)]
+    assert all(a is b for ones, others in zip(before, after, strict=True) for a, b in zip(ones, others, strict=True))
     assert model.training
     with pytest.raises(NotPatchedError):
         compensate(llama(), text_batches(0))
@@ -394,9 +394,9 @@ def test_a_shared_mlp_is_fitted_to_all_its_calls() -> None:
     with dense_forward(module), torch.no_grad():
         between = module(x)
     compensate(Twice(), [{"x": x}])
-    found = mlp.compensation
+    found = mlp.corrections["predicted"]
     compensate(module, [{"x": x}, {"x": between}])
-    torch.testing.assert_close(found.weight, mlp.compensation.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.weight, mlp.corrections["predicted"].weight, rtol=1e-3, atol=1e-4)
 
 
 def test_sparse_evaluation_uses_it() -> None:
@@ -405,5 +405,76 @@ def test_sparse_evaluation_uses_it() -> None:
     with torch.no_grad(), sparse_forward(model):
         found = model(ids).logits
         for mlp in sparse_mlps(model):
-            mlp.compensation = None
+            mlp.corrections = {}
         assert not torch.equal(model(ids).logits, found)
+
+
+# By class
+
+
+def by_class(budget: Budget, prompt: int = 3) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """A causal LM with this budget for every MLP, its updates filled, compensated on rows that begin with a prompt."""
+    model = patch_model(opt(), CONFIG)
+    fill_updates(model)
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(budget)
+    data = text_batches(0, 1, shape=(6, 9), prompt=prompt)
+    compensate(model, data)
+    return model, data
+
+
+@pytest.mark.parametrize(
+    ("budget", "classes"),
+    [
+        (Budget(16, 8), {"predicted", "context"}),
+        (Budget(16, 0), {"predicted", "context"}),
+        (Budget(None, 8), {"context"}),
+        (Budget(16, None), {"predicted"}),
+        (Budget(16, 16), {"predicted"}),  # in the same tiles
+        (Budget(None, None, 0.9), set()),
+    ],
+    ids=str,
+)
+def test_classes_that_skip_neurons_are_fitted(budget: Budget, classes: set[str]) -> None:
+    model, _ = by_class(budget)
+    assert [set(mlp.corrections) for mlp in sparse_mlps(model)] == [classes] * 2
+    for mlp in sparse_mlps(model):
+        assert all(correction.weight.any() for correction in mlp.corrections.values())
+
+
+def seen_by(mlp: SparseMLP, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Input and output [N, d] of an MLP."""
+    seen: list[Tensor] = []
+    handles = [
+        mlp.opens.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().reshape(-1, WIDTH))),
+        mlp.output.register_forward_hook(lambda _, args, y: seen.append(y.detach().reshape(-1, WIDTH))),
+    ]
+    with sparse_forward(model):
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return seen[0], seen[1]
+
+
+def test_without_neurons_context_gets_a_low_rank_map_of_its_tokens() -> None:
+    """And the bias; predicted tokens keep all neurons. The last token of a row predicts nothing and reaches nothing."""
+    model, (inputs, _) = by_class(Budget(None, 0))
+    mlp = sparse_mlps(model)[0]
+    x, y = seen_by(mlp, model, inputs)
+    context = torch.zeros(6, 9, dtype=torch.bool)
+    context[:, :2] = True  # the label in place 3 is predicted in place 2
+    context = context.flatten()
+    map_of = mlp.corrections["context"]
+    assert len(map_of.basis) == CONFIG.sketch_rank
+    torch.testing.assert_close(y[context], map_of(x[context]) + mlp.output.bias, rtol=1e-4, atol=1e-5)
+    dense: list[Tensor] = []
+    with dense_forward(model):
+        handle = mlp.output.register_forward_hook(lambda _, args, out: dense.append(out.detach().reshape(-1, WIDTH)))
+        model(**inputs)
+        handle.remove()
+    real = torch.ones(6, 9, dtype=torch.bool)
+    real[:, -1] = False
+    real = real.flatten()
+    torch.testing.assert_close(y[real & ~context], dense[0][real & ~context], rtol=1e-4, atol=1e-5)
+    bare = dense[0][context] - mlp.output.bias
+    assert (y[context] - dense[0][context]).norm() < 0.9 * bare.norm()  # of what is missed without it

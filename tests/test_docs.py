@@ -66,7 +66,7 @@ def tiny_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: opt())
     model, ids = opt(), tokens(shape=(4, 16))
-    hand_plan(patch_model(opt(), SubquadConfig(rank=16)), [52, 20]).save(Path("plan.json"))
+    hand_plan(patch_model(opt(), SubquadConfig(rank=16)), [52, 20, 52]).save(Path("plan.json"))
     return {
         **{name: getattr(hf_subquad, name) for name in hf_subquad.__all__},
         "AutoModelForCausalLM": transformers.AutoModelForCausalLM,

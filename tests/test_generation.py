@@ -48,7 +48,7 @@ def test_with_all_neurons_it_is_dense_generation(family: str, way: dict[str, Any
         expected = generated(model, padded=True, **way)
     with sparse_forward(model):
         found = generated(model, padded=True, **way)
-    assert all(mlp.calls for mlp in sparse_mlps(model))
+    assert not any(mlp.calls for mlp in sparse_mlps(model))  # no pass left any neuron out
     assert torch.equal(found, expected)
     assert len(set(expected[:, -NEW:].flatten().tolist())) > 3
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_subquad import SubquadConfig, apply_plan, patch_model, sparse_mlps
-from hf_subquad.planning.allocation import budgets
+from hf_subquad.planning.measurements import neuron_counts
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,8 +82,8 @@ def test_two_thousand_steps_take_no_more_memory_nor_time_than_the_first(tmp_path
     beside it, since a busy machine is slower at both."""
     folder = ROOT / "scripts" / "demo_model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = SubquadConfig(rank=8, fold_steps=50, refresh_steps=20, tile_size=32)
-    least = budgets(model.config.ffn_dim)[0]
+    config = SubquadConfig(rank=8, fold_steps=50, refresh_steps=20, tile_size=32, layers_to_transform="all_but_first")
+    least = neuron_counts(model.config.ffn_dim)[0]
     model = watched(model, config, [least] * 5, error=0.9)
     fixed = torch.randn(600, 600)
     memory, steps, products = [], [], []

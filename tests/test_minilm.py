@@ -88,7 +88,7 @@ def test_three_lines_with_default_settings(data: Path, tmp_path: Path) -> None:
     ]
     model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=len(names))
     patch_model(model, SubquadConfig())
-    assert len(sparse_mlps(model)) == model.config.num_hidden_layers - 1
+    assert len(sparse_mlps(model)) == model.config.num_hidden_layers
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=STEPS, per_device_train_batch_size=16, learning_rate=5e-4, logging_steps=1,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,

@@ -133,9 +133,9 @@ def test_batches_of_any_shape_never_end_training(tmp_path: Path, said: list[str]
     for _ in range(40):
         chosen = torch.randint(len(wraps), (int(torch.randint(1, 4, (), generator=generator)),), generator=generator)
 
-        def collate(batch: Any, chosen: list[int] = chosen.tolist()) -> Any:
+        def collate(batch: Any, chosen: Tensor = chosen) -> Any:
             found = rows(batch)["input_ids"]
-            for number in chosen:
+            for number in chosen.tolist():
                 found = wraps[number](found)
             return found
 

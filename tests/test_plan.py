@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, NEURONS, assert_same, batch, fill_updates, llama, logits, opt, snapshot, tokens
+from helpers.models import (
+    CONFIG,
+    NEURONS,
+    TOKENS,
+    assert_same,
+    batch,
+    fill_updates,
+    llama,
+    logits,
+    opt,
+    snapshot,
+    tokens,
+)
 from helpers.planning import budgets_of, hand_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,14 +39,16 @@ from hf_subquad import (
     patch_model,
     sparse_mlps,
 )
+from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.lookup import runtime_of
 
 LAYERS = (
-    LayerPlan("layers.1.mlp", 1000, 125, 800, 0.0625, 0.3, full_ms=30.0, dense_ms=20.0, sparse_ms=10.0),
-    LayerPlan("layers.2.mlp", 1003, 1003, 640, 0.0, 0.7, full_ms=12.0, dense_ms=8.0, sparse_ms=8.0),
+    LayerPlan("layers.1.mlp", 1000, 125, 0, 0.995, 0.0625, 0.3, full_ms=30.0, dense_ms=20.0, sparse_ms=10.0),
+    LayerPlan("layers.2.mlp", 1003, 1003, 1003, 1.0, 0.0, 0.0, full_ms=12.0, dense_ms=8.0, sparse_ms=8.0),
 )
 PLAN = Plan(
-    tolerance=0.02, loss_increase=1 / 81, step_ms=100.0, tokens=2048, dtype="bfloat16", device="cpu", tile_size=5,
+    tolerance=0.02, loss_increase=1 / 81, gradient_cosine=0.987, step_ms=100.0, planning_seconds=7.5,
+    padding_share=0.36, context_share=0.23, tokens=2048, dtype="bfloat16", device="cpu", tile_size=5,
     tile_order="similar", layers=LAYERS,
 )  # fmt: skip
 
@@ -56,30 +70,50 @@ def test_speedups_by_hand() -> None:
     assert PLAN.mlp_speedup == pytest.approx((30 + 12) / (10 + 8))
     # 100 ms of the step are with MLPs of 20 and 8 ms: before the patch they took 14 ms more, in the plan 10 ms less.
     assert PLAN.step_speedup == pytest.approx(114 / 90)
+    assert PLAN.mlp_speedup_over_dense == pytest.approx((20 + 8) / (10 + 8))
+    assert PLAN.step_speedup_over_dense == pytest.approx(100 / 90)
 
 
-def test_dense_is_all_neurons() -> None:
+def test_dense_is_all_neurons_and_the_whole_gradient() -> None:
     assert [layer.dense for layer in PLAN.layers] == [False, True]
+    dense = PLAN.layers[1]
+    for part in ({"predicted": 1002}, {"context": 0}, {"context": 1002}, {"gradient": 0.999}):
+        assert not dataclasses.replace(dense, **part).dense
+
+
+def test_active_neurons_are_those_of_predicted_tokens() -> None:
+    assert [layer.active for layer in PLAN.layers] == [125, 1003]
 
 
 def test_other_budgets() -> None:
-    other = PLAN.with_active([200, 64])
-    assert [layer.active for layer in other.layers] == [200, 64]
+    other = PLAN.with_neurons([(200, 0), (64, 72)])
+    assert [(layer.predicted, layer.context) for layer in other.layers] == [(200, 0), (64, 72)]
     assert other == dataclasses.replace(PLAN, layers=other.layers)
-    assert [dataclasses.replace(layer, active=0) for layer in other.layers] == [
-        dataclasses.replace(layer, active=0) for layer in PLAN.layers
+    assert [dataclasses.replace(layer, predicted=0, context=0) for layer in other.layers] == [
+        dataclasses.replace(layer, predicted=0, context=0) for layer in PLAN.layers
     ]
     with pytest.raises(ValueError):
-        PLAN.with_active([200])
+        PLAN.with_neurons([(200, 200)])
 
 
 def test_table_shows_every_mlp() -> None:
-    header, first, second, summary = PLAN.table().splitlines()
-    assert first.split() == ["layers.1.mlp", "1000", "125", "12.5%", "0.062", "30.0", "20.0", "10.0", "3.00x"]
-    assert second.split() == ["layers.2.mlp", "1003", "dense", "100.0%", "0.000", "12.0", "8.0", "8.0", "1.50x"]
+    header, first, second, classes, summary = PLAN.table().splitlines()
+    assert first.split() == ["layers.1.mlp", "1000", "125", "0", "99.5%", "50%", "30.0", "20.0", "10.0"]
+    assert second.split() == ["layers.2.mlp", "1003", "all", "all", "100.0%", "100%", "12.0", "8.0", "8.0"]
     assert len(header) == len(first) == len(second)
-    for part in ("2048 tokens", "bfloat16", "cpu", "2.33x", "1.27x", "+0.0123", "0.02"):
+    for part in ("2048 tokens", "36% are padding", "23% context", "41% predicted"):
+        assert part in classes
+    for part in ("bfloat16", "cpu", "1.56x", "1.11x", "1.27x", "0.0123", "0.02", "0.9870", "8 s"):
         assert part in summary
+
+
+@pytest.mark.parametrize(("sparse_ms", "gained"), [(19.9, False), (10.0, True)])
+def test_table_says_in_one_line_if_nothing_is_gained(sparse_ms: float, gained: bool) -> None:
+    layers = (dataclasses.replace(LAYERS[0], sparse_ms=sparse_ms), LAYERS[1])
+    lines = dataclasses.replace(PLAN, layers=layers).table().splitlines()
+    said = [line for line in lines if "Nothing is gained" in line]
+    assert len(said) == (not gained)
+    assert gained or ("unpatch_model" in said[0] and said[0] == lines[-1])
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -93,13 +127,15 @@ def test_round_trip(tmp_path: Path) -> None:
 NAMES, COUNTS = st.text(min_size=1, max_size=20), st.integers(1, 10**15)
 NUMBERS, TIMES = st.floats(0, 1e300), st.floats(1e-300, 1e300)
 PLANS = st.builds(
-    Plan, tolerance=NUMBERS, loss_increase=NUMBERS, step_ms=TIMES, tokens=COUNTS, dtype=NAMES, device=NAMES,
-    tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
+    Plan, tolerance=NUMBERS, loss_increase=NUMBERS, gradient_cosine=st.floats(-1, 1), step_ms=TIMES,
+    planning_seconds=NUMBERS, padding_share=st.floats(0, 1), context_share=st.floats(0, 1), tokens=COUNTS, dtype=NAMES,
+    device=NAMES, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
     layers=st.lists(
         st.integers(1, 10**6).flatmap(
             lambda m: st.builds(
-                LayerPlan, name=NAMES, neurons=st.just(m), active=st.integers(1, m), break_even=COUNTS, error=NUMBERS,
-                sensitivity=NUMBERS, full_ms=TIMES, dense_ms=TIMES, sparse_ms=TIMES,
+                LayerPlan, name=NAMES, neurons=st.just(m), predicted=st.integers(1, m), context=st.integers(0, m),
+                gradient=st.floats(0, 1, exclude_min=True), error=NUMBERS, context_error=NUMBERS, full_ms=TIMES,
+                dense_ms=TIMES, sparse_ms=TIMES,
             )
         ),
         min_size=1, max_size=3,
@@ -132,12 +168,13 @@ def test_any_value_in_any_field_is_a_plan_or_a_plan_error(data: st.DataObject) -
     except PlanError:
         return
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    assert all(1 <= layer.active <= layer.neurons for layer in plan.layers)
+    assert all(1 <= layer.predicted <= layer.neurons for layer in plan.layers)
+    assert all(0 <= layer.context <= layer.neurons and 0 < layer.gradient <= 1 for layer in plan.layers)
 
 
 def test_to_dict_shares_nothing() -> None:
-    PLAN.to_dict()["layers"][0]["active"] = 1
-    assert PLAN.layers[0].active == 125
+    PLAN.to_dict()["layers"][0]["predicted"] = 1
+    assert PLAN.layers[0].predicted == 125
 
 
 # Files
@@ -153,7 +190,7 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
     for call in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"plan\.json.*No space left"):
             patch.setattr(os, call, full)
-            PLAN.with_active([8, 8]).save(path)
+            PLAN.with_neurons([(8, 8), (8, 8)]).save(path)
     assert Plan.load(path) == PLAN
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
@@ -183,7 +220,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 1}', b"[" * 100_000],
+    [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 2}', b"[" * 100_000],
     ids=lambda data: repr(data[:14]),
 )
 def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
@@ -196,20 +233,29 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"format": 2},
+        {"format": 1},
+        {"format": 3},
         {"format": None},
         {"surprise": 1},
         {"layers": []},
         {"layers": None},
         {"layers": ["layers.1.mlp"]},
-        {"layer_active": 0},
-        {"layer_active": 1001},
-        {"layer_active": "125"},
+        {"layer_predicted": 0},
+        {"layer_predicted": 1001},
+        {"layer_predicted": "125"},
+        {"layer_context": -1},
+        {"layer_context": 1001},
+        {"layer_context": 0.5},
+        {"layer_gradient": 0.0},
+        {"layer_gradient": 1.01},
+        {"gradient_cosine": math.nan},
+        {"padding_share": -0.1},
+        {"planning_seconds": None},
         {"layer_surprise": 1},
-        {"layer_active": 125.5},
+        {"layer_predicted": 125.5},
         {"layer_error": "small"},
         {"layer_sparse_ms": 0.0},
-        {"layer_break_even": None},
+        {"layer_context": None},
         {"loss_increase": None},
         {"tolerance": math.nan},
         {"step_ms": math.inf},
@@ -218,7 +264,7 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
         {"tile_size": 1e9},
         {"tile_size": True},
         {"layer_neurons": True},
-        {"layer_sensitivity": -0.1},
+        {"layer_context_error": -0.1},
         {"layer_name": 3},
         {"layers": {"name": "layers.1.mlp"}},
         {"tile_order": "alphabetical"},
@@ -252,7 +298,7 @@ def test_missing_fields_of_a_layer(name: str) -> None:
 # On a model
 
 
-def planned(budgets: list[int], **values: Any) -> tuple[nn.Module, Plan]:
+def planned(budgets: list[int | tuple[int, int]], **values: Any) -> tuple[nn.Module, Plan]:
     """A model that was patched with a plan, its updates filled."""
     config = SubquadConfig(**{**CONFIG.to_dict(), **values})
     plan = hand_plan(patch_model(opt(), config), budgets)
@@ -266,8 +312,20 @@ def test_patch_with_a_plan_sets_budgets() -> None:
     assert budgets_of(model) == [16, NEURONS]
     assert [mlp.dense for mlp in sparse_mlps(model)] == [False, True]
     assert runtime_of(model).plan is plan
+    computed: list[int] = []
+    for mlp in sparse_mlps(model):
+        mlp.output.register_forward_pre_hook(lambda _, args: computed.append(args[0].numel()))
     model(tokens())
-    assert [mlp.calls for mlp in sparse_mlps(model)] == [1, 0]
+    assert computed[0] < 16 / NEURONS * 1.5 * computed[1] and computed[1] == TOKENS * NEURONS
+
+
+def test_a_plan_sets_what_each_class_and_the_gradient_get() -> None:
+    model, plan = planned([(16, 0), (NEURONS, 24)])
+    layers = tuple(dataclasses.replace(layer, gradient=0.95) for layer in plan.layers)
+    apply_plan(model, dataclasses.replace(plan, layers=layers))
+    assert [mlp.budget for mlp in sparse_mlps(model)] == [Budget(16, 0, 0.95), Budget(None, 24, 0.95)]
+    assert [mlp.k for mlp in sparse_mlps(model)] == budgets_of(model) == [16, NEURONS]
+    assert not any(mlp.dense for mlp in sparse_mlps(model))
 
 
 def test_a_plan_goes_before_a_fixed_budget() -> None:
@@ -282,16 +340,16 @@ def test_dense_layers_run_dense_to_the_bit() -> None:
     with dense_forward(model):
         expected = logits(model, inputs)
     assert torch.equal(found, expected)
-    assert not any(mlp.calls for mlp in sparse_mlps(model))
     sparse, _ = planned([NEURONS, 8])
     assert not torch.equal(logits(sparse, inputs), expected)
 
 
 def test_a_new_plan_replaces_the_old_one() -> None:
     model, plan = planned([16, NEURONS])
-    other = plan.with_active([NEURONS, 24])
+    other = plan.with_neurons([(NEURONS, NEURONS), (24, 0)])
     apply_plan(model, other)
     assert budgets_of(model) == [NEURONS, 24]
+    assert [mlp.budget for mlp in sparse_mlps(model)] == [Budget(), Budget(24, 0)]
     assert [mlp.dense for mlp in sparse_mlps(model)] == [True, False]
     assert runtime_of(model).plan is other
 
@@ -329,7 +387,7 @@ FOREIGN = {
 def test_a_foreign_plan_changes_nothing(spoil, words: str) -> None:
     model, plan = planned([16, NEURONS])
     with pytest.raises(PlanError, match=words):
-        apply_plan(model, spoil(plan.with_active([24, 24])))
+        apply_plan(model, spoil(plan.with_neurons([(24, 24), (24, 24)])))
     assert budgets_of(model) == [16, NEURONS]
     assert runtime_of(model).plan is plan
 

@@ -104,30 +104,30 @@ def test_every_checkpoint_has_one_sidecar_and_nothing_else_new(tmp_path: Path) -
         assert {f.name for f in checkpoint.iterdir()} == usual | {SIDECAR}
 
 
-def test_missing_sidecar_warns_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As with a checkpoint that was written without the library."""
-    Trainer(
-        model=opt(), args=arguments(tmp_path, **{**SAVING, "max_steps": 2, "optim": "sgd"}), train_dataset=Texts()
-    ).train()
-    trained = type(opt()).from_pretrained(tmp_path / "checkpoint-2")
-    model = plain()
-    run = Trainer(model=model, args=arguments(tmp_path, max_steps=3, optim="sgd", learning_rate=0.0),
-                  train_dataset=Texts(), callbacks=[SubquadCallback()])  # fmt: skip
-    import shutil
+@pytest.mark.parametrize("without", ["optimizer.pt deleted", "save_only_model"])
+def test_checkpoint_of_an_unpatched_run(without: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its optimizer held other parameters, and the Trainer loads that before it calls any callback."""
+    args = arguments(tmp_path, **{**SAVING, "max_steps": 2}, save_only_model=without == "save_only_model")
+    Trainer(model=opt(), args=args, train_dataset=Texts()).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    trained = type(opt()).from_pretrained(checkpoint)
 
-    with pytest.MonkeyPatch.context() as patch, caplog.at_level("WARNING"):
-        # The optimizer of that run held other parameters: only the weights are taken from it.
-        patch.setattr(Trainer, "_load_optimizer_and_scheduler", lambda *_: None)
-        from transformers.utils import logging
+    def resumed() -> Trainer:
+        run = Trainer(model=plain(), args=arguments(tmp_path, max_steps=3, learning_rate=0.0), train_dataset=Texts(),
+                      callbacks=[SubquadCallback()])  # fmt: skip
+        with caplog.at_level("WARNING"):
+            run.train(resume_from_checkpoint=str(checkpoint))
+        return run
 
-        logging.enable_propagation()
-        run.train(resume_from_checkpoint=True)
-        logging.disable_propagation()
+    if without == "optimizer.pt deleted":
+        with pytest.raises(ValueError, match="parameter group"):
+            resumed()
+        (checkpoint / "optimizer.pt").unlink()
+    run = resumed()
     assert SIDECAR in caplog.text and "fresh" in caplog.text
     assert run.state.global_step == 3
     for name, value in trained.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value)
-    shutil.rmtree(tmp_path)
+        torch.testing.assert_close(run.model.state_dict()[name], value)
 
 
 def test_a_checkpoint_without_the_callback_starts_the_updates_afresh(tmp_path: Path) -> None:

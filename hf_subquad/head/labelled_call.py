@@ -109,7 +109,7 @@ class _Call:
             len(compact[0]) if num_items_in_batch is None else num_items_in_batch,
             vocab_size,
             self.megabytes,
-            cast("nn.Linear", self.head).weight if self.linear else None,
+            cast("nn.Parameter", self.head.weight) if self.linear else None,
         )
 
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:

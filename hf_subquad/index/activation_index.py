@@ -7,8 +7,7 @@ enter exactly.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,14 +131,13 @@ class ActivationIndex:
         self._note_weights()
         self.output_norms = self.output.row_norms()
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Context manager: afterwards the index is as it was. Base weights must not change inside."""
-        before = dict(vars(self))
-        try:
-            yield
-        finally:
-            vars(self).update(before)
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` goes back to."""
+        return dict(vars(self))
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Undo what was fitted since a snapshot. Base weights are to be as they were then."""
+        vars(self).update(snapshot)
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed or replaced since the last build. Returns whether they were."""

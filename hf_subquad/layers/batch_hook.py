@@ -21,8 +21,12 @@ class BatchHook:
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     """Show every batch that a model is called with to a runtime. A second call for the same model changes nothing.
 
-    A wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, so it needs a hook too.
+    Where DDP or `torch.compile` wraps the model, the inner model is watched, because they call it with its hooks. A
+    wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, so it needs a hook too.
     """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 

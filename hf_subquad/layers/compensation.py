@@ -57,7 +57,9 @@ class CompensationFit:
     @torch.no_grad()
     def add(self, x: Tensor, missed: Tensor) -> None:
         """Tokens x [N, d], and what the skipped neurons would have added on them [N, d_out]."""
-        features = torch.cat([x.float() @ self._basis.t(), torch.ones(len(x), 1, device=x.device)], 1)
+        features = torch.cat(
+            [x.float() @ self._basis.t(), torch.ones(len(x), 1, dtype=torch.float32, device=x.device)], 1
+        )
         self._tokens += len(x)
         self._gram = self._gram + features.t() @ features
         self._moment = self._moment + features.t() @ missed.float()

@@ -150,7 +150,7 @@ class Runtime:
 
     def _padding_is_out_of_reach(self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses) -> bool:
         """Whether the model's loss stays as it is if MLPs return far-off values for padding."""
-        before, self._trying = (self.forward, self.elsewhere, self.skips_padding), True
+        before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
                 self._batches.append(classes)
@@ -160,7 +160,7 @@ class Runtime:
                 plain = _loss(model, inputs)
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
-            self._batches.clear()
+            self._batches = held
         if poisoned is None or plain is None:
             return False
         tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)

@@ -46,7 +46,7 @@ class SparseMLP:
         parent_forward: the forward that called the projections when they were patched in.
         budget: what it spends on a token of each class. Change it with `set_budget`, or for a while with `using`.
         corrections: what stands in for skipped neurons, by class, once it was fitted.
-        calls: sparse forward passes so far.
+        calls: forward passes so far that spent less than all neurons and the whole gradient.
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
         selection_override: if set, the selection that is used in place of the index's for all tokens, or the parts.
@@ -250,7 +250,7 @@ class SparseMLP:
             else self._select(tokens, rows, k, training, token_class)
             for token_class, rows, k in groups
         ]  # fmt: skip
-        if mode == "sparse" and not torch.compiler.is_compiling():
+        if not budget.exact and not torch.compiler.is_compiling():
             self.calls += 1
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
 

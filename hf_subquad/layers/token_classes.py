@@ -11,11 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-Stack = Literal["encoder", "decoder"]
+Stack = Literal["encoder", "decoder", "only"]
 
 _IGNORED = -100  # the label of tokens that a loss leaves out
-_OTHER_INPUTS = ("vision", "visual", "image", "audio", "speech")  # MLPs that see something else than the text
-_SAMPLED = 8
+_OTHER_INPUTS = (
+    "vision",
+    "visual",
+    "image",
+    "audio",
+    "speech",
+    "experts",
+)  # MLPs that see something else than the text
+_SAMPLED = 64
+_STRIDE = 2654435761  # prime, so that samples are of many tokens and features whatever the shape
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class BatchClasses:
         """The classes of the tokens that the stack of an MLP sees."""
         if any(word in name for word in _OTHER_INPUTS):
             return None
-        stack: Stack = "encoder" if "encoder" in self.stacks and "decoder" not in name.split(".") else "decoder"
-        return self.stacks.get(stack)
+        stack: Stack = "decoder" if "decoder" in name.split(".") else "encoder"
+        return self.stacks.get("only", self.stacks.get(stack))
 
     def note(self, mlp: int, x: Tensor) -> None:
         """Remember an MLP's input, so that `saw` recognises it when gradient checkpointing recomputes it."""
@@ -90,7 +98,7 @@ class BatchClasses:
 
 def _sample(x: Tensor) -> Tensor:
     flat = x.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].clone()
+    return flat.index_select(0, torch.arange(_SAMPLED, device=x.device) * _STRIDE % max(1, len(flat)))
 
 
 def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
@@ -106,7 +114,7 @@ def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return BatchClasses(_encoder_decoder(inputs, labels))
     found = _one_stack(model, inputs, labels, shifted)
-    return BatchClasses({} if found is None else {"decoder": found})
+    return BatchClasses({} if found is None else {"only": found})
 
 
 def predicts_next_token(model: nn.Module) -> bool | None:

@@ -6,8 +6,9 @@ gradient that they pass back. The compact activation is one flat tensor, parts o
 each; what a model computes between its projections is elementwise and does not see the difference.
 
 In the backward pass, gradients pass through the rows that hold a share of the squared output gradient, the largest
-first. `down_project` knows the output gradient and writes zeros for all other rows; `up_project` skips rows of zeros.
-With a share of 1 only rows without any gradient are skipped, which is exact.
+first. `down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose
+products would cost no less without them: these pass, too. `up_project` skips rows of zeros. With a share of 1 only rows
+without any gradient are skipped, which is exact.
 """
 
 import math
@@ -91,7 +92,7 @@ def down_project(
     Args:
         a: flat, as `up_project` returns it, in the compute dtype.
         tokens: N.
-        gradient: share of the squared gradient of the result that the rows hold which pass it back to `a`. The
+        gradient: least share of the squared gradient of the result that the rows hold which pass it back to `a`. The
             gradients of U and V take all rows, which costs next to nothing.
         elsewhere: the output of tokens in no part.
     """

@@ -22,7 +22,7 @@ from ..layers.surroundings import Surroundings, holders
 from ..plan import Plan
 from .mlp_patterns import Match, bare_model, find_activations, find_mlps
 from .self_test import self_test
-from .validation import check_projections
+from .validation import check_not_shared, check_projections
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -59,8 +59,9 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     matches = find_mlps(model, config)
     for match in matches:
         check_projections(match, config)
-    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
     bare = bare_model(model)
+    check_not_shared(bare, matches)
+    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
     runtime = Runtime(config, Surroundings(bare, holders(bare, [match.name for match in matches])))
     keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []

@@ -36,7 +36,8 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     """
     weight = mlp.inputs[0].weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].rows().shape[1], generator=generator).to(weight)
+    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].rows().shape[1], generator=generator, dtype=torch.float32)
+    x = x.to(weight)
     selection = _half_of_the_neurons(mlp, x, generator)
     mixture, whole = _whole_and_half(selection), selection.tiles.slots[0]
     mask = torch.zeros(_BATCH, mlp.index.neurons, device=weight.device, dtype=weight.dtype)

@@ -1,5 +1,7 @@
 """Which projections can be patched: plain, unsplit, linear and finite ones. All others are refused by name."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,12 +70,33 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
     config.active_neurons(match.neurons)
 
 
+def check_not_shared(model: nn.Module, matches: Sequence[Match]) -> None:
+    """
+    Raises:
+        UnsupportedModuleError: a weight that would be patched belongs to another module as well (a module that is
+            called several times is one). Their updates would meet in it when they are folded or saved.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{name}.{kind}")
+    for match in matches:
+        for path in match.paths:
+            names = holders.get(id(match.projection(path)._parameters.get("weight")), [])
+            if len(names) > 1:
+                raise UnsupportedModuleError(
+                    f"{names[0]} and {names[1]} are one tied parameter, and an update of one would change both: leave "
+                    "these MLPs out with exclude_modules, or give each a weight of its own"
+                )
+
+
 @torch.no_grad()
 def _computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of Linear or Conv1D computes the same, on random input."""
     weight = module.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator).to(weight)
+    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator, dtype=torch.float32).to(weight)
     bias: torch.Tensor | None = getattr(module, "bias", None)
     expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
     try:

@@ -1,15 +1,12 @@
 """The Trainer callback: passes every event to the function that does the work. It has no state of its own."""
 
-import os
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 from accelerate.state import PartialState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..layers.lookup import patched_parts, runtime_of
@@ -18,6 +15,7 @@ from .checkpoints import resume
 from .engines import check_engine, compares_with_reference
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
+from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder
 from .trainer_head import start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 
@@ -51,21 +49,21 @@ class SubquadCallback(TrainerCallback, ExportableState):
         check_engine(args)
         runtime_of(model)
         train_updates(model)
-        self._move_first(sys._getframe(1).f_locals.get("self"))
+        self._move_first()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         check_engine(args)  # for a callback that came by add_callback
-        folder = _run_folder(sys._getframe(1), args)
+        folder = run_folder(args)
         if state.global_step:
-            resumed_from = _resumed_from(sys._getframe(1)) or _checkpoint_folder(folder, state)
-            resume(model, Path(resumed_from), state.global_step, optimizer, type(self).__name__ in _states(state))
+            checkpoint = resumed_from() or _checkpoint_folder(folder, state)
+            resume(model, checkpoint, state.global_step, optimizer, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         stop_labelled_head(model)  # of a training that was broken off
-        self._move_first(sys._getframe(1).f_locals.get("self"))
+        self._move_first()
         runtime, mlps = patched_parts(model)
         runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)
         runtime.exact_forward = compares_with_reference(args)
@@ -87,8 +85,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
-        trainer, _ = _trainer_and("trial", sys._getframe(1))
-        start_labelled_head(model, trainer, runtime.config.head_megabytes)  # after planning, which looks at logits
+        # After planning, which looks at logits.
+        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)
         sync_model(model, state.global_step)
 
     def on_step_end(
@@ -126,7 +124,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
         if args.should_save:
-            folder = _checkpoint_folder(_run_folder(sys._getframe(1), args), state)
+            folder = _checkpoint_folder(run_folder(args), state)
             save_sidecar(model, folder, state.global_step)
 
     def on_train_end(
@@ -143,52 +141,25 @@ class SubquadCallback(TrainerCallback, ExportableState):
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
             "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
-            "save with model.merge_and_unload().save_pretrained(folder)"
+            "write the plain model, all merged, with hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:
         """An empty state. It marks checkpoints of runs with this callback, whose sidecar must not be missing."""
         return {"args": {}, "attributes": {}}
 
-    def _move_first(self, handler: Any) -> None:
-        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them.
-
-        The Trainer appends the user's callbacks after TensorBoard, W&B and the like, and hands callbacks no
-        reference to their handler; the handler is the caller of `on_init_end`.
-        """
-        if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+    def _move_first(self) -> None:
+        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them: the Trainer
+        appends the user's callbacks after TensorBoard, W&B and the like."""
+        handler = calling_handler()
+        if handler is not None and self in handler.callbacks:
             handler.callbacks.remove(self)
             handler.callbacks.insert(0, self)
-        else:
-            logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
     """The saved states of callbacks, by class name (a dict, although the annotation says otherwise)."""
     return cast("dict[str, Any]", state.stateful_callbacks)
-
-
-def _resumed_from(frame: FrameType | None) -> str | None:
-    """The folder that `Trainer.train` resumes from, read from its frame because callbacks do not get it."""
-    _, folder = _trainer_and("resume_from_checkpoint", frame)
-    return folder if isinstance(folder, str) and os.path.isdir(folder) else None
-
-
-def _run_folder(frame: FrameType | None, args: TrainingArguments) -> Path:
-    """Where the Trainer puts the checkpoints of this run. A trial of a hyperparameter search has a folder of its own,
-    which callbacks do not get."""
-    trainer, trial = _trainer_and("trial", frame)
-    return Path(trainer._get_output_dir(trial) if trainer else args.output_dir or "")
-
-
-def _trainer_and(name: str, frame: FrameType | None) -> tuple[Trainer | None, Any]:
-    """The Trainer whose method is the nearest caller that has a variable of that name, and its value."""
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and name in frame.f_locals:
-            return trainer, frame.f_locals[name]
-        frame = frame.f_back
-    return None, None
 
 
 def _checkpoint_folder(run: Path, state: TrainerState) -> Path:

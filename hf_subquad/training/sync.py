@@ -11,6 +11,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import InactivePatchError, WeightsError
+from ..layers.batch_hook import watch_batches
 from ..layers.lookup import patched_parts, require_patched
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
@@ -80,7 +81,9 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
         WeightsError: base weights that were changed from outside, or updates that are due to be folded, hold NaN or
             infinite values; no base weight is changed.
     """
-    return sync_parts(*patched_parts(model), step, optimizer)
+    runtime, mlps = patched_parts(model)
+    watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
+    return sync_parts(runtime, mlps, step, optimizer)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device)
 
 
 def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
-    dataset = getattr(dataloader, "dataset", dataloader)
+    dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
         dataset = dataset.dataset  # one process's share of it
     collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None

@@ -71,7 +71,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
         return super().__new__(cls, merged, _Copy._out_of_use)
 
     def __init__(self, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> None:
-        super().__init__(merged, _Copy._out_of_use)
+        super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
         self._shared: Tensor = merged.detach()
         self._version = self._shared._version
         self._content = fingerprint(self._shared)

@@ -61,6 +61,16 @@ class NeuronProjection(nn.Module):
         self._handed_out = HandedOut()
         self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
 
+    @property
+    def in_features(self) -> int:
+        """Inputs, as of `nn.Linear`."""
+        return self.rows().shape[1 if self.is_input else 0]
+
+    @property
+    def out_features(self) -> int:
+        """Outputs, as of `nn.Linear`."""
+        return self.rows().shape[0 if self.is_input else 1]
+
     def store_by_neuron(self) -> None:
         """Make `rows()` contiguous: the weight keeps its shape, over transposed storage if need be."""
         rows = self.weight.data if self.weight_is_rows else self.weight.data.t()
@@ -136,7 +146,10 @@ class NeuronProjection(nn.Module):
 
     def extra_repr(self) -> str:
         neurons, width = self.rows().shape
-        return f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad"
+        return (
+            f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad: leave it out of PEFT's "
+            "target_modules, or set them to 'all-linear'"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = merged = self.merged_weight()

@@ -20,8 +20,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from environment import provenance
-from reporting import write_json
+from reporting import conclude
 
 from hf_subquad import SubquadConfig, apply_plan, calibrate, compensate, patch_model, sync_model
 
@@ -105,9 +104,7 @@ def main() -> None:
     for threads in args.threads:
         torch.set_num_threads(threads)
         rows.append(measure(args))
-        print(rows[-1], flush=True)
-    if args.json:
-        write_json({"rows": rows, **provenance()}, args.json)
+    conclude({"rows": rows}, "\n".join(map(str, rows)), args)
 
 
 if __name__ == "__main__":

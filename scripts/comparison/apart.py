@@ -1,14 +1,14 @@
 """Runs work in a process of its own, so that its memory is given back and its peak is its own; one at a time."""
 
 import multiprocessing
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
+
+from .memory import memory_bytes, peak_bytes_of
 
 OnProgress = Callable[[Any], None]
 Work = Callable[[Any, OnProgress], Any]
@@ -45,7 +45,7 @@ def run_apart(name: str, work: Work, argument: Any, on_progress: OnProgress = la
     try:
         while True:
             wait([receiving, process.sentinel], timeout=_POLL_SECONDS)
-            held = max(held, _resident_bytes(process.pid))
+            held = max(held, peak_bytes_of(process.pid))
             ended = not process.is_alive()  # asked before the pipe: what it sent before its end is still there
             if receiving.poll():
                 try:
@@ -99,31 +99,3 @@ def _how_it_died(name: str, code: int | None, held: int) -> str:
         f"{text}, of the machine's {memory_bytes() / 1e9:.1f} GB. Most likely the system had no memory left: "
         "reduce the batch size or the sequence length, or end other programs"
     )
-
-
-def memory_bytes() -> int:
-    """Memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def available_bytes() -> int:
-    """Memory that a new program could take now; on systems other than Linux, all there is."""
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return memory_bytes()
-
-
-def _resident_bytes(pid: int | None) -> int:
-    """Peak of a process's resident memory so far; 0 where it cannot be read."""
-    for line in _lines(f"/proc/{pid}/status"):
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -23,7 +23,8 @@ from transformers import (
 from .settings import RunSettings, Shape
 
 _LIBRARIES = 700_000_000
-_KEPT_OF_HIDDEN, _KEPT_OF_NEURONS = 14, 4  # values that a layer keeps of a token, in units of its sizes
+# Copies of the weights, and values that a layer keeps of a token, in units of its sizes; adapters keep more.
+_KEPT = {"full": (4, 12, 4), "low_rank": (1, 20, 6)}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -109,12 +110,12 @@ def shape_config(shape: Shape, positions: int) -> PretrainedConfig:
 
 
 def expected_memory(settings: RunSettings) -> dict[str, int]:
-    """About how many bytes a process of each kind of training will take on a CPU: "full" (every weight is trained) and
-    "low_rank". For the longest batch; evaluation takes less.
+    """About how many bytes a process of each kind of training will take on a CPU, at most: "full" (every weight is
+    trained) and "low_rank". For a batch of the longest sequences.
 
-    Counted are libraries, weights (trained in full: with gradients and two moments), the inputs that a transformer
-    layer's operations keep for the backward pass, and logits with their gradient and its softmax. Freed memory that the
-    allocator keeps comes on top.
+    Counted are libraries, weights (trained in full: with gradients and two moments), what a transformer layer keeps of
+    its tokens for the backward pass, and logits with their gradient and softmax. Freed memory that the allocator keeps
+    comes on top.
     """
     if settings.shape is not None:
         config = shape_config(settings.shape, settings.seq_length)
@@ -124,9 +125,10 @@ def expected_memory(settings: RunSettings) -> dict[str, int]:
         weights = sum(w.numel() for w in AutoModelForCausalLM.from_config(config).parameters())
     size = DTYPES[settings.dtype].itemsize
     tokens = settings.batch_size * settings.seq_length
-    hidden = config.hidden_size
-    neurons = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * hidden
-    kept = tokens * config.num_hidden_layers * (_KEPT_OF_HIDDEN * hidden + _KEPT_OF_NEURONS * neurons) * size
+    neurons = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
     logits = 3 * tokens * config.vocab_size * 4  # the loss is computed in fp32
-    rest = _LIBRARIES + kept + logits
-    return {"full": rest + 4 * weights * size, "low_rank": rest + weights * size}
+    found = {}
+    for kind, (copies, of_hidden, of_neurons) in _KEPT.items():
+        kept = tokens * config.num_hidden_layers * (of_hidden * config.hidden_size + of_neurons * neurons) * size
+        found[kind] = _LIBRARIES + copies * weights * size + kept + logits
+    return found

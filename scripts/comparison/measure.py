@@ -27,10 +27,11 @@ def full_run(settings: RunSettings, report: OnProgress) -> dict[str, Any]:
         digest: of all token ids trained on, in order.
         peak_memory_bytes: over the steps; `memory_before_model_bytes` of it are Python and its libraries.
         eval_loss_dense, eval_loss_sparse: at the end; None where there is none.
-        patched: name, projections, neurons and active neurons of each patched MLP.
+        patched: of each patched MLP name, projections, neurons, and its budget at the end: neurons for predicted and
+            for context tokens, and the share of the gradient that passes back.
         plan: the plan that was made, as JSON text; None if there was none.
     """
-    return _Measured(settings, report).train(evaluated=True)
+    return _train(settings, report, evaluated=True)
 
 
 def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
         digest: of the token ids.
     """
     settings, mlps = argument
-    result = _Measured(settings, report).train(evaluated=False, mlps=mlps)
+    result = _train(settings, report, evaluated=False, mlps=mlps)
     profiled = settings.untimed_steps + settings.turn_steps
     return {
         "steps": result["steps"][settings.untimed_steps : profiled],
@@ -53,103 +54,100 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
 
 def expected_memory(settings: RunSettings, report: OnProgress) -> dict[str, int]:
     """See inputs.py."""
-    _Measured(settings, report)
+    _prepare(settings)
     from .inputs import expected_memory
 
     return expected_memory(settings)
 
 
-class _Measured:
-    """One training, in this process."""
+def _prepare(settings: RunSettings) -> None:
+    """This process: its threads, where the recipes lie, and what it does not print."""
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
+    import datasets
+    import torch
+    import transformers
 
-    def __init__(self, settings: RunSettings, report: OnProgress) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
-        import datasets
-        import torch
-        import transformers
+    torch.set_num_threads(settings.threads)
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
-        from .memory import resident_bytes
 
-        torch.set_num_threads(settings.threads)
-        datasets.disable_progress_bars()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self.settings, self.report = settings, report
-        self.memory_before = resident_bytes()
+def _train(
+    settings: RunSettings, report: OnProgress, evaluated: bool, mlps: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    _prepare(settings)
+    import transformers
+    from methods import apply_method, plain_model
 
-    def train(self, evaluated: bool, mlps: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        import transformers
-        from methods import apply_method, plain_model
+    from hf_subquad import SubquadConfig, sparse_forward
 
-        from hf_subquad import SubquadConfig, sparse_forward
+    from .inputs import load_inputs
+    from .memory import resident_bytes
+    from .timed_trainer import TimedTrainer
 
-        from .inputs import load_inputs
-        from .timed_trainer import TimedTrainer
+    memory_before = resident_bytes()
+    transformers.set_seed(settings.seed)
+    inputs = load_inputs(settings)
+    use_cache = inputs.model.config.use_cache
+    common = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
+    start = time.perf_counter()
+    model, callbacks = apply_method(
+        inputs.model, settings.method, rank=settings.rank, alpha=settings.alpha, rest=settings.rest,
+        subquad=SubquadConfig.from_dict(common | settings.subquad), plan=settings.plan,
+    )  # fmt: skip
+    patching_seconds = time.perf_counter() - start
+    transformers.set_seed(settings.seed)  # whatever the method drew from the random state
 
-        settings = self.settings
-        transformers.set_seed(settings.seed)
-        inputs = load_inputs(settings)
-        use_cache = inputs.model.config.use_cache
-        common = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
-        start = time.perf_counter()
-        model, callbacks = apply_method(
-            inputs.model,
-            settings.method,
-            rank=settings.rank,
-            alpha=settings.alpha,
-            subquad=SubquadConfig.from_dict(common | settings.subquad),
-            rest=settings.rest,
-            plan=settings.plan,
-        )
-        patching_seconds = time.perf_counter() - start
-        transformers.set_seed(settings.seed)  # whatever the method drew from the random state
-
-        loss_of = _evaluator(inputs, settings) if inputs.evaluation and evaluated else None
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = TimedTrainer(
-                model, settings, inputs.train, inputs.collate, callbacks, folder, loss_of, self.report, mlps
-            )
-            trainer.train()
-            plan = Path(folder, PLAN_NAME)
-            result: dict[str, Any] = {
-                "steps": trainer.steps,
-                "evaluations": trainer.evaluations,
-                "setup_seconds": patching_seconds + trainer.setup_seconds,
-                "logs": trainer.logs,
-                "digest": trainer.digest.hexdigest()[:16],
-                "peak_memory_bytes": trainer.memory.bytes,
-                "memory_before_model_bytes": self.memory_before,
-                "trained_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-                "total_parameters": sum(w.numel() for w in model.parameters()),
-                "eval_loss_dense": trainer.evaluations[-1]["eval_loss"] if loss_of else None,
-                "eval_loss_sparse": None,
-                "patched": _patched(model) if settings.method == "subquad" else [],
-                "plan": plan.read_text(encoding="utf-8") if plan.is_file() else None,
-            }
-        if loss_of and settings.method == "subquad":
-            result["eval_loss_sparse"] = loss_of(model, sparse_forward)
-        if evaluated and settings.save_to and inputs.tokenizer is not None:
-            plain = plain_model(model)
-            plain.config.use_cache = use_cache
-            plain.save_pretrained(settings.save_to)
-            inputs.tokenizer.save_pretrained(settings.save_to)
-        return result
+    loss_of = _evaluator(inputs, settings) if inputs.evaluation and evaluated else None
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = TimedTrainer(model, settings, inputs.train, inputs.collate, callbacks, folder, loss_of, report, mlps)
+        trainer.train()
+        plan = Path(folder, PLAN_NAME)
+        result: dict[str, Any] = {
+            "steps": trainer.steps,
+            "evaluations": trainer.evaluations,
+            "setup_seconds": patching_seconds + trainer.setup_seconds,
+            "logs": trainer.logs,
+            "digest": trainer.digest.hexdigest()[:16],
+            "peak_memory_bytes": trainer.memory.bytes,
+            "memory_before_model_bytes": memory_before,
+            "trained_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
+            "total_parameters": sum(w.numel() for w in model.parameters()),
+            "eval_loss_dense": trainer.evaluations[-1]["eval_loss"] if loss_of else None,
+            "eval_loss_sparse": None,
+            "patched": _patched(model) if settings.method == "subquad" else [],
+            "plan": plan.read_text(encoding="utf-8") if plan.is_file() else None,
+        }
+    if loss_of and settings.method == "subquad":
+        result["eval_loss_sparse"] = loss_of(model, sparse_forward)
+    if evaluated and settings.save_to and inputs.tokenizer is not None:
+        plain = plain_model(model)
+        plain.config.use_cache = use_cache
+        plain.save_pretrained(settings.save_to)
+        inputs.tokenizer.save_pretrained(settings.save_to)
+    return result
 
 
 def _patched(model: Any) -> list[dict[str, Any]]:
     from hf_subquad import sparse_mlps
 
-    return [
-        {
-            "name": mlp.name,
-            "projections": [f"{mlp.name}.{path}".lstrip(".") for path in mlp.sources],
-            "neurons": mlp.index.neurons,
-            "active": mlp.active,
-        }
-        for mlp in sparse_mlps(model)
-    ]
+    found = []
+    for mlp in sparse_mlps(model):
+        neurons, budget = mlp.index.neurons, mlp.budget
+        found.append(
+            {
+                "name": mlp.name,
+                "projections": [f"{mlp.name}.{path}".lstrip(".") for path in mlp.sources],
+                "neurons": neurons,
+                "predicted": neurons if budget.predicted is None else mlp.index.round_up_k(budget.predicted),
+                "context": neurons if budget.context is None else mlp.index.round_up_k(budget.context),
+                "gradient": budget.gradient,
+            }
+        )
+    return found
 
 
 def _evaluator(inputs: Any, settings: RunSettings) -> Callable[..., float]:

@@ -9,6 +9,7 @@ from typing import Any
 from reporting import Panel, draw, text_table, write_whole
 
 BASELINES = ("vanilla", "lora")
+_CLASSES = ("predicted", "context")
 CSV_COLUMNS = ("method", "step", "seconds", "training_seconds", "tokens", "train_loss", "eval_loss_dense")
 
 DEFINITIONS = {
@@ -24,6 +25,8 @@ DEFINITIONS = {
     "their own at the end of each turn; activation, weight gradients, adapters and selection are in it",
     "amdahl_limit": "1 / (1 - share of the baseline's step that these MLPs take): the speed-up if they took no time",
     "steps": "of the one full training of each method, which gives losses and peak memory; not timed in turns",
+    "predicted_share": "of the patched MLPs' neurons, computed for tokens at which the loss looks; context_share: for "
+    "the other tokens, but for padding",
     "peak_memory_bytes": "resident memory of the method's process while it stepped (on a GPU: allocated memory); "
     "memory_before_model_bytes of it are Python and its libraries",
 }
@@ -60,9 +63,10 @@ def summarise(
         summary[f"amdahl_limit_vs_{baseline}"] = 1 / (1 - share) if share else None
     patched = runs["subquad"]["patched"] if "subquad" in runs else []
     neurons = sum(mlp["neurons"] for mlp in patched)
+    kept = ("name", "neurons", "predicted", "context", "gradient")
     return summary | {
-        "active_share": sum(mlp["active"] for mlp in patched) / neurons if patched else None,
-        "patched": [{key: mlp[key] for key in ("name", "neurons", "active")} for mlp in patched],
+        **{f"{of}_share": sum(mlp[of] for mlp in patched) / neurons if patched else None for of in _CLASSES},
+        "patched": [{key: mlp[key] for key in kept} for mlp in patched],
         "definitions": DEFINITIONS,
     }
 
@@ -183,8 +187,9 @@ def table(report: Mapping[str, Any]) -> str:
                 f"its MLPs {_number(report[f'mlp_speedup_vs_{baseline}'], '.2f', 'x')}; "
                 f"MLPs that take no time would give {_number(report[f'amdahl_limit_vs_{baseline}'], '.2f', 'x')}"
             )
-    if report["active_share"] is not None:
-        text.append(f"{len(report['patched'])} MLPs patched, {report['active_share']:.1%} of neurons active")
+    if report["patched"]:
+        shares = " and ".join(f"{report[f'{of}_share']:.1%} for {of} tokens" for of in _CLASSES)
+        text.append(f"{len(report['patched'])} MLPs patched; of their neurons {shares} are computed")
     return "\n".join(text)
 
 

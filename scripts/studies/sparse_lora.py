@@ -49,6 +49,7 @@ from hf_subquad.planning.fidelity import DenseReference
 Batch = dict[str, Tensor]
 
 SVD_RANK = 8
+SCORED_ONE_IN = 4  # tokens, as of this library's tiles of 64
 DENSE_STEPS = 0.05  # share of the steps, at the start
 SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the neurons, at which SparseLoRA's step is timed
 PLANNED_ON = 3  # batches
@@ -72,7 +73,7 @@ class SequenceSets:
     @torch.no_grad()
     def __call__(self, x: Tensor, k: int, tile_size: int, order: str) -> Selection:
         tiles = sequence_tiles(self.counts, len(x), x.device)
-        scores = self.index.tile_scores(x[tiles.slots])
+        scores = self.index.tile_scores(x[tiles.slots[:, ::SCORED_ONE_IN]])
         return Selection(tiles, self.index.backend(x.device).top_neurons(scores, self.index.round_up_k(k)))
 
 

@@ -111,9 +111,19 @@ def force(mlp: SparseMLP, tokens: int, k: int, tile_size: int) -> Selection:
 
 
 def reference(
-    twin: nn.Module, mlp: SparseMLP, x: Tensor, mask: Tensor | None, leaves: list[tuple[Tensor, Tensor]]
+    twin: nn.Module,
+    mlp: SparseMLP,
+    x: Tensor,
+    mask: Tensor | None,
+    leaves: list[tuple[Tensor, Tensor]],
+    passing: Tensor | None = None,
 ) -> Tensor:
-    """The MLP with stock operations in the dtype of x: a dense base and a LoRA-like branch beside it, then the mask."""
+    """The MLP with stock operations in the dtype of x: a dense base and a LoRA-like branch beside it, then the mask.
+
+    Args:
+        mask: [N, m], the neurons that count for each token; None: all.
+        passing: bool [N], the tokens whose output gradient enters the activations; None: all.
+    """
     scale = mlp.runtime.config.alpha / mlp.runtime.config.rank
     sources = list(mlp.sources)
 
@@ -136,6 +146,8 @@ def reference(
         hidden = activation(pre[0])
     if mask is not None:
         hidden = hidden * mask.to(hidden.dtype)
+    if passing is not None:
+        hidden.register_hook(lambda gradient: gradient * passing.unsqueeze(1))
     return linear(sources[-1], hidden, *leaves[-1], into=False)
 
 

@@ -16,7 +16,7 @@ from hf_subquad import SubquadConfig
 BATCH, LENGTH, VOCABULARY, WIDTH, NEURONS, LAYERS = 3, 5, 61, 20, 52, 3
 TOKENS = BATCH * LENGTH  # 15 tokens at tile_size 5: 4 tiles of 4 slots, one of them spare
 
-CONFIG = SubquadConfig(rank=3, alpha=5.0, tile_size=5, sketch_rank=12, active=0.4)
+CONFIG = SubquadConfig(rank=3, alpha=5.0, tile_size=5, sketch_rank=12, active=0.4, layers_to_transform="all_but_first")
 
 _LLAMA = dict(
     vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=LAYERS,

@@ -1,67 +1,99 @@
 """Plans without a clock: times that follow a formula, and plans written by hand."""
 
+import itertools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 from hf_subquad import LayerPlan, Plan, sparse_mlps
+from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.planning import calibration, measurements
+from hf_subquad.planning import calibration, measured_mlp
+from hf_subquad.planning.measurements import MLPCall
 from hf_subquad.planning.mlp_timing import MLPTiming
+from hf_subquad.planning.predictions import Predictions
 
 from .models import tokens
 
 STEP_MS = 1000.0
 
 
-def set_times(monkeypatch: pytest.MonkeyPatch, overhead: float | Callable[[Tensor], float] = 0.2) -> None:
-    """An MLP of m neurons takes 3 m ms in full, 2 m ms dense, and overhead * m + k ms sparse; a step takes a second.
+def set_times(
+    monkeypatch: pytest.MonkeyPatch,
+    overhead: float | Callable[[MLPCall], float] = 0.2,
+    idle: float = 0.1,
+    backward: float = 0.0,
+) -> None:
+    """An MLP of m neurons takes 3 m ms in full and 2 m ms dense; a step takes a second.
 
-    Sparse is faster than dense below k = (2 - overhead) m. An `overhead` that is a function gets the tokens [N, d].
+    Of these, each class takes its share of the tokens: with k neurons a share of overhead * m + k ms, with none of
+    idle * m ms. Sparse is faster than dense below k = (2 - overhead) m. Rows that pass no gradients save a share
+    `backward` of the time of what is dense. An `overhead` that is a function gets what the MLP saw.
     """
 
-    def time_mlp(mlp: SparseMLP, x: Tensor, ks: Sequence[int]) -> MLPTiming:
+    def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
         m = mlp.index.neurons
-        fixed = (overhead if isinstance(overhead, float) else overhead(x)) * m
-        return MLPTiming(3.0 * m, 2.0 * m, {k: fixed + k for k in ks})
+        fixed = (overhead if isinstance(overhead, float) else overhead(call)) * m
+        ordered = call.energy.sort(descending=True).values
+        held = ordered.cumsum(0) - ordered
 
-    def timed(work: Callable[[], object], device: torch.device) -> float:
-        work()
-        return STEP_MS / 1000
+        def ms(budget: Budget) -> float:
+            passing = ((held < budget.gradient * ordered.sum()) & (ordered > 0)).sum() / max(1, (ordered > 0).sum())
+            dense = 2.0 * m * (1 - backward * (1 - passing.item()))
+            total = 0.0
+            for name, rows in call.rows().items():
+                k = budget.neurons(name)
+                total += len(rows) / len(call.tokens) * (dense if k is None else fixed + k if k else idle * m)
+            return total
 
-    monkeypatch.setattr(measurements, "time_mlp", time_mlp)
-    monkeypatch.setattr(calibration, "timed", timed)
+        return MLPTiming(3.0 * m, 2.0 * m, {budget: ms(budget) for budget in budgets})
+
+    ticks = itertools.count()
+    monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
+    for module in (calibration, measured_mlp):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
 
 
-def hand_plan(model: nn.Module, active: Sequence[int], **of_layers: Any) -> Plan:
-    """A plan with these budgets for a patched model; `of_layers` are fields of every MLP."""
+def hand_plan(model: nn.Module, active: Sequence[int | tuple[int, int]], **of_layers: Any) -> Plan:
+    """A plan with these neurons, or pairs for predicted and for context tokens, for a patched model; `of_layers` are
+    fields of every MLP."""
     mlps = sparse_mlps(model)
     layers = []
-    for mlp, k in zip(mlps, active, strict=True):
+    for mlp, ks in zip(mlps, active, strict=True):
         m = mlp.index.neurons
-        values = {"error": 0.0 if k == m else 0.3, "sensitivity": 0.1, "break_even": m, "full_ms": 3.0 * m,
-                  "dense_ms": 2.0 * m, "sparse_ms": 2.0 * m if k == m else 1.0 * k}  # fmt: skip
-        layers.append(LayerPlan(name=mlp.name, neurons=m, active=k, **{**values, **of_layers}))
+        predicted, context = (ks, ks) if isinstance(ks, int) else ks
+        values = {"gradient": 1.0, "error": 0.0 if predicted == m else 0.3,
+                  "context_error": 0.0 if context == m else 0.3, "full_ms": 3.0 * m, "dense_ms": 2.0 * m,
+                  "sparse_ms": 2.0 * m if predicted == context == m else 1.0 * max(predicted, 1)}  # fmt: skip
+        layers.append(
+            LayerPlan(name=mlp.name, neurons=m, predicted=predicted, context=context, **{**values, **of_layers})
+        )
     config = mlps[0].runtime.config
     return Plan(
-        tolerance=0.02, loss_increase=0.0123, step_ms=STEP_MS, tokens=15, dtype="float32", device="cpu",
-        tile_size=config.tile_size, tile_order=config.tile_order, layers=tuple(layers),
+        tolerance=0.02, loss_increase=0.0123, gradient_cosine=0.98, step_ms=STEP_MS, planning_seconds=3.0,
+        padding_share=0.25, context_share=0.5, tokens=15, dtype="float32", device="cpu", tile_size=config.tile_size,
+        tile_order=config.tile_order, layers=tuple(layers),
     )  # fmt: skip
 
 
-def text_batches(*seeds: int, shape: tuple[int, int] = (3, 5)) -> list[dict[str, Tensor]]:
-    """Batches of random tokens with themselves as labels."""
-    return [{"input_ids": tokens(seed, shape), "labels": tokens(seed, shape)} for seed in seeds]
+def text_batches(*seeds: int, shape: tuple[int, int] = (3, 5), prompt: int = 0) -> list[dict[str, Tensor]]:
+    """Batches of random tokens with themselves as labels, but for a prompt of so many tokens."""
+    batches = []
+    for seed in seeds:
+        labels = tokens(seed, shape)
+        labels[:, :prompt] = -100
+        batches.append({"input_ids": tokens(seed, shape), "labels": labels})
+    return batches
 
 
 def budgets_of(model: nn.Module) -> list[int]:
-    """Neurons that each MLP computes."""
+    """Neurons that each MLP computes for predicted tokens."""
     return [mlp.active for mlp in sparse_mlps(model)]
 
 
 def trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take predictions of small random models for those of a trained head, whose divergence is not scaled up."""
-    monkeypatch.setattr("hf_subquad.planning.predictions._information", lambda scores: 1.0)
+    monkeypatch.setattr(Predictions, "_information", lambda self: 1.0)

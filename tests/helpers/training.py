@@ -13,7 +13,9 @@ from .models import opt, tokens
 
 ROWS = 16
 # A full-rank sketch and tiles of at most 16 scored tokens: selections do not hang on rounding in the index.
-TRAIN = SubquadConfig(rank=3, alpha=6.0, tile_size=5, sketch_rank=20, active=0.5, refresh_steps=1)
+TRAIN = SubquadConfig(
+    rank=3, alpha=6.0, tile_size=5, sketch_rank=20, active=0.5, refresh_steps=1, layers_to_transform="all_but_first"
+)
 
 
 class Texts(torch.utils.data.Dataset):

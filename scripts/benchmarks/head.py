@@ -1,6 +1,6 @@
 """Training steps with the head on labelled positions, against the stock head: seconds, peak memory, loss.
 
-    python scripts/benchmarks/bench_head.py --model CHECKPOINT --data gsm8k/train.jsonl --dtype fp32 --json head.json
+    python scripts/benchmarks/head.py --model CHECKPOINT --data gsm8k/train.jsonl --dtype fp32 --json head.json
 
 Questions are prompts without loss, answers carry it; batches are padded to their longest row, as the default collator
 does. Every round runs each variant once, in a process of its own.
@@ -24,7 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from comparison.memory import PeakMemory
-from environment import provenance
+from reporting import conclude
 
 from hf_subquad import patch_head
 
@@ -150,11 +150,9 @@ def main() -> None:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 rows.append(json.loads(done.stdout.splitlines()[-1]))
                 print(method, head, statistics.median(rows[-1]["step_seconds"]), rows[-1]["peak_memory_bytes"])
-    settings = {name: str(value) for name, value in vars(args).items() if name not in ("one", "json")}
-    report = {"settings": settings, "summary": summary(rows), "rows": rows, **provenance()}
-    print(json.dumps(report["summary"], indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    report = {"summary": summary(rows), "rows": rows}
+    args.data = str(args.data)
+    conclude(report, json.dumps(report["summary"], indent=2), args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,114 @@
+"""Which budgets a model's MLPs get: as fast as can be, and together faithful enough on a held-out batch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..layers.budget import Budget, TokenClass
+from ..logs import get_logger
+from .allocation import Option, allocate, undominated
+from .fidelity import DenseReference, Fidelity
+from .measured_mlp import PROBED_SHARE, MeasuredMLP, only
+
+COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient that goes with a nat of tolerance
+DIVERGENCE_PER_TOLERANCE = (
+    10.0  # and the divergence: what context tokens miss shows in it, and hardly in what is learnt
+)
+
+_BANDS = 3  # of layers: an error costs the more, the more layers come after it
+_ROUNDS = 4
+_CLOSE_ENOUGH = 0.75  # of what may be lost is spent
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be lost."""
+
+    divergence: float
+    cosine: float
+
+    @classmethod
+    def of(cls, tolerance: float) -> "Limits":
+        return cls(DIVERGENCE_PER_TOLERANCE * tolerance, max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance))
+
+    def spent(self, found: Fidelity) -> float:
+        """Share of it that is lost; above 1 it is too much."""
+        return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
+
+
+def choose(
+    measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float
+) -> tuple[list[Option], Fidelity]:
+    """An option for each MLP, which together are faithful enough: that is measured, and returned."""
+    limits = Limits.of(tolerance)
+
+    def run(budgets: Sequence[Budget]) -> Fidelity:
+        for one, budget in zip(measured, budgets, strict=True):
+            one.run_with(budget)
+        return reference.fidelity()
+
+    def spent(budgets: Sequence[Budget]) -> float:
+        return limits.spent(run(budgets))
+
+    forward = _forward_prices(measured, spent)
+    probe = [Budget(gradient=PROBED_SHARE)] * len(measured)
+    backward = _price(measured, MeasuredMLP.backward_cost, probe, spent)
+    options = [
+        undominated(
+            [Option(b, one.ms(b), price * one.forward_cost(b) + backward * one.backward_cost(b)) for b in one.budgets()]
+        )
+        for one, price in zip(measured, forward, strict=True)
+    ]
+    best = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
+    best_found, allowance = Fidelity(0.0, 1.0, 0.0), 1.0
+    for _ in range(_ROUNDS):
+        chosen = allocate(options, allowance)
+        found = run([option.budget for option in chosen])
+        used = limits.spent(found)
+        logger.info(
+            f"planning: MLPs of {_milliseconds(chosen):.0f} ms (exact: {_milliseconds(best):.0f} ms or more) diverge "
+            f"by {found.divergence:.4f} nats, gradient cosine {found.cosine:.4f}"
+        )
+        if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
+            best, best_found = chosen, found
+        fastest = all(option is of_mlp[0] for option, of_mlp in zip(chosen, options, strict=True))
+        if used <= 1 and (fastest or used >= _CLOSE_ENOUGH):
+            break
+        allowance *= min(3.0, max(0.1, 0.9 / used)) if used else 3.0
+    return best, best_found
+
+
+def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float]) -> list[float]:
+    """By MLP, what a unit of forward cost spends: found for each band of layers by running it alone."""
+    prices = [0.0] * len(measured)
+    size = -(-len(measured) // _BANDS)
+    for start in range(0, len(measured), size):
+        band = range(start, min(start + size, len(measured)))
+        probe = [_middle(one) if i in band else Budget() for i, one in enumerate(measured)]
+        price = _price(measured, MeasuredMLP.forward_cost, probe, spent)
+        for i in band:
+            prices[i] = price
+    return prices
+
+
+def _price(
+    measured: Sequence[MeasuredMLP],
+    cost: Callable[[MeasuredMLP, Budget], float],
+    budgets: Sequence[Budget],
+    spent: Callable[[Sequence[Budget]], float],
+) -> float:
+    """What a unit of a cost spends of what may be lost, found by running with some budgets."""
+    total = sum(cost(one, budget) for one, budget in zip(measured, budgets, strict=True))
+    return spent(budgets) / total if total > 0 else 0.0
+
+
+def _middle(measured: MeasuredMLP) -> Budget:
+    """Half of the neurons, of context tokens if there are any."""
+    name: TokenClass = "context" if "context" in measured.classes else "predicted"
+    ks = [k for k in measured.classes[name].ks if k]
+    return only(name, ks[len(ks) // 2]) if ks else Budget()
+
+
+def _milliseconds(options: Sequence[Option]) -> float:
+    return sum(option.ms for option in options)

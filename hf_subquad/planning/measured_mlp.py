@@ -1,0 +1,226 @@
+"""Every MLP of a model, measured on a few batches: what each of its budgets would cost, in time and in fidelity."""
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.batch_hook import watch_batches
+from ..layers.budget import Budget, TokenClass
+from ..layers.lookup import patched_parts
+from ..layers.runtime import Runtime
+from ..layers.sparse_mlp import SparseMLP
+from ..logs import get_logger
+from ..plan import LayerPlan
+from .allocation import Option
+from .fidelity import DenseReference
+from .measurements import ClassMeasurements, MLPCall, neuron_counts, recording, tokens_by_class
+from .mlp_timing import MLPTiming, time_mlp
+from .predictions import Batch
+
+GRADIENT_SHARES = (0.999, 0.995, 0.99, 0.98, 0.95, 0.9)
+PROBED_SHARE = 0.98  # of the gradient
+
+_LEAST_TIME = 0.05  # of the exact one
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MeasuredMLP:
+    """What is known of one MLP, from which its budget is chosen.
+
+    Attributes:
+        classes: by token class, errors and corrections of each number of neurons.
+        timing: of some budgets, on an MLP of this shape.
+        kept: share of the rows with any gradient that hold each of `GRADIENT_SHARES` of the squared gradient.
+        timed_kept: the same for the gradient that was timed, at `PROBED_SHARE`.
+        energy: share of the squared gradient of all trained parameters that its updates have.
+        tokens, dtype: of the call that it was measured on.
+    """
+
+    mlp: SparseMLP
+    classes: Mapping[TokenClass, ClassMeasurements]
+    timing: MLPTiming
+    kept: Mapping[float, float]
+    timed_kept: float
+    energy: float
+    tokens: int
+    dtype: str
+
+    def budgets(self) -> Iterator[Budget]:
+        """All that it can run with."""
+        counts: list[list[int | None]] = [[None, *measured.ks] for measured in self.classes.values()]
+        for neurons, gradient in itertools.product(itertools.product(*counts), (1.0, *GRADIENT_SHARES)):
+            by_class = dict(zip(self.classes, neurons, strict=True))
+            predicted = by_class.get("predicted")
+            yield Budget(predicted, by_class.get("context", predicted), gradient)
+
+    def forward_cost(self, budget: Budget) -> float:
+        """Squared effect on the loss of what the forward skips, up to a common factor."""
+        found = ((measured, budget.neurons(name)) for name, measured in self.classes.items())
+        return sum(0.0 if k is None else measured.costs[k] for measured, k in found)
+
+    def backward_cost(self, budget: Budget) -> float:
+        """Squared effect on the gradient of the rows that the backward skips, up to a common factor."""
+        return (1 - budget.gradient) * self.energy
+
+    def ms(self, budget: Budget) -> float:
+        """Milliseconds of any budget, from those that were timed: what parts save adds up."""
+        exact = self.timing.budgets[Budget()]
+        if budget.exact:
+            return exact
+        total = exact
+        for name in self.classes:
+            if (k := budget.neurons(name)) is not None:
+                total += self._ms_of(name, k) - exact
+        if budget.gradient < 1:
+            # A tile's products take all of its rows, whether they pass gradients or not.
+            saved = exact - self.timing.budgets[Budget(gradient=PROBED_SHARE)]
+            saved *= (1 - self.kept[budget.gradient]) / max(1 - self.timed_kept, 1e-6)
+            dense = [budget.neurons(name) is None for name in self.classes]
+            total -= max(0.0, saved) * sum(dense) / len(dense)
+        return max(total, _LEAST_TIME * exact)
+
+    def run_with(self, budget: Budget) -> None:
+        self.mlp.set_budget(budget)
+        chosen = ((name, measured, budget.neurons(name)) for name, measured in self.classes.items())
+        self.mlp.corrections = {name: measured.corrections[k] for name, measured, k in chosen if k is not None}
+
+    def planned(self, option: Option) -> LayerPlan:
+        m, budget = self.mlp.index.neurons, option.budget
+        errors = {
+            name: 0.0 if (k := budget.neurons(name)) is None else measured.errors[k]
+            for name, measured in self.classes.items()
+        }
+        return LayerPlan(
+            name=self.mlp.name,
+            neurons=m,
+            predicted=m if budget.predicted is None else budget.predicted,
+            context=m if budget.context is None else budget.context,
+            gradient=budget.gradient,
+            error=errors.get("predicted", 0.0),
+            context_error=errors.get("context", 0.0),
+            full_ms=self.timing.full,
+            dense_ms=self.timing.dense,
+            sparse_ms=option.ms,
+        )
+
+    def _ms_of(self, token_class: TokenClass, k: int) -> float:
+        """With k neurons for one class, on the straight line through those that were timed."""
+        known = {x: self.timing.budgets[only(token_class, x)] for x in _timed_counts(self.mlp, token_class)}
+        if k in known:
+            return known[k]
+        (low, low_ms), (high, high_ms) = [(x, ms) for x, ms in sorted(known.items()) if x][:2]
+        return max(0.0, low_ms + max(0.0, high_ms - low_ms) / max(1, high - low) * (k - low))
+
+
+def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, float]:
+    """Measure every MLP of a patched model. Indices are left fitted, budgets at what was tried last.
+
+    Returns:
+        The MLPs; predictions and gradient of the dense model on the last batch, which judges what is fitted to the
+        others; and the seconds of a dense step on it.
+    """
+    runtime, mlps = patched_parts(model)
+    watch_batches(model, runtime)
+    seen = recorded(model, runtime, mlps, batches[:-1] or batches)
+    classes: dict[str, dict[TokenClass, ClassMeasurements]] = {}
+    with no_autocast(mlps):
+        for mlp in mlps:
+            by_class = tokens_by_class(seen.pop(mlp.name))
+            mlp.index.fit(torch.cat(list(by_class.values())))
+            counts = neuron_counts(mlp.index.neurons)
+            classes[mlp.name] = {
+                name: ClassMeasurements(mlp, [0, *counts] if name == "context" else counts) for name in by_class
+            }
+            for name, measured in classes[mlp.name].items():
+                measured.fit(by_class[name])
+    with recording(model, mlps) as judged:
+        started = time.perf_counter()
+        reference = DenseReference(model, batches[-1])
+        step_seconds = time.perf_counter() - started
+    with no_autocast(mlps):
+        for mlp in mlps:
+            classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name])
+    timings: dict[tuple[Any, ...], tuple[MLPTiming, float]] = {}
+    measured_mlps = []
+    for mlp in mlps:
+        call = judged[mlp.name][0]
+        shapes = tuple((p.weight.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
+        key = (shapes, call.x.shape, call.x.dtype, *classes[mlp.name])
+        if key not in timings:
+            timings[key] = _timed(mlp, call, classes[mlp.name])
+        measured_mlps.append(
+            MeasuredMLP(
+                mlp, classes[mlp.name], timings[key][0], _kept(torch.cat([c.energy for c in judged[mlp.name]])),
+                timings[key][1], reference.energy_of([f for p in mlp.projections for f in p.update.parameters()]),
+                len(call.tokens), str(call.x.dtype).removeprefix("torch."),
+            )
+        )  # fmt: skip
+    return measured_mlps, reference, step_seconds
+
+
+def recorded(
+    model: nn.Module, runtime: Runtime, mlps: Sequence[SparseMLP], batches: Sequence[Batch]
+) -> dict[str, list[MLPCall]]:
+    """What every MLP sees of some batches, in dense passes without gradients."""
+    shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
+    logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
+    if runtime.skips_padding is None:
+        runtime.try_skipping_padding(model, batches[0])
+    with recording(model, mlps) as seen:
+        for batch in batches:
+            model(**batch)
+    return dict(seen)
+
+
+def no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:
+    return torch.autocast(mlps[0].output.weight.device.type, enabled=False)
+
+
+def only(token_class: TokenClass, k: int) -> Budget:
+    return Budget(predicted=k) if token_class == "predicted" else Budget(context=k)
+
+
+def _timed_counts(mlp: SparseMLP, token_class: TokenClass) -> list[int]:
+    """Numbers of neurons of a class that are timed: two, and none."""
+    counts = neuron_counts(mlp.index.neurons)
+    return ([0] if token_class == "context" else []) + [counts[len(counts) // 4], counts[-2 if len(counts) > 2 else -1]]
+
+
+def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements]) -> tuple[MLPTiming, float]:
+    """Times of an MLP, and the share of the rows that passed gradients in the timed pass."""
+    budgets = [Budget(), Budget(gradient=PROBED_SHARE)]
+    budgets += [only(name, k) for name in classes for k in _timed_counts(mlp, name)]
+    autocast = call.x.dtype != mlp.output.weight.dtype
+    mlp.corrections = {name: next(iter(measured.corrections.values())) for name, measured in classes.items()}
+    with torch.autocast(call.x.device.type, dtype=call.x.dtype, enabled=autocast):
+        return time_mlp(mlp, call, budgets), _kept(call.energy)[PROBED_SHARE]
+
+
+def _kept(energy: Tensor) -> dict[float, float]:
+    """By share of the squared gradient, the share of the rows with any gradient that hold it."""
+    ordered = energy.sort(descending=True).values
+    held, rows = ordered.cumsum(0) - ordered, max(1, int((ordered > 0).sum()))
+    return {share: int(((held < share * ordered.sum()) & (ordered > 0)).sum()) / rows for share in GRADIENT_SHARES}
+
+
+def _judged(
+    classes: Mapping[TokenClass, ClassMeasurements], calls: Sequence[MLPCall]
+) -> dict[TokenClass, ClassMeasurements]:
+    """Judge each class on what its MLP saw of another batch; classes that have no tokens there are dropped."""
+    kept: dict[TokenClass, ClassMeasurements] = {}
+    for name, measured in classes.items():
+        found = [(call, rows[name]) for call in calls if name in (rows := call.rows())]
+        if found:
+            measured.judge(
+                torch.cat([call.tokens[rows] for call, rows in found]),
+                torch.cat([call.energy[rows] for call, rows in found]),
+            )
+            kept[name] = measured
+    return kept

@@ -1,0 +1,102 @@
+"""The plain model inside of a patched one, PEFT's adapters merged: its weights by name, and its checkpoint."""
+
+import copy
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatchError
+
+_ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
+
+
+@torch.no_grad()
+def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of every parameter and persistent buffer of the plain model, one after the other.
+
+    Names, shapes and dtypes are those of the model without the patch and without PEFT, as an inference engine knows
+    it; low-rank updates and adapters are merged in, without changing the model. One layer's weights are computed at a
+    time. Tied weights come once for each of their names.
+
+    Args:
+        model: patched or not, also inside of PEFT's, DDP's or `torch.compile`'s wrapper.
+
+    Raises:
+        PatchError: an adapter cannot be merged (prompt tuning, say).
+    """
+    bare = _bare(model)
+    for name, module in bare.named_modules():
+        if _inside_adapter(name, bare):
+            continue
+        if hasattr(module, "base_layer"):
+            yield from _prefixed(name, _merged(name, module))
+        elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+            trained = module.modules_to_save[module.active_adapters[0]] if not module.disable_adapters else None
+            yield from _prefixed(name, (trained or module.original_module).state_dict())
+        else:
+            own: dict[str, Any] = {}
+            prefix = f"{name}." if name else ""
+            module._save_to_state_dict(own, prefix, keep_vars=False)
+            yield from ((key, value) for key, value in own.items() if isinstance(value, Tensor))
+
+
+def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
+    """Write the plain checkpoint of a patched model, PEFT's adapters of any kind merged in. The model stays as it is.
+
+    Beside adapters, `save_pretrained` and `Trainer.save_model` write the adapters alone.
+
+    Args:
+        settings: further arguments of `save_pretrained`.
+
+    Raises:
+        PatchError: an adapter cannot be merged, or the model has no `save_pretrained`.
+    """
+    bare: Any = _bare(model)
+    if not hasattr(bare, "save_pretrained"):
+        raise PatchError(f"{type(bare).__name__} has no save_pretrained: save dict(merged_named_weights(model))")
+    state = dict(merged_named_weights(model))
+    hidden = {name: vars(bare).pop(name) for name in _ADAPTERS if name in vars(bare)}
+    try:
+        bare.save_pretrained(folder, state_dict=state, **settings)
+    finally:
+        vars(bare).update(hidden)
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Without the wrappers of DDP, `torch.compile` and PEFT."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or model._modules.get("module")
+        if inner is None or not isinstance(inner, nn.Module):
+            break
+        model = inner
+    wrapped: Any = model
+    if not hasattr(wrapped, "get_base_model"):
+        return model
+    if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
+        raise PatchError("prompts that PEFT has learnt cannot be merged into weights: keep its adapter checkpoint")
+    return wrapped.get_base_model()
+
+
+def _inside_adapter(name: str, model: nn.Module) -> bool:
+    """Whether a module lies in one that holds adapters, and is given out with it."""
+    parts = name.split(".")[:-1]
+    holders = (model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts) + 1))
+    return any(hasattr(holder, "base_layer") or hasattr(holder, "original_module") for holder in holders)
+
+
+def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    """State of a layer with adapters as it would be after merging them."""
+    merged: Any = copy.deepcopy(layer)
+    try:
+        if not merged.disable_adapters:
+            merged.merge()
+    except Exception as error:
+        raise PatchError(f"the adapters of {name} ({type(layer).__name__}) cannot be merged: {error}") from error
+    return merged.get_base_layer().state_dict()
+
+
+def _prefixed(name: str, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{name}.{key}", value) for key, value in state.items())

@@ -1,0 +1,515 @@
+"""Which tokens of a batch are padding, context or predicted, and is skipping what does not count exact?"""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers.models import CONFIG, WIDTH, build, fill_updates, tokens
+from torch import Tensor, nn
+
+from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, sync_model, unpatch_model
+from hf_subquad.layers.batch_hook import unwatch_batches, watch_batches
+from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.lookup import runtime_of
+from hf_subquad.layers.token_classes import TokenClasses, classify
+
+PAD, BOS, IGNORED = 2, 1, -100
+Batch = dict[str, Tensor]
+
+# Which is which
+
+
+def rows(*values: list[int]) -> Tensor:
+    return torch.tensor(values)
+
+
+def drawn(classes: TokenClasses) -> list[str]:
+    """A letter a token, a word a row: p for predicted, c for context, dots for padding."""
+    letters = ["."] * classes.tokens
+    for letter, positions in (("p", classes.predicted), ("c", classes.context)):
+        assert positions.tolist() == sorted(set(positions.tolist()))
+        for position in positions.tolist():
+            letters[position] = letter
+    if classes.padding:
+        assert classes.real is not None
+        assert classes.real.tolist() == [i for i, letter in enumerate(letters) if letter != "."]
+    else:
+        assert classes.real is None
+    assert classes.padding == letters.count(".")
+    assert classes.shares() == tuple(letters.count(letter) / len(letters) for letter in ".cp")
+    columns = classes.shape[1]
+    return ["".join(letters[start : start + columns]) for start in range(0, len(letters), columns)]
+
+
+def found(model: nn.Module, **inputs: Any) -> dict[str, list[str]]:
+    return {stack: drawn(classes) for stack, classes in classify(model, inputs).stacks.items()}
+
+
+IDS = rows([3, 4, 5, 6, 7, 8], [3, 4, 5, 6, 7, 8])
+RIGHT, LEFT = rows([1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]), rows([0, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1])
+LABELS_RIGHT = rows([-100, -100, 5, 6, -100, -100], [-100, 4, -100, -100, -100, -100])
+LABELS_LEFT = rows([-100, -100, -100, 6, 7, 8], [-100, -100, -100, -100, -100, 8])
+
+
+def four_dimensional(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, S, S], causal: True or zero where a query sees a key."""
+    seen = (mask.bool()[:, None, None, :] & torch.ones(6, 6, dtype=torch.bool).tril()).expand(2, 1, 6, 6)
+    return (
+        seen if dtype == torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    )
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return build("llama")
+
+
+@pytest.mark.parametrize("kind", ["2-D", "bool", "float32", "bfloat16"])
+def test_causal(kind: str, llama: nn.Module) -> None:
+    """A label is predicted one token before it, and tokens after the last predicted one reach nothing."""
+    dtype = getattr(torch, kind, None)
+    right, left = RIGHT, LEFT
+    if dtype is not None:
+        right, left = four_dimensional(RIGHT, dtype), four_dimensional(LEFT, dtype)
+    assert found(llama, input_ids=IDS, attention_mask=right, labels=LABELS_RIGHT) == {"only": ["cpp...", "p....."]}
+    assert found(llama, input_ids=IDS, attention_mask=left, labels=LABELS_LEFT) == {"only": [".cppp.", "...cp."]}
+    embeds = torch.zeros(2, 6, WIDTH)
+    assert found(llama, inputs_embeds=embeds, attention_mask=left, labels=LABELS_LEFT) == {"only": [".cppp.", "...cp."]}
+
+
+def test_causal_without_a_mask(llama: nn.Module) -> None:
+    assert found(llama, input_ids=IDS, labels=LABELS_RIGHT) == {"only": ["cpp...", "p....."]}
+    assert found(llama, input_ids=IDS, labels=IDS) == {"only": ["ppppp.", "ppppp."]}
+    nothing = torch.full_like(IDS, IGNORED)
+    assert found(llama, input_ids=IDS, labels=nothing) == {"only": ["......", "......"]}
+
+
+def test_packed_rows(llama: nn.Module) -> None:
+    """Sequences after one another: what the last token of one would predict is labelled -100."""
+    positions = rows([0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3])
+    labels = torch.where(positions == 0, IGNORED, IDS)
+    assert found(llama, input_ids=IDS, position_ids=positions, labels=labels) == {"only": ["ppcpp.", "pcppp."]}
+
+
+def test_shifted_labels(llama: nn.Module) -> None:
+    shifted = torch.nn.functional.pad(LABELS_RIGHT[:, 1:], (0, 1), value=IGNORED)
+    expected = {"only": ["cpp...", "p....."]}
+    for more in ({}, {"labels": LABELS_RIGHT}):
+        assert found(llama, input_ids=IDS, attention_mask=RIGHT, shift_labels=shifted, **more) == expected
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoders(family: str) -> None:
+    model = build(family)
+    labels = rows([5, 6, 7, -100], [5, 6, -100, -100])
+    decoder = ["ppp.", "pp.."]
+    assert found(model, input_ids=IDS, attention_mask=RIGHT, labels=labels) == {
+        "encoder": ["ccccc.", "ccc..."],
+        "decoder": decoder,
+    }
+    assert found(model, input_ids=IDS, labels=labels) == {"encoder": ["cccccc"] * 2, "decoder": decoder}
+    masked = found(model, input_ids=IDS, decoder_attention_mask=rows([1, 1, 1, 0], [1, 0, 0, 0]), labels=labels)
+    assert masked["decoder"] == ["ppp.", "p..."]
+    holes = found(model, input_ids=IDS, labels=rows([-100, 6, -100, 7], [5, -100, -100, -100]))
+    assert holes["decoder"] == ["cpcp", "p..."]
+
+
+def test_encoders() -> None:
+    """Their tokens see all others that are not masked, so that none but these are padding."""
+    model = build("bert")
+    labels = rows([-100, 4, -100, -100, -100, -100], [3, -100, 5, -100, -100, -100])
+    assert found(model, input_ids=IDS, attention_mask=RIGHT, labels=labels) == {"only": ["cpccc.", "pcp..."]}
+    by_token = transformers.BertForTokenClassification(model.config)
+    assert found(by_token, input_ids=IDS, attention_mask=RIGHT, labels=labels) == {"only": ["cpccc.", "pcp..."]}
+    by_row = transformers.BertForSequenceClassification(model.config)
+    for labels in (torch.tensor([0, 1]), torch.tensor([0.1, 0.2]), torch.rand(2, 3)):
+        assert found(by_row, input_ids=IDS, attention_mask=RIGHT, labels=labels) == {"only": ["pcccp.", "pcp..."]}
+        assert found(by_row, input_ids=IDS, attention_mask=LEFT, labels=labels) == {"only": [".pcccp", "...pcp"]}
+
+
+def test_what_cannot_be_known(llama: nn.Module) -> None:
+    """Has one class."""
+    assert found(llama, input_ids=IDS, attention_mask=RIGHT) == {}
+    assert found(llama, input_ids=IDS, labels=[{"boxes": IDS}]) == {}
+    assert found(llama, input_ids=IDS, labels=LABELS_RIGHT, attention_mask={"full_attention": RIGHT}) == {}
+    assert found(llama, input_ids=IDS, labels=LABELS_RIGHT, attention_mask=torch.ones(2, 9)) == {}  # with a cache
+    assert found(build("vit"), pixel_values=torch.zeros(2, 3, 8, 8), labels=torch.tensor([0, 1])) == {}
+    assert found(nn.Linear(2, 2), input_ids=IDS, labels=LABELS_RIGHT) == {}  # are labels shifted?
+
+
+def test_which_mlps_see_the_text() -> None:
+    """Those of the stack that sees it, if they see as many tokens."""
+    text, audio = torch.zeros(2, 6, WIDTH), torch.zeros(2, 4, WIDTH)
+    labels = rows([5, 6, 7, -100], [5, 6, -100, -100])
+    both = classify(build("bart"), {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels})
+    assert drawn(both.of("model.encoder.layers.0", text)) == ["ccccc.", "ccc..."]
+    assert drawn(both.of("model.decoder.layers.0", audio)) == ["ppp.", "pp.."]
+    assert both.of("model.decoder.layers.0", text) is both.of("model.encoder.layers.0", audio) is None
+    speech = classify(build("whisper"), {"input_features": torch.zeros(2, 80, 8), "labels": labels})
+    assert speech.of("model.encoder.layers.0", audio) is None  # as many frames as labels
+    assert speech.of("model.decoder.layers.0", audio) is not None
+    masked = {"input_ids": IDS, "attention_mask": RIGHT, "labels": LABELS_RIGHT}
+    one = classify(build("bert"), masked)
+    assert one.of("bert.encoder.layer.0", text) is one.of("bert.encoder.layer.0", text.flatten(0, 1)) is not None
+    one = classify(build("llama"), masked)
+    assert one.of("model.layers.0.mlp", text) is not None
+    for name in ("model.visual.blocks.0.mlp", "vision_tower.layers.0.mlp", "model.layers.0.mlp.experts.3"):
+        assert one.of(name, text.flatten(0, 1)) is None
+
+
+# Through models
+
+
+def padded(side: str, rows: int = 3, length: int = 9, seed: int = 0, bos: bool = False) -> Batch:
+    """Rows of several lengths; two prompt tokens each, and behind the last label of every other row two more tokens."""
+    ids, labels = tokens(seed, (rows, length)), torch.full((rows, length), IGNORED)
+    mask = torch.zeros(rows, length, dtype=torch.long)
+    for row in range(rows):
+        size = length - (3 * row + seed) % (length - 4)
+        real = slice(0, size) if side == "right" else slice(length - size, length)
+        mask[row, real] = 1
+        if bos:
+            ids[row, real.start] = BOS
+        labels[row, real.start + 2 : real.stop - 2 * (row % 2)] = ids[row, real.start + 2 : real.stop - 2 * (row % 2)]
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask, "labels": labels}
+
+
+def by_token(side: str, **how: Any) -> Batch:
+    batch = padded(side, **how)
+    return {**batch, "labels": batch["labels"].where(batch["labels"] == IGNORED, batch["labels"] % 2)}
+
+
+def by_row(side: str, **how: Any) -> Batch:
+    batch = padded(side, **how)
+    return {**batch, "labels": torch.arange(len(batch["labels"])) % 2}
+
+
+def to_text(side: str, **how: Any) -> Batch:
+    batch, targets = padded(side, **how), tokens(9, (how.get("rows", 3), 7))
+    for row in range(len(targets)):
+        targets[row, 5 - row % 4 :] = IGNORED
+    return {**batch, "labels": targets}
+
+
+Inputs = Callable[..., Batch]
+MODELS: dict[str, tuple[Callable[[], nn.Module], Inputs]] = {
+    "llama": (lambda: build("llama", torch.float64), padded),
+    "gpt2": (lambda: build("gpt2", torch.float64), padded),
+    "opt": (lambda: build("opt", torch.float64), padded),
+    "phi3": (lambda: build("phi3", torch.float64), padded),
+    "t5": (lambda: build("t5", torch.float64), to_text),
+    "bart": (lambda: build("bart", torch.float64), to_text),
+    "bert": (lambda: build("bert", torch.float64), padded),
+    "bert, tokens": (lambda: transformers.BertForTokenClassification(build("bert").config).double(), by_token),
+    "bert, rows": (lambda: transformers.BertForSequenceClassification(build("bert").config).double(), by_row),
+    "llama, rows": (lambda: transformers.LlamaForSequenceClassification(build("llama").config).double(), by_row),
+}
+
+
+def real_tokens(name: str, batch: Batch) -> dict[bool, int]:
+    """How many are not padding, for MLPs of decoders (True) and of others."""
+    labels = batch["labels"]
+    if name in ("t5", "bart"):
+        return {True: int((labels != IGNORED).sum()), False: int(batch["attention_mask"].sum())}
+    counted = 0
+    for row in range(len(labels)):
+        real = batch["attention_mask"][row].bool().tolist()
+        if name in ("llama", "gpt2", "opt", "phi3"):
+            last = max(place for place, label in enumerate(labels[row].tolist()) if label != IGNORED)
+            real = real[:last]  # the label in place t is predicted in place t - 1
+        counted += sum(real)
+    return {True: counted, False: counted}
+
+
+def made(name: str, **settings: Any) -> nn.Module:
+    """Patched, with all neurons for every token unless told otherwise."""
+    make, _ = MODELS[name]
+    torch.manual_seed(0)
+    model = patch_model(make(), SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0, **settings})).train()
+    fill_updates(model)
+    return model
+
+
+def gradients(model: nn.Module, *batches: Batch) -> dict[str, Tensor]:
+    """The loss of some batches, weighted, and its gradients, after all forwards came before the one backward."""
+    model.zero_grad()
+    loss = sum((1 + number) * model(**batch).loss for number, batch in enumerate(batches))
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def dense_gradients(model: nn.Module, *batches: Batch) -> dict[str, Tensor]:
+    with dense_forward(model):
+        return gradients(model, *batches)
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To rounding in float64, through a few layers."""
+    assert found.keys() == expected.keys() and sum(".update." in name for name in found) >= 4
+    for name, value in expected.items():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def differ(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return max((found[name] - value).abs().max().item() for name, value in expected.items()) > 1e-3
+
+
+@contextmanager
+def computed_tokens(model: nn.Module) -> Iterator[dict[str, list[int]]]:
+    """By MLP, tokens for which each pass computes neurons, if all of them."""
+    counts: dict[str, list[int]] = {mlp.name: [] for mlp in sparse_mlps(model)}
+    handles = [
+        mlp.output.register_forward_pre_hook(
+            lambda module, args, mlp=mlp: counts[mlp.name].append(args[0].numel() // mlp.index.neurons)
+        )
+        for mlp in sparse_mlps(model)
+    ]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_skipping_padding_is_exact(name: str, side: str) -> None:
+    model = made(name)
+    batch = MODELS[name][1](side)
+    expected = dense_gradients(model, batch)
+    assert_equal(gradients(model, batch), expected)
+    assert runtime_of(model).skips_padding
+    with computed_tokens(model) as counts:
+        assert_equal(gradients(model, batch), expected)
+    real = real_tokens(name, batch)
+    for mlp, found in counts.items():
+        assert found == [real["decoder" in mlp.split(".")]]
+    assert all(count < batch["input_ids"].numel() for count in real.values())
+    assert all(mlp.calls == 0 for mlp in sparse_mlps(model))  # of these that skip neurons
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_context_in_the_last_layer_is_exact(name: str) -> None:
+    """No prediction hangs on what its MLP adds there; in the layers before it does."""
+    model, batch = made(name), padded("right")
+    expected = dense_gradients(model, batch)
+    sparse_mlps(model)[-1].set_budget(Budget(None, 0))
+    with computed_tokens(model) as counts:
+        gradients(model, batch)
+        assert_equal(gradients(model, batch), expected)
+    assert counts[sparse_mlps(model)[-1].name][-1] == int((batch["labels"] != IGNORED).sum())
+    sparse_mlps(model)[0].set_budget(Budget(None, 0))
+    assert differ(gradients(model, batch), expected)
+
+
+def test_dense_steps_skip_padding_too() -> None:
+    model, batch = made("llama", active=0.4, dense_share=1.0), padded("right")
+    expected = dense_gradients(model, batch)
+    assert differ(gradients(model, batch), expected)
+    calls = [mlp.calls for mlp in sparse_mlps(model)]
+    sync_model(model, 0)
+    with computed_tokens(model) as counts:
+        assert_equal(gradients(model, batch), expected)
+    assert {tuple(found) for found in counts.values()} == {(real_tokens("llama", batch)[True],)}
+    assert calls == [mlp.calls for mlp in sparse_mlps(model)] and all(calls)
+
+
+def test_batches_without_padding_or_labels() -> None:
+    model = made("llama")
+    ids = tokens(0, (3, 9))
+    batch = {"input_ids": ids, "labels": ids}
+    assert_equal(gradients(model, batch), dense_gradients(model, batch))
+    model.zero_grad()
+    with computed_tokens(model) as counts:
+        model(input_ids=ids, attention_mask=padded("right")["attention_mask"]).logits.sum().backward()
+    assert {tuple(found) for found in counts.values()} == {(27,)}
+
+
+def test_positional_inputs() -> None:
+    model, batch = made("llama"), padded("right")
+    gradients(model, batch)
+    with computed_tokens(model) as counts:
+        loss = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(loss.detach(), dense_gradients(model, batch)["loss"])
+    assert {tuple(found) for found in counts.values()} == {(real_tokens("llama", batch)[True],)}
+
+
+def test_a_batch_whose_labels_are_all_ignored() -> None:
+    model = made("bert")
+    batch = padded("right")
+    gradients(model, batch)
+    loss = model(**{**batch, "labels": torch.full_like(batch["labels"], IGNORED)}).logits.sum()
+    loss.backward()
+    assert all(p.grad is not None for mlp in sparse_mlps(model) for q in mlp.projections for p in q.update.parameters())
+
+
+# Models that look at padding
+
+
+class MeanPooled(nn.Module):
+    """A classifier that averages over all tokens, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = build("llama").model, nn.Linear(WIDTH, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.inner(input_ids, attention_mask).last_hidden_state.mean(1))
+        return transformers.utils.ModelOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def test_pooling_over_padding_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = patch_model(MeanPooled().double(), SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0})).train()
+    fill_updates(model)
+    state = torch.random.get_rng_state()
+    for seed in range(3):
+        batch = by_row("right", seed=seed)
+        assert_equal(gradients(model, batch), dense_gradients(model, batch))
+    assert runtime_of(model).skips_padding is False
+    assert sum("MeanPooled depends on padding" in record.message for record in caplog.records) == 1
+    assert torch.equal(state, torch.random.get_rng_state())
+    with computed_tokens(model) as counts:
+        gradients(model, batch)
+    assert {tuple(found) for found in counts.values()} == {(batch["input_ids"].numel(),)}
+
+
+def test_finding_out_leaves_the_model_alone() -> None:
+    """Its mode, its gradients and the random numbers of its dropout."""
+    model = made("opt")
+    model.config.dropout = 0.5
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.5
+    batch, losses = padded("right"), []
+    for tried in (False, True):
+        runtime_of(model).skips_padding = True if tried else None
+        torch.manual_seed(4)
+        losses.append(model(**batch).loss)
+    assert torch.equal(*losses)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+# Forwards that are computed again
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(None, 16), Budget(24, 16, 0.9)], ids=str)
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_gradient_checkpointing_finds_each_batch_again(name: str, reentrant: bool, budget: Budget) -> None:
+    """Two forwards before a backward, with rows that all begin alike, as tokenizers that add a BOS make them."""
+    model, inputs = made(name), MODELS[name][1]
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(budget)
+    batches = [inputs("right", rows=8, seed=seed, bos=True) for seed in (0, 1)]
+    assert len({real_tokens(name, batch)[False] for batch in batches}) == 2
+    expected = gradients(model, *batches)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    with computed_tokens(model) as counts:
+        assert_equal(gradients(model, *batches), expected)
+    assert all(len(found) == 4 for found in counts.values())
+    if budget.exact:
+        assert_equal(expected, dense_gradients(model, *batches))
+
+
+def test_a_first_padded_batch_after_others_forgets_none() -> None:
+    """It is tried then whether padding may be skipped, while a forward before it waits for its backward."""
+    model = made("llama")
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget(None, 16))
+    ids = tokens(3, (3, 9))
+    whole = {"input_ids": ids, "labels": ids.index_fill(1, torch.arange(4), IGNORED)}
+    whole["labels"][:, -1] = ids[:, -1]
+    whole = {name: torch.cat([value, value[:, -1:]], 1)[:, :9] for name, value in whole.items()}
+    full = {**whole, "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    batches = [{**full, "shift_labels": full["labels"]}, padded("right")]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    found = gradients(model, *batches)  # the second one is the first that is padded
+    assert runtime_of(model).skips_padding
+    model.gradient_checkpointing_disable()
+    assert_equal(found, gradients(model, *batches))
+
+
+def test_accumulation() -> None:
+    model = made("opt")
+    batches = [padded(side, seed=seed) for side, seed in itertools.product(("right", "left"), (0, 1))]
+    expected = dense_gradients(model, *batches)
+    model.zero_grad()
+    for number, batch in enumerate(batches):
+        ((1 + number) * model(**batch).loss).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-9, atol=1e-11)
+
+
+# Copies, wrappers, and the way back
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_copies_watch_their_own_batches(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model, batch = made("llama"), padded("right")
+    expected = gradients(model, batch)
+    other = copied(model)
+    assert runtime_of(other) is not runtime_of(model)
+    with computed_tokens(other) as counts, computed_tokens(model) as originals:
+        assert_equal(gradients(other, padded("left")), dense_gradients(other, padded("left")))
+        assert_equal(gradients(other, batch), expected)
+    assert not any(originals.values()) and all(len(found) >= 3 for found in counts.values())
+    unpatch_model(other)
+    assert not other._forward_pre_hooks and len(model._forward_pre_hooks) == 1
+    assert_equal(gradients(model, batch), expected)
+
+
+def test_unpatching_leaves_no_hook() -> None:
+    model = build("opt")
+    for _ in range(2):
+        patch_model(model, CONFIG)
+        watch_batches(model, runtime_of(model))
+        assert len(model._forward_pre_hooks) == len(model._forward_pre_hooks_with_kwargs) == 1
+        unpatch_model(model)
+        for module in model.modules():
+            assert not module._forward_pre_hooks and not module._forward_pre_hooks_with_kwargs
+
+
+def test_a_wrapper_that_passes_hooks_by() -> None:
+    """PEFT's calls the `forward` of the model that was patched; `sync_model` sees that its batches are seen."""
+    peft = pytest.importorskip("peft")
+    model = made("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for mlp in sparse_mlps(wrapped):
+        for projection in mlp.projections:
+            projection.update.requires_grad_(True)
+    sync_model(wrapped, 0)
+    sync_model(wrapped, 1)
+    batch = padded("right")
+    expected = dense_gradients(wrapped, batch)
+    assert_equal(gradients(wrapped, batch), expected)
+    with computed_tokens(wrapped) as counts:
+        assert_equal(gradients(wrapped, batch), expected)
+    assert {tuple(found) for found in counts.values()} == {(real_tokens("llama", batch)[True],)}
+    unpatch_model(wrapped)
+    assert not wrapped._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in wrapped.modules())
+
+
+def test_compiled_models_have_one_class() -> None:
+    torch._dynamo.reset()
+    model, batch = made("llama", active=16), padded("right")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = gradients(compiled, batch)
+    sync_model(compiled, 0)
+    assert not compiled._forward_pre_hooks  # it calls the model's own
+    unwatch_batches(model)
+    expected = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    assert_equal(gradients(model, batch), expected)
+    watch_batches(model, runtime_of(model))
+    assert differ(gradients(model, batch), expected)  # tiles of real tokens only are others
