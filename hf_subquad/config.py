@@ -37,8 +37,8 @@ class SubquadConfig:
     )
     tolerance: float = _setting(
         0.003,
-        "What a plan may cost: divergence of the predictions from the dense model's, in nats per predicted token. The "
-        "cosine of the gradient with the exact one stays at least 1 - 10 times that.",
+        "What a plan may lose: the gradient keeps a cosine of at least 1 - 10 times this with the exact one, and "
+        "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token.",
     )
     tile_size: int = _setting(128, "About how many tokens share one selection of neurons.")
     tile_order: TileOrder = _setting(
@@ -46,8 +46,8 @@ class SubquadConfig:
     )
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
-        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far "
-        "less sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
+        "Layer numbers to patch, or 'all', or 'all_but_first'. The first layer of a stack is far less sparse than the "
+        "rest: a plan gives it what it needs, a fixed `active` does not, so choose 'all_but_first' with it.",
     )
     target_modules: list[str] | None = _setting(
         None,

@@ -62,11 +62,10 @@ class Plan:
     """Budgets for all patched MLPs of a model, for one batch shape on one machine.
 
     Attributes:
-        tolerance: the largest allowed `loss_increase`, in nats per predicted token; the gradient's cosine has to be at
-            least 1 - 10 times that.
-        loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's,
-            measured with all budgets together. It is the expected increase of the loss, in nats per predicted token,
-            of a model whose predictions fit the data.
+        tolerance: what may be lost, as in `SubquadConfig`.
+        loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's, in
+            nats per predicted token, measured with all budgets together. It is the expected increase of the loss of a
+            model whose predictions fit the data.
         gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
         planning_seconds: time that planning took.
