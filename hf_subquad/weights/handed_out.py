@@ -74,7 +74,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
     def __init__(
         self, merged: Tensor, snapshot: Snapshot, live: list["_Copy"], written: Callable[[Tensor], None]
     ) -> None:
-        super().__init__(merged, _Copy._out_of_use)
+        super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
         self._shared: Tensor = merged.detach()
         self._version = self._shared._version
         self._content = snapshot.fingerprint
