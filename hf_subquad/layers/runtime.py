@@ -42,7 +42,7 @@ class Runtime:
         last_report: what the latest sync measured, for logs.
         plan: where the budgets come from, if they were planned; kept up to date as they change.
         skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: what MLPs return for tokens that they skip.
+        elsewhere: size of what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -129,7 +129,7 @@ class Runtime:
         batch = self._batches[-1]
         if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = next((known for known in reversed(self._batches) if known.saw(number, x)), batch)
+            batch = min(reversed(self._batches), key=lambda known: known.distance(number, x))
         elif batch.stacks and not self._trying:
             batch.note(number, x)
         classes = batch.of(name, x)
