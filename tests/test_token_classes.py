@@ -250,10 +250,10 @@ def dense_gradients(model: nn.Module, *batches: Batch) -> dict[str, Tensor]:
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """To rounding in float64, through a few layers."""
+    """To rounding in float64, through a few layers; gradients of the biases of keys are nothing else."""
     assert found.keys() == expected.keys() and sum(".update." in name for name in found) >= 4
     for name, value in expected.items():
-        scale = value.abs().max().item()
+        scale = max(value.abs().max().item(), 1e-4)
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-11 * scale, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -285,6 +285,9 @@ def test_skipping_padding_is_exact(name: str, side: str) -> None:
     batch = MODELS[name][1](side)
     expected = dense_gradients(model, batch)
     assert_equal(gradients(model, batch), expected)
+    if name == "bert, rows" and side == "left":  # BERT reads the first token, be it padding
+        assert runtime_of(model).skips_padding is False
+        return
     assert runtime_of(model).skips_padding
     with computed_tokens(model) as counts:
         assert_equal(gradients(model, batch), expected)
@@ -427,7 +430,7 @@ def test_a_first_padded_batch_after_others_forgets_none() -> None:
     ids = tokens(3, (3, 9))
     whole = {"input_ids": ids, "labels": ids.index_fill(1, torch.arange(4), IGNORED)}
     whole["labels"][:, -1] = ids[:, -1]
-    whole = {name: torch.cat([value, value[:, -1:]], 1)[:, :9] for name, value in whole.items()}
+    whole = {name: torch.cat([value, value[:, -1:]], 1)[:, :9].contiguous() for name, value in whole.items()}
     full = {**whole, "attention_mask": torch.ones(3, 9, dtype=torch.long)}
     batches = [{**full, "shift_labels": full["labels"]}, padded("right")]
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})

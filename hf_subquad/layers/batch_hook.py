@@ -21,14 +21,16 @@ class BatchHook:
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     """Show every batch that a model is called with to a runtime. A second call for the same model changes nothing.
 
-    Where DDP or `torch.compile` wraps the model, the inner model is watched, because they call it with its hooks. A
-    wrapper of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, so it needs a hook too.
+    Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper
+    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, or calls it with more tokens: both
+    are watched, and the last one to be called counts.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
+    for watched in (model, runtime.surroundings.model or model):
+        if not any(isinstance(hook, BatchHook) for hook in watched._forward_pre_hooks.values()):
+            watched.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 
 
 def unwatch_batches(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from .token_classes import BatchClasses, TokenClasses, classify
 Forward = Literal["auto", "dense", "exact", "sparse"]
 
 _REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
+_VAIN_TRIES = 4  # to find out whether padding may be skipped
 _FAR = 30.0  # what padding holds while it is tried whether anything depends on it
 
 logger = logging.get_logger(__name__)
@@ -42,7 +43,7 @@ class Runtime:
         last_report: what the latest sync measured, for logs.
         plan: where the budgets come from, if they were planned; kept up to date as they change.
         skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: what MLPs return for tokens that they skip.
+        elsewhere: size of what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -61,6 +62,8 @@ class Runtime:
     elsewhere: float = 0.0
     _batches: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED), repr=False)
     _trying: bool = field(default=False, repr=False)
+    _skipped: bool = field(default=False, repr=False)  # some MLP was given classes with padding
+    _vain_tries: int = field(default=0, repr=False)
 
     def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
         """How a forward runs now.
@@ -116,7 +119,10 @@ class Runtime:
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
-        if not self.skips_padding:
+        if self.skips_padding is None:  # no MLP saw this batch's tokens: the model calls another one with more of them
+            self._vain_tries += 1
+            self.skips_padding = None if self._vain_tries < _VAIN_TRIES else False
+        elif not self.skips_padding:
             logger.warning(
                 f"the loss of {type(model).__name__} depends on padding tokens (does it pool without the attention "
                 "mask?): they are computed like all others"
@@ -129,11 +135,15 @@ class Runtime:
         batch = self._batches[-1]
         if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = next((known for known in reversed(self._batches) if known.saw(number, x)), batch)
+            batch = min(reversed(self._batches), key=lambda known: known.distance(number, x))
         elif batch.stacks and not self._trying:
             batch.note(number, x)
         classes = batch.of(name, x)
-        return None if classes is not None and classes.padding and not self.skips_padding else classes
+        if classes is not None and classes.padding:
+            if not self.skips_padding:
+                return None
+            self._skipped = True
+        return classes
 
     def forget_batches(self) -> None:
         self._batches.clear()
@@ -148,12 +158,15 @@ class Runtime:
         """Classes of the latest forward, by stack."""
         return self._batches[-1].stacks if self._batches else {}
 
-    def _padding_is_out_of_reach(self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses) -> bool:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding."""
+    def _padding_is_out_of_reach(
+        self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
+    ) -> bool | None:
+        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if none could."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
                 self._batches.append(classes)
+                self._skipped = False
                 self.forward, self.elsewhere, self.skips_padding = "exact", _FAR, True
                 poisoned = _loss(model, inputs)
                 self.forward = "dense"
@@ -161,6 +174,8 @@ class Runtime:
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
             self._batches = held
+        if not self._skipped:
+            return None
         if poisoned is None or plain is None:
             return False
         tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)

@@ -24,6 +24,10 @@ class Surroundings:
         self._holders = list(holders)
         self._adapter: Any = None
 
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model
+
     def adapters_off(self) -> bool:
         """Whether PEFT's adapters are switched off now (`disable_adapter`), or TRL's reference ones are on: what was
         trained is to have no effect then. The state of one adapter layer is that of all."""

@@ -3,6 +3,7 @@
 Classes are found once per forward of the model, from its inputs. Where they cannot be known there is one class.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,12 +89,16 @@ class BatchClasses:
         return self.stacks.get("only", self.stacks.get(stack))
 
     def note(self, mlp: int, x: Tensor) -> None:
-        """Remember an MLP's input, so that `saw` recognises it when gradient checkpointing recomputes it."""
+        """Remember an MLP's input, by which it is recognised when gradient checkpointing computes it again."""
         self._seen.setdefault(mlp, []).append(_sample(x))
 
-    def saw(self, mlp: int, x: Tensor) -> bool:
+    def distance(self, mlp: int, x: Tensor) -> float:
+        """From x to the nearest input that the MLP saw in this forward, in some of their values.
+
+        It need not be zero for what is computed again: with gradients, attention may run another kernel.
+        """
         sample = _sample(x)
-        return any(torch.equal(sample, seen) for seen in self._seen.get(mlp, []))
+        return min(((sample - seen).abs().max().item() for seen in self._seen.get(mlp, [])), default=math.inf)
 
 
 def _sample(x: Tensor) -> Tensor:

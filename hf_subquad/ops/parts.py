@@ -94,7 +94,7 @@ def down_project(
         tokens: N.
         gradient: least share of the squared gradient of the result that the rows hold which pass it back to `a`. The
             gradients of U and V take all rows, which costs next to nothing.
-        elsewhere: the output of tokens in no part.
+        elsewhere: size of the output of tokens in no part; its signs alternate, so that no norm takes it out.
     """
     y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
     return y
@@ -179,7 +179,9 @@ class _DownProject(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         (matrix,), backend = _matrices(flat), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
-        y = a.new_full((tokens, width), elsewhere)
+        y = a.new_zeros(tokens, width)
+        if elsewhere:
+            y[:, ::2], y[:, 1::2] = elsewhere, -elsewhere
         lows = []
         with torch.autocast(a.device.type, enabled=False):
             for part, view in _by_part(parts, neurons, [a]):
