@@ -88,13 +88,10 @@ def vit() -> tuple[nn.Module, list[dict[str, Tensor]]]:
 
 MODELS = {
     "opt": lambda: text_model("opt"),
-    "llama": lambda: text_model("llama"),
-    "gpt2": lambda: text_model("gpt2"),
     "phi3": lambda: text_model("phi3"),
     "masked": lambda: text_model("bert"),
     "classifier": lambda: bert_classifier(3),
     "regression": lambda: bert_classifier(1),
-    "t5": lambda: t5("t5"),
     "t5_gated": lambda: t5("t5_gated"),
     "vit": vit,
 }
@@ -127,7 +124,10 @@ def test_plans_keep_to_the_tolerance(name: str) -> None:
     fill_updates(model, size=0.1)
     least = neuron_counts(NEURONS)[0]
     most = calibrate(model, batches, tolerance=1e9)
-    assert all(layer.predicted == least and layer.context in (0, least) for layer in most.layers)
+    assert all(layer.context in (0, least) for layer in most.layers)
+    # Nothing is predicted at the tokens of an encoder that feeds a decoder.
+    assert all(layer.predicted == (NEURONS if "encoder" in layer.name and name == "t5_gated" else least)
+               for layer in most.layers)  # fmt: skip
     assert most.loss_increase > 1e-7 and most.gradient_cosine < 0.999
     tolerance = 0.02 * max(most.loss_increase, 1 - most.gradient_cosine)
     plan = calibrate(model, batches, tolerance=tolerance)

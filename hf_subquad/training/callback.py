@@ -65,7 +65,6 @@ class SubquadCallback(TrainerCallback, ExportableState):
         stop_labelled_head(model)  # of a training that was broken off
         self._move_first()
         runtime, mlps = patched_parts(model)
-        runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)
         runtime.exact_forward = compares_with_reference(args)
         if frozen := frozen_updates(mlps):
             logger.warning_once(
@@ -81,6 +80,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             )
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
+        runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)  # planning is no training step
         if runtime.plan is not None and state.is_world_process_zero:
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
