@@ -1,4 +1,4 @@
-"""What all sparse MLPs of a model share: settings, the mode they run in, and the batch under way."""
+"""What all sparse MLPs of a model share: settings, the mode they run in, and the current batch."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .token_classes import BatchClasses, TokenClasses, classify
 Forward = Literal["auto", "dense", "exact", "sparse"]
 
 _REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
-_FAR = 30.0  # what padding holds while it is tried whether anything depends on it
+_FAR = 30.0  # the output for padding in the test whether anything depends on it
 
 logger = logging.get_logger(__name__)
 
@@ -32,17 +32,17 @@ class Runtime:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
             others force what they say.
         surroundings: the model around the MLPs.
-        exact_forward: the loss compares this model with a reference, so that a sparse forward would bias it.
-        dense_step: the coming training step spends no less than all neurons and the whole gradient (`dense_share`).
+        exact_forward: the loss compares this model with a reference, so a sparse forward would bias it.
+        dense_step: the next training step uses all neurons and the whole gradient (`dense_share`).
         folded: updates were folded into base weights, so that there is no base model left to switch to.
-        sync_seconds: time spent keeping in sync so far.
-        synced_step: the step that was synced last.
+        sync_seconds: time spent in `sync_model` so far.
+        synced_step: the last step that `sync_model` was called for.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
-        last_report: what the latest sync measured, for logs.
-        plan: where the budgets come from, if they were planned; kept up to date as they change.
-        skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: what MLPs return for tokens that they skip.
+        last_report: the latest `SyncReport`, for logs.
+        plan: the plan that budgets come from, if any; it follows changes of the budgets.
+        skips_padding: whether padding is skipped, because nothing that counts depends on it; None: not tested yet.
+        elsewhere: the output of MLPs for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -87,7 +87,7 @@ class Runtime:
         return self.mode(training) == "sparse"
 
     def updates_off(self) -> bool:
-        """Whether this pass is one of the base model alone, as PEFT's `disable_adapter` asks for.
+        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` asks for.
 
         Raises:
             InactivePatchError: folds have changed the base model.
@@ -111,7 +111,7 @@ class Runtime:
         self._batches.append(classes)
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Find out whether padding can be skipped in this model, on a batch that has some; else do nothing."""
+        """Test whether padding can be skipped in this model, if the batch has padding; otherwise do nothing."""
         classes = classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
@@ -123,7 +123,7 @@ class Runtime:
             )
 
     def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
-        """Classes of the tokens x [..., d] that an MLP sees, if they are known and padding may be skipped."""
+        """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
         if not self._batches or torch.compiler.is_compiling():
             return None
         batch = self._batches[-1]
@@ -139,7 +139,7 @@ class Runtime:
         self._batches.clear()
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
-        """Classes of the tokens that an MLP saw last, if padding may be skipped or there is none."""
+        """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""
         classes = self._batches[-1].of_stack(name) if self._batches else None
         return None if classes is None or (classes.padding and not self.skips_padding) else classes
 
@@ -149,7 +149,7 @@ class Runtime:
         return self._batches[-1].stacks if self._batches else {}
 
     def _padding_is_out_of_reach(self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses) -> bool:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding."""
+        """Whether the model's loss stays the same if MLPs return large values for padding."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
