@@ -12,6 +12,7 @@ import transformers
 from helpers.mlps import Plain
 from helpers.models import (
     CONFIG,
+    LAYERS,
     LENGTH,
     NEURONS,
     VOCABULARY,
@@ -41,16 +42,21 @@ from hf_subquad import (
     sparse_forward,
     sparse_mlps,
 )
+from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.lookup import runtime_of
-from hf_subquad.planning.allocation import budgets
-from hf_subquad.planning.predictions import Predictions
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
+from hf_subquad.planning import mlp_timing
+from hf_subquad.planning.calibration import plan_and_fit
+from hf_subquad.planning.fidelity import DenseReference
+from hf_subquad.planning.measured_mlp import measure_mlps
+from hf_subquad.planning.measurements import MLPCall, neuron_counts
 
 PLANNED = SubquadConfig(**{**CONFIG.to_dict(), "active": None})
 TEXTS = text_batches(0, 1, 2)
 
 
 def text_model(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    return build(family), text_batches(0, 1, 2, shape=(8, 25))
+    return build(family), text_batches(0, 1, 2, shape=(4, 9))
 
 
 def bert_classifier(num_labels: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -64,20 +70,20 @@ def bert_classifier(num_labels: int) -> tuple[nn.Module, list[dict[str, Tensor]]
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.8 / parameter.shape[-1] ** 0.5)
-    mask = torch.ones(9, 23, dtype=torch.long)
+    mask = torch.ones(9, 11, dtype=torch.long)
     mask[1, 3:] = 0
     labels = torch.linspace(-1, 2, 9) if num_labels == 1 else torch.arange(9) % num_labels
-    return model, [{"input_ids": tokens(seed, (9, 23)), "attention_mask": mask, "labels": labels} for seed in range(3)]
+    return model, [{"input_ids": tokens(seed, (9, 11)), "attention_mask": mask, "labels": labels} for seed in range(3)]
 
 
 def t5(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """Fewer tokens in the decoder than in the encoder."""
-    return build(family), [{"input_ids": tokens(s, (7, 29)), "labels": tokens(s + 9, (7, 17))} for s in range(3)]
+    return build(family), [{"input_ids": tokens(s, (4, 11)), "labels": tokens(s + 9, (4, 7))} for s in range(3)]
 
 
 def vit() -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    pixels = [torch.randn(40, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    return build("vit"), [{"pixel_values": values, "labels": torch.arange(40) % 7} for values in pixels]
+    pixels = [torch.randn(9, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    return build("vit"), [{"pixel_values": values, "labels": torch.arange(9) % 7} for values in pixels]
 
 
 MODELS = {
@@ -95,29 +101,19 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def _times(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sparse is always faster, the more so the fewer neurons; tests choose other times."""
     set_times(monkeypatch)
-    if "untrained" not in request.node.name:
-        trained_head(monkeypatch)
+    trained_head(monkeypatch)
 
 
-def divergence(model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]]) -> float:
-    """What a plan costs on the last batch, by stock operations, with compensations fitted to the others."""
-    model.eval()
-    apply_plan(model, plan)
-    compensate(model, batches[:-1])
-    with torch.no_grad():
-        with dense_forward(model):
-            before = model(**batches[-1]).logits
-        with sparse_forward(model):
-            after = model(**batches[-1]).logits
-    if before.shape[-1] == 1:
-        return (after - before).square().mean().item() / 2
-    return nn.functional.kl_div(
-        after.log_softmax(-1).flatten(0, -2), before.log_softmax(-1).flatten(0, -2), reduction="batchmean",
-        log_target=True,
-    ).item()  # fmt: skip
+def faithful(plan: Plan) -> bool:
+    """What a plan promises: a tenth of what may be lost is the tolerance."""
+    return 0 <= plan.loss_increase <= 10 * plan.tolerance and plan.gradient_cosine >= 1 - 10 * plan.tolerance
+
+
+def neurons_of(plan: Plan) -> list[tuple[int, int]]:
+    return [(layer.predicted, layer.context) for layer in plan.layers]
 
 
 # What a plan says
@@ -125,42 +121,59 @@ def divergence(model: nn.Module, plan: Plan, batches: list[dict[str, Tensor]]) -
 
 @pytest.mark.parametrize("name", MODELS)
 def test_plans_keep_to_the_tolerance(name: str) -> None:
-    """Also on the real forward pass, for budgets from none to all skipped."""
+    """Also in the model that `plan_and_fit` leaves, for budgets from none to all skipped."""
     model, batches = MODELS[name]()
     patch_model(model, PLANNED)
     fill_updates(model, size=0.1)
+    least = neuron_counts(NEURONS)[0]
     most = calibrate(model, batches, tolerance=1e9)
-    fastest = [budgets(NEURONS)[0]] * len(most.layers)
-    assert [layer.active for layer in most.layers] == fastest and most.loss_increase > 1e-6
-    measured = [most]
-    for share in (0.5, 0.1):
-        plan = calibrate(model, batches, tolerance=share * most.loss_increase)
-        assert plan.loss_increase <= plan.tolerance == share * most.loss_increase
-        assert [layer.active for layer in plan.layers] != fastest
-        measured.append(plan)
-    # Compensations of a plan lie between measured ones, those of `compensate` are fitted to its budgets.
-    for plan in measured[:2]:
-        # Fitted to the judged batch too, and to few tokens, the compensation does better than planned, or as well.
-        assert 0 < divergence(model, plan, batches) <= 1.4 * plan.loss_increase
-    assert divergence(model, measured[2], batches) <= 1.4 * measured[2].tolerance
-    spent = [plan.loss_increase for plan in measured]
-    speeds = [plan.mlp_speedup for plan in measured]
-    assert spent == sorted(spent, reverse=True) and speeds == sorted(speeds, reverse=True)
-    assert speeds[1] > 1.5  # dense everywhere would be 1.5 times as fast as full
+    assert all(layer.predicted == least and layer.context in (0, least) for layer in most.layers)
+    assert most.loss_increase > 1e-7 and most.gradient_cosine < 0.999
+    tolerance = 0.02 * max(most.loss_increase, 1 - most.gradient_cosine)
+    plan = calibrate(model, batches, tolerance=tolerance)
+    assert faithful(plan) and plan.tolerance == tolerance
+    assert neurons_of(plan) != neurons_of(most)
+    assert plan.mlp_speedup_over_dense <= most.mlp_speedup_over_dense
+
+
+def test_what_is_promised_is_what_the_fitted_model_does() -> None:
+    """On the batch that judged, by its own forward and backward."""
+    model = patch_model(opt(), dataclasses.replace(PLANNED, tolerance=0.003)).eval()
+    fill_updates(model, size=0.1)
+    batches = text_batches(0, 1, 2, shape=(6, 9), prompt=4)
+    plan = plan_and_fit(model, batches)
+    assert faithful(plan) and not all(layer.dense for layer in plan.layers) and runtime_of(model).plan is plan
+    with dense_forward(model):
+        reference = DenseReference(model, batches[-1])
+    with sparse_forward(model):
+        found = reference.fidelity()
+    assert found.divergence == pytest.approx(plan.loss_increase, rel=1e-3, abs=1e-8)
+    assert found.cosine == pytest.approx(plan.gradient_cosine, abs=1e-6)
+    for mlp in sparse_mlps(model):
+        mlp.corrections = {}
+    with sparse_forward(model):
+        assert reference.fidelity().gradient_error > found.gradient_error
 
 
 def test_the_plan_is_that_of_the_model_and_the_batches() -> None:
-    plan = calibrate(opt(), TEXTS, PLANNED)
+    batches = text_batches(0, 1, 2, shape=(6, 9), prompt=4)
+    plan = calibrate(opt(), batches, PLANNED)
     mlps = sparse_mlps(patch_model(opt(), PLANNED))
     assert [layer.name for layer in plan.layers] == [mlp.name for mlp in mlps]
-    assert (plan.tokens, plan.dtype, plan.device) == (3 * LENGTH, "float32", "cpu")
+    assert (plan.tokens, plan.dtype, plan.device) == (54, "float32", "cpu")
     assert (plan.tile_size, plan.tile_order, plan.tolerance) == (5, "similar", PLANNED.tolerance)
-    assert plan.step_ms == STEP_MS
+    # The labels of the last five tokens of nine are predicted one place before; nothing sees the last token.
+    assert (plan.padding_share, plan.context_share) == (pytest.approx(1 / 9), pytest.approx(3 / 9))
+    assert plan.step_ms == STEP_MS and plan.planning_seconds == 3 * STEP_MS / 1000
     for layer in plan.layers:
         assert layer.neurons == NEURONS and (layer.full_ms, layer.dense_ms) == (3 * NEURONS, 2 * NEURONS)
-        assert layer.sparse_ms == pytest.approx(0.2 * NEURONS + layer.active)
-        assert layer.break_even == NEURONS
-        assert layer.sensitivity > 0 and 0 < layer.error < 1
+        predicted, context = (
+            2 * NEURONS if k == NEURONS else 0.2 * NEURONS + k if k else 0.1 * NEURONS
+            for k in (layer.predicted, layer.context)
+        )
+        assert layer.sparse_ms == pytest.approx((5 * predicted + 3 * context) / 9)
+        assert (layer.error == 0) == (layer.predicted == NEURONS) and 0 <= layer.error < 1
+        assert (layer.context_error == 0) == (layer.context == NEURONS) and 0 <= layer.context_error < 1
     assert Plan.from_dict(plan.to_dict()) == plan
     apply_plan(patch_model(opt(), PLANNED), plan)
 
@@ -171,44 +184,47 @@ def test_the_tolerance_is_the_configs_unless_given() -> None:
     assert calibrate(opt(), TEXTS, config, tolerance=0.25).tolerance == 0.25
 
 
-def test_errors_and_sensitivities_are_those_of_each_mlp_alone() -> None:
-    model = patch_model(llama(), PLANNED)
-    plan = calibrate(model, TEXTS, tolerance=1e9)
-    alone = [plan.with_active([k if i == j else NEURONS for j, k in enumerate(budgets_of_plan(plan))]) for i in (0, 1)]
-    for layer, single in zip(plan.layers, alone, strict=True):
-        expected = layer.sensitivity * layer.error**2
-        assert divergence(model, single, TEXTS) == pytest.approx(expected, rel=0.6)
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-4, 0.003, 0.1])
+def test_predictions_and_gradient_are_judged_together(tolerance: float) -> None:
+    """On a batch to which nothing was fitted."""
+    assert faithful(calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED, tolerance))
 
 
-def budgets_of_plan(plan: Plan) -> list[int]:
-    return [layer.active for layer in plan.layers]
+def test_plans_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    for _ in range(2):
+        set_times(monkeypatch, backward=0.5)
+        random.random(), torch.rand(1)
+        plans.append(calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED))
+    assert plans[0] == plans[1]
+    set_times(monkeypatch, backward=0.5)
+    assert calibrate(llama(), text_batches(3, 4, 5, shape=(4, 9), prompt=4), PLANNED) != plans[0]
 
 
-@pytest.mark.parametrize("tolerance", [1e-5, 0.01, 1e9])
-def test_where_sparse_is_slower_mlps_stay_dense(monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
-    set_times(monkeypatch, overhead=2.5)
-    plan = calibrate(llama(), TEXTS, PLANNED, tolerance)
-    assert all(layer.dense and layer.error == 0 and layer.sparse_ms == layer.dense_ms for layer in plan.layers)
-    assert plan.loss_increase == 0 and plan.step_speedup == pytest.approx((STEP_MS + 2 * NEURONS) / STEP_MS)
-    assert all(layer.break_even == budgets(NEURONS)[0] for layer in plan.layers)
+@pytest.mark.parametrize("tolerance", [1e-5, 1e9])
+def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch, tolerance: float) -> None:
+    """And the table says in one line that nothing is gained."""
+    set_times(monkeypatch, overhead=2.5, idle=2.5)
+    plan = calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED, tolerance)
+    assert all(layer.dense and layer.error == layer.context_error == 0 for layer in plan.layers)
+    assert plan.loss_increase == 0 and plan.gradient_cosine == 1
+    assert plan.step_speedup_over_dense == pytest.approx(
+        STEP_MS / (STEP_MS - 2 * 2 * NEURONS / 9)
+    )  # padding is skipped
+    lines = [line for line in plan.table().splitlines() if "Nothing is gained" in line]
+    assert len(lines) == (plan.step_speedup_over_dense < 1.02)
+    packed = calibrate(build("bert"), TEXTS, PLANNED, tolerance)
+    assert packed.step_speedup_over_dense == 1 and "Nothing is gained here" in packed.table().splitlines()[-1]
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder's MLPs, which see more tokens than the decoder's."""
-    set_times(monkeypatch, overhead=lambda x: 3.0 if len(x) == 7 * 29 else 0.2)
+    slow = lambda call: 3.0 if len(call.tokens) == 4 * 11 else 0.2  # noqa: E731
+    set_times(monkeypatch, overhead=slow, idle=3.0)
     model, batches = t5("t5")
     plan = calibrate(model, batches, PLANNED, tolerance=1e9)
     assert [layer.dense for layer in plan.layers] == [layer.name.startswith("encoder") for layer in plan.layers]
     assert {layer.dense for layer in plan.layers} == {True, False}
-
-
-def test_no_budget_beyond_break_even(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_times(monkeypatch, overhead=1.5)
-    for tolerance in (1e-6, 1e-3, 0.01, 0.1):
-        plan = calibrate(llama(), TEXTS, PLANNED, tolerance)
-        for layer in plan.layers:
-            assert layer.break_even == 32  # 1.5 m + 32 is the first budget past 2 m
-            assert layer.active < 32 or layer.dense
 
 
 def few_firing(count: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -233,72 +249,160 @@ def few_firing(count: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     return model, [{"x": torch.randn(64, WIDTH)} for _ in range(3)]
 
 
-@pytest.mark.parametrize("count", [12, 32, 40])
+@pytest.mark.parametrize("count", [12, 40])
 def test_a_loss_that_is_zero_at_one_budget_is_not_zero_at_all(count: int) -> None:
-    """Where 32 of 256 neurons fire, skipping the others costs nothing; skipping half of the 32 does."""
+    """Where 40 of 256 neurons fire, skipping the others costs nothing; skipping half of the 40 does."""
     model, batches = few_firing(count)
     config = SubquadConfig(rank=2, tile_size=16, sketch_rank=WIDTH, layers_to_transform="all")
     plan = calibrate(model, batches, config, tolerance=1e-3)
-    patch_model(model, config)
-    assert divergence(model, plan, batches) <= 2 * plan.tolerance
-    assert plan.loss_increase <= plan.tolerance
-    assert plan.layers[0].active >= min(count, 16)
+    assert faithful(plan)
+    assert min(count, 16) <= plan.layers[0].active < 256
 
 
-def test_batches_differ_in_size_and_can_be_iterated_once() -> None:
+def test_batches_differ_in_size_and_can_be_iterated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = patch_model(opt(), PLANNED)
     several = [*text_batches(0, 1, shape=(2, 9)), *text_batches(2)]
-    assert calibrate(model, iter(several)) == calibrate(model, several)
-    assert calibrate(model, several).tokens == 15
+    plan = calibrate(model, iter(several))
+    set_times(monkeypatch)
+    assert calibrate(model, several) == plan and plan.tokens == 15
 
 
 def test_one_batch_will_do() -> None:
-    plan = calibrate(opt(), TEXTS[:1], PLANNED)
-    assert plan.loss_increase <= plan.tolerance
+    assert faithful(calibrate(opt(), TEXTS[:1], PLANNED))
 
 
 def test_half_precision_and_autocast() -> None:
     assert calibrate(llama(torch.bfloat16), TEXTS, PLANNED).dtype == "bfloat16"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         plan = calibrate(llama(), TEXTS, PLANNED)
-    assert plan.dtype == "bfloat16" and plan.loss_increase <= plan.tolerance
+    assert plan.dtype == "bfloat16" and faithful(plan)
+
+
+# Classes
+
+
+def test_context_gets_a_budget_of_its_own() -> None:
+    """Long prompts: context gives up more than predicted tokens, down to the low-rank map alone, and it is reported."""
+    model = patch_model(opt(), dataclasses.replace(PLANNED, tolerance=1e-3))
+    plan = plan_and_fit(model, text_batches(0, 1, 2, shape=(6, 12), prompt=9))
+    assert faithful(plan) and plan.context_share == pytest.approx(8 / 12)
+    assert all(layer.context < layer.predicted for layer in plan.layers)
+    last, mlp = plan.layers[-1], sparse_mlps(model)[-1]
+    assert last.context == mlp.budget.context == 0  # exact: nothing sees the last layer's context
+    assert mlp.corrections["context"].weight.any() and 0 < last.context_error < 1
+    row = next(line for line in plan.table().splitlines() if line.startswith(last.name))
+    assert row.split()[3] == "0"
+
+
+def test_the_last_layers_context_is_given_up_for_nothing() -> None:
+    """At a tolerance that allows no other change."""
+    plan = calibrate(llama(), text_batches(0, 1, 2, shape=(6, 12), prompt=9), PLANNED, tolerance=1e-9)
+    assert neurons_of(plan)[-1] == (NEURONS, 0)
+    assert plan.gradient_cosine == pytest.approx(1, abs=1e-6) and plan.loss_increase < 1e-9
+
+
+def test_one_class_where_classes_are_not_known() -> None:
+    """Images: the same neurons for all tokens, no context."""
+    model, batches = vit()
+    plan = calibrate(model, batches, PLANNED, tolerance=0.01)
+    assert (plan.padding_share, plan.context_share) == (0, 0)
+    assert all(layer.context == layer.predicted for layer in plan.layers)
+    assert {layer.predicted for layer in plan.layers} != {NEURONS}
+
+
+def test_padding_is_reported() -> None:
+    model, batches = bert_classifier(3)
+    plan = calibrate(model, batches, PLANNED)
+    assert plan.padding_share == pytest.approx(8 / (9 * 11))
+    assert plan.context_share == pytest.approx((9 * 11 - 8 - 18) / (9 * 11))  # heads read first and last tokens
+
+
+# Rows that pass gradients
+
+
+def test_gradient_rows_are_left_out_where_that_saves_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sparse neurons do not; and a share that is passed back never breaks the promise."""
+    set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
+    batches = text_batches(0, 1, 2, shape=(6, 12), prompt=9)
+    plan = calibrate(opt(), batches, PLANNED, tolerance=0.003)
+    assert faithful(plan) and plan.loss_increase == 0 and plan.gradient_cosine < 1
+    assert all(layer.predicted == layer.context == NEURONS for layer in plan.layers)
+    assert any(layer.gradient < 1 and layer.sparse_ms < layer.dense_ms for layer in plan.layers)
+
+
+def test_rows_of_a_class_that_is_sparse_save_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products are of whole tiles, or none: predicted times are those that the clock gives."""
+    set_times(monkeypatch, backward=0.6)
+    model = patch_model(opt(), PLANNED)
+    batches = text_batches(0, 1, 2, shape=(6, 12), prompt=9)
+    with preserve_mode_and_rng(model):
+        (one, _), *_ = measure_mlps(model, batches)
+    exact, none = (one.ms(Budget(context=k)) for k in (None, 0))
+    assert none == pytest.approx(exact - 8 / 12 * (2 - 0.1) * NEURONS)
+    for share in (0.999, 0.98, 0.9):
+        dropped = {name: shares[share] for name, shares in one.dropped.items()}
+        saved = 0.6 * 11 / 12 * 2 * NEURONS  # of all rows but padding
+        assert one.ms(Budget(gradient=share)) == pytest.approx(exact - saved * sum(dropped.values()), abs=1e-3)
+        expected = none - saved * dropped["predicted"]
+        assert one.ms(Budget(context=0, gradient=share)) == pytest.approx(expected, abs=1e-3)
+        assert one.ms(Budget(8, 0, share)) == pytest.approx(one.ms(Budget(8, 0)))
+
+
+# Layers
+
+
+def test_the_first_layer_is_planned_like_the_others() -> None:
+    """With default settings but for sizes."""
+    config = SubquadConfig(rank=3, tile_size=5, sketch_rank=12)
+    plan = calibrate(opt(), text_batches(0, 1, 2, shape=(6, 12), prompt=9), config)
+    assert [layer.name for layer in plan.layers] == [f"model.decoder.layers.{n}" for n in range(LAYERS)]
+    assert faithful(plan)
+
+
+def test_one_shared_layer_is_planned() -> None:
+    """ALBERT's, which runs several times a pass."""
+    config = transformers.AlbertConfig(
+        vocab_size=VOCABULARY, embedding_size=10, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=32, num_labels=3,
+    )  # fmt: skip
+    model = transformers.AlbertForSequenceClassification(config)
+    batches = [{"input_ids": tokens(seed, (9, 7)), "labels": torch.arange(9) % 3} for seed in range(3)]
+    plan = calibrate(model, batches, SubquadConfig(rank=3, tile_size=5, sketch_rank=12))
+    assert len(plan.layers) == 1 and faithful(plan)
 
 
 # Real times, of which only what does not hang on the machine is asserted
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["opt", "phi3", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["opt", "phi3"])
 def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    from hf_subquad.planning import calibration, measurements, mlp_timing
-
-    monkeypatch.setattr(measurements, "time_mlp", mlp_timing.time_mlp)
-    monkeypatch.setattr(calibration, "timed", mlp_timing.timed)
+    monkeypatch.undo()
     model = patch_model(build(name, dtype), PLANNED)
     fill_updates(model)
-    plan = calibrate(model, TEXTS)
+    plan = calibrate(model, text_batches(0, 1, 2, prompt=2))
     times = [getattr(layer, name) for layer in plan.layers for name in ("full_ms", "dense_ms", "sparse_ms")]
     assert all(0 < ms < math.inf for ms in (*times, plan.step_ms, plan.step_speedup, plan.mlp_speedup))
     assert len({layer.full_ms for layer in plan.layers}) == 1  # one shape is timed once
+    assert plan.planning_seconds > plan.step_ms / 1000
     assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])
 def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
-    """The least time counts; the first round's is seldom that."""
-    from hf_subquad.planning import mlp_timing
-
+    """The least time counts; the first round's is seldom that. Two digits of it are kept."""
     calls: list[Any] = []
 
     def timed(work: Any, device: torch.device) -> float:
         calls.append(work)
-        return seconds * (3 if len(calls) <= 4 else 1)
+        return 1.001 * seconds * (3 if len(calls) <= 4 else 1)
 
     monkeypatch.setattr(mlp_timing, "timed", timed)
     (mlp, _) = sparse_mlps(patch_model(opt(), PLANNED))
-    found = mlp_timing.time_mlp(mlp, torch.randn(15, WIDTH), [4, 8])
+    budgets = [Budget(8, 8), Budget(None, 0, 0.9)]
+    found = mlp_timing.time_mlp(mlp, MLPCall(torch.randn(15, WIDTH), None, torch.rand(15)), budgets)
     assert len(calls) == 4 * rounds
-    assert found == mlp_timing.MLPTiming(1000 * seconds, 1000 * seconds, dict.fromkeys([4, 8], 1000 * seconds))
+    assert found == mlp_timing.MLPTiming(1000 * seconds, 1000 * seconds, dict.fromkeys(budgets, 1000 * seconds))
 
 
 # What measuring leaves behind
@@ -343,17 +447,21 @@ def test_a_patched_model_is_left_as_it_was() -> None:
     compensate(model, TEXTS[:1])
     first, second = sparse_mlps(model)
     first.set_active(NEURONS)
-    second.set_active(24)
+    second.set_budget(Budget(24, 0, 0.9))
     runtime_of(model).plan = plan = hand_plan(model, [NEURONS, 24])
     model.get_submodule("model.decoder.layers.1").eval()
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    attributes = ("k", "dense", "compensation", "auditing", "audited", "forced", "calls")
+    attributes = ("budget", "corrections", "auditing", "audited", "selection_override", "calls")
     kept = [[getattr(mlp, name) for name in attributes] for mlp in (first, second)]
+    indices = [dict(vars(mlp.index)) for mlp in (first, second)]
     before, states, grads = snapshot(model), random_states(), gradients(model)
     calibrate(model, TEXTS)
     assert_same(before, snapshot(model))
     assert random_states() == states
     assert [[getattr(mlp, name) for name in attributes] for mlp in (first, second)] == kept
+    for mlp, index in zip((first, second), indices, strict=True):
+        for name in ("sketch", "summary", "output_norms", "sketch_is_approximate"):
+            assert vars(mlp.index)[name] is index[name], name
     assert runtime_of(model).plan is plan and runtime_of(model).forward == "auto"
     assert all(
         (value is None) == (grads[name] is None) and (value is None or torch.equal(value, grads[name]))
@@ -361,126 +469,36 @@ def test_a_patched_model_is_left_as_it_was() -> None:
     )
 
 
-def test_budgets_before_do_not_matter() -> None:
-    """Nor do compensations, nor dropout, nor the mode."""
+def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do corrections, a fitted index, dropout, or the mode."""
     plain = patch_model(opt(dropout=0.5), PLANNED)
     other = patch_model(opt(dropout=0.5), PLANNED)
     compensate(other, TEXTS[:1])
     for mlp, k in zip(sparse_mlps(other), (NEURONS, 8), strict=True):
         mlp.set_active(k)
-    assert calibrate(plain, TEXTS) == calibrate(other.eval(), TEXTS)
+    plan = calibrate(plain, TEXTS)
+    set_times(monkeypatch)
+    assert calibrate(other.eval(), TEXTS) == plan
 
 
-def test_an_unpatched_model_gets_the_plan_of_a_patched_one() -> None:
-    assert calibrate(llama(), TEXTS, PLANNED) == calibrate(patch_model(llama(), PLANNED), TEXTS)
+def test_an_unpatched_model_gets_the_plan_of_a_patched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = calibrate(llama(), TEXTS, PLANNED)
+    set_times(monkeypatch)
+    assert calibrate(patch_model(llama(), PLANNED), TEXTS) == plan
 
 
-# Which predictions count
-
-
-def perturbed(model: nn.Module, positions: list[int]) -> Any:
-    """Shift one class at these positions of the logits."""
-
-    def shift(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, positions, 7] += 3.0
-        return output
-
-    return model.get_output_embeddings().register_forward_hook(shift)
-
-
-def moved(model: nn.Module, batch: dict[str, Tensor], positions: list[int]) -> float:
-    with torch.no_grad():
-        predictions = Predictions(model.eval(), batch)
-        handle = perturbed(model, positions)
-        found = predictions.divergence()
-    handle.remove()
-    return found
-
-
-def test_divergence_is_that_of_kullback_and_leibler() -> None:
-    model, batch = opt().eval(), TEXTS[0]
-    with torch.no_grad():
-        predictions = Predictions(model, batch)
-        assert predictions.divergence() == 0
-        before = model(**batch).logits.log_softmax(-1)
-        handle = perturbed(model, list(range(LENGTH)))
-        after = model(**batch).logits.log_softmax(-1)
-        found = predictions.divergence()
-    handle.remove()
-    by_token = (before.exp() * (before - after)).sum(-1)
-    assert found == pytest.approx(by_token[:, :-1].mean().item(), rel=0.2) and found > 0.01
-
-
-def test_masked_labels_are_left_out() -> None:
-    """A masked language model predicts the token in its own place."""
-    batch = {"input_ids": tokens(0), "labels": torch.full((3, LENGTH), -100)}
-    batch["labels"][:, 2] = 9
-    assert moved(build("bert"), batch, [0, 1, 3, 4]) == 0
-    assert moved(build("bert"), batch, [2]) > 0.01
-
-
-def test_a_causal_model_predicts_the_next_token() -> None:
-    """The label in place 3 is predicted in place 2."""
-    batch = {"input_ids": tokens(0), "labels": torch.full((3, LENGTH), -100)}
-    batch["labels"][:, 3] = 9
-    assert moved(opt(), batch, [2]) > 0.01
-    assert moved(opt(), batch, [0, 1, 3, 4]) == 0
-
-
-def test_padding_is_left_out_if_there_are_no_labels() -> None:
-    mask = torch.ones(3, LENGTH, dtype=torch.long)
-    mask[:, 3:] = 0
-    batch = {"input_ids": tokens(0), "attention_mask": mask}
-    assert moved(build("bert"), batch, [3, 4]) == 0
-    assert moved(build("bert"), batch, [1]) > 0.01
-
-
-def test_regression_counts_squares() -> None:
-    model, batches = bert_classifier(1)
-    with torch.no_grad():
-        predictions = Predictions(model.eval(), batches[0])
-        model.classifier.bias += 3.0
-        assert predictions.divergence() == pytest.approx(4.5, rel=1e-4)
-
-
-# Rows that are enough to judge
-
-
-def some_rows(batch: dict[str, Any]) -> Any:
-    with torch.no_grad():
-        return Predictions(opt().eval(), batch).some_rows()
-
-
-def test_of_many_predictions_some_rows_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that have predictions, spread evenly."""
-    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 12)
-    batch = text_batches(0, shape=(9, 5))[0] | {"use_cache": False}
-    found = some_rows(batch)  # 36 predictions
-    assert torch.equal(found["input_ids"], batch["input_ids"][[0, 3, 6]]) and found["use_cache"] is False
-    batch["labels"][[0, 3, 6]] = -100
-    found = some_rows(batch)  # 24
-    assert torch.equal(found["labels"], batch["labels"][[1, 4, 7]])
-
-
-@pytest.mark.parametrize("other", [{}, {"a": torch.zeros(())}, {"a": torch.zeros(2, 9)}, {"a": [0] * 9}])
-def test_rows_are_not_taken_out_of_what_has_none(monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]) -> None:
-    """Nor where all are needed."""
-    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 12 if other else 36)
-    monkeypatch.setattr("hf_subquad.planning.predictions.logits_of", lambda model, batch: torch.zeros(9, 5, VOCABULARY))
-    assert some_rows(text_batches(0, shape=(9, 5))[0] | other) is None
-
-
-@pytest.mark.parametrize("family", ["opt", "t5"])
-def test_sensitivities_on_some_rows_are_about_those_of_all(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    model, batches = t5("t5") if family == "t5" else (opt(), text_batches(0, 1, 2, shape=(32, 25)))
-    whole = calibrate(model, batches, PLANNED, tolerance=1e9)
-    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 50 if family == "t5" else 300)
-    part = calibrate(model, batches, PLANNED, tolerance=1e9)
-    assert [layer.error for layer in part.layers] == [layer.error for layer in whole.layers]
-    for mine, theirs in zip(part.layers, whole.layers, strict=True):
-        assert mine.sensitivity != theirs.sensitivity
-        assert mine.sensitivity == pytest.approx(theirs.sensitivity, rel=0.5)
+def test_a_plan_that_fails_changes_nothing() -> None:
+    """`plan_and_fit`, in the middle of it."""
+    model = patch_model(opt(), PLANNED)
+    compensate(model, TEXTS[:1])
+    before, kept = snapshot(model), [(mlp.budget, mlp.corrections, mlp.index.sketch) for mlp in sparse_mlps(model)]
+    spoiled = [*TEXTS[:2], {**TEXTS[2], "labels": torch.full((3, LENGTH), -100)}]
+    with pytest.raises(CalibrationError):
+        plan_and_fit(model, spoiled)
+    assert_same(before, snapshot(model))
+    assert runtime_of(model).plan is None and runtime_of(model).forward == "auto"
+    for mlp, (budget, corrections, sketch) in zip(sparse_mlps(model), kept, strict=True):
+        assert mlp.budget == budget and mlp.corrections is corrections and mlp.index.sketch is sketch
 
 
 # Errors
@@ -508,7 +526,7 @@ def test_inputs_that_are_not_finite(place: int) -> None:
     with pytest.raises(CalibrationError, match=r"layers\.1.*NaN"):
         calibrate(model, batches)
     assert_same(before, snapshot(model))
-    assert budgets_of(model) == active and all(mlp.compensation is None for mlp in sparse_mlps(model))
+    assert budgets_of(model) == active and not any(mlp.corrections for mlp in sparse_mlps(model))
     assert runtime_of(model).forward == "auto"
 
 
@@ -573,38 +591,3 @@ def test_an_mlp_that_does_not_run() -> None:
 
     with pytest.raises(CalibrationError, match=r"did not run layers\.2"):
         calibrate(Model(), [{"x": torch.randn(9, WIDTH)}], PLANNED)
-
-
-@pytest.mark.parametrize("kind", ["classes", "value"])
-def test_an_untrained_head_does_not_hide_what_is_skipped(kind: str) -> None:
-    """A hundredth of the head, a ten thousandth of the divergence: the plan must not take that for harmless."""
-    from types import SimpleNamespace
-
-    class Head(nn.Module):
-        size, moved = 1.0, 0.0
-
-        def forward(self, x: Tensor) -> Any:
-            return SimpleNamespace(logits=self.size * (x + self.moved * x.roll(1, 0)))
-
-    torch.manual_seed(0)
-    batch, model = {"x": torch.randn(300, 7 if kind == "classes" else 1)}, Head()
-
-    def divergence(size: float) -> float:
-        model.size, model.moved = size, 0.0
-        predictions = Predictions(model, batch)
-        model.moved = 0.1
-        return predictions.divergence()
-
-    small, smaller = divergence(0.3), divergence(0.03)
-    assert smaller == pytest.approx(small, rel=0.15)
-    assert small > 1e-3
-    well_told = divergence(5.0)
-    model.size, model.moved = 5.0, 0.0
-    before = model(**batch).logits
-    model.moved = 0.1
-    after = model(**batch).logits
-    if kind == "classes":
-        p, q = before.log_softmax(-1), after.log_softmax(-1)
-        assert well_told == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
-    else:
-        assert well_told == pytest.approx((after - before).square().mean().item() / 2, rel=1e-4)

@@ -360,7 +360,7 @@ def test_batches_can_be_iterated_once_only() -> None:
 
 def test_errors_leave_what_was_fitted() -> None:
     model = compensated()
-    before = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.tokens) for mlp in sparse_mlps(model)]
+    before = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.summary) for mlp in sparse_mlps(model)]
     spoiled = {"inputs_embeds": batch("opt", model)["inputs_embeds"].detach().clone()}
     spoiled["inputs_embeds"][1, 2, 3] = float("nan")
     with pytest.raises(CalibrationError, match=r"layers\.1.*NaN"):
@@ -371,7 +371,7 @@ def test_errors_leave_what_was_fitted() -> None:
         sparse_mlps(model)[1].output.update.U.fill_(3e38)
     with pytest.raises(CalibrationError, match="too large"):
         compensate(model, text_batches(0, 1))
-    after = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.tokens) for mlp in sparse_mlps(model)]
+    after = [(mlp.corrections["predicted"], mlp.index.sketch, mlp.index.summary) for mlp in sparse_mlps(model)]
     assert all(a is b for ones, others in zip(before, after, strict=True) for a, b in zip(ones, others, strict=True))
     assert model.training
     with pytest.raises(NotPatchedError):

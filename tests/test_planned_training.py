@@ -33,6 +33,7 @@ from hf_subquad import (
 )
 from hf_subquad.layers.lookup import runtime_of
 from hf_subquad.training.trainer_batches import sample_batches
+from hf_subquad.training.trainer_planning import Fitted
 
 PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-5}  # a part of what the fastest plan costs
 
@@ -70,14 +71,27 @@ class AtStart(TrainerCallback):
 
 
 def fitted(model: nn.Module) -> list[Any]:
-    return [copy.deepcopy(mlp.compensation) for mlp in sparse_mlps(model)]
+    """Copies of what was fitted for each MLP, by name: its sketch's directions, and the parts of corrections."""
+    return [
+        {"basis": mlp.index.sketch.basis.clone()}
+        | {
+            f"{token_class}.{part}": values.clone()
+            for token_class, correction in mlp.corrections.items()
+            for part, values in vars(correction).items()
+        }
+        for mlp in sparse_mlps(model)
+    ]
 
 
 def same_fits(ones: list[Any], others: list[Any]) -> bool:
     return len(ones) == len(others) and all(
-        (a is None) == (b is None) and (a is None or all(torch.equal(vars(a)[n], vars(b)[n]) for n in vars(a)))
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
         for a, b in zip(ones, others, strict=True)
     )
+
+
+def all_fitted(model: nn.Module) -> list[Fitted]:
+    return [copy.deepcopy(Fitted.of(mlp)) for mlp in sparse_mlps(model)]
 
 
 # Planning at the start
@@ -94,12 +108,13 @@ def test_the_callback_plans_logs_and_keeps_the_plan(tmp_path: Path, caplog: pyte
     assert budgets == [layer.active for layer in plan.layers] != default
     assert 0 < plan.loss_increase <= plan.tolerance == 1e-5
     assert plan.tokens == 14 and plan.step_ms == STEP_MS  # two rows of seven tokens
-    assert all(mlp.compensation is not None for mlp in sparse_mlps(model) if not mlp.dense)
+    assert all(set(mlp.corrections) == {"predicted"} for mlp in sparse_mlps(model) if not mlp.dense)
+    assert all(mlp.index.summary is not None for mlp in sparse_mlps(model))
     assert caplog.text.count(plan.table()) == 1
     rows = [entry for entry in run.state.log_history if "loss" in entry]
     assert [row["subquad/planned_loss_increase"] for row in rows] == [plan.loss_increase] * 2
     assert rows[0]["subquad/planned_step_speedup"] == pytest.approx(plan.step_speedup)
-    assert rows[0]["subquad/active_share"] == pytest.approx(sum(budgets) / (2 * NEURONS))
+    assert rows[0]["subquad/active_share"] == pytest.approx(6 / 7 * sum(budgets) / (2 * NEURONS))
     assert Plan.load(tmp_path / "subquad_plan.json") == plan
 
 
@@ -108,7 +123,7 @@ def test_a_fixed_share_is_compensated_but_not_planned(tmp_path: Path, capsys: py
     run = trainer(model, tmp_path, max_steps=1)
     run.train()
     assert runtime_of(model).plan is None and budgets_of(model) == [NEURONS // 2] * 2
-    assert all(mlp.compensation.weight.any() for mlp in sparse_mlps(model))
+    assert all(mlp.corrections["predicted"].weight.any() for mlp in sparse_mlps(model))
     assert "MLP" not in capsys.readouterr().out
     assert not any("planned" in name for entry in run.state.log_history for name in entry)
 
@@ -116,14 +131,14 @@ def test_a_fixed_share_is_compensated_but_not_planned(tmp_path: Path, capsys: py
 def test_a_plan_that_is_there_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_subquad.training import trainer_planning as fitting
 
-    monkeypatch.setattr(fitting, "calibrate", None)
+    monkeypatch.setattr(fitting, "plan_and_fit", None)
     plan = hand_plan(to_plan(), [40, NEURONS])
     model = to_plan(plan=plan)
     trainer(model, tmp_path, max_steps=1, logging_steps=5).train()
     assert [layer.name for layer in runtime_of(model).plan.layers] == [layer.name for layer in plan.layers]
     assert runtime_of(model).plan.loss_increase == plan.loss_increase
     first, second = sparse_mlps(model)
-    assert first.compensation is not None and second.dense and second.compensation is None
+    assert set(first.corrections) == {"predicted"} and second.dense and not second.corrections
 
 
 def test_compensations_that_are_there_are_kept(tmp_path: Path) -> None:
@@ -192,24 +207,25 @@ def test_planning_disturbs_neither_data_nor_random_states(tmp_path: Path) -> Non
     """Against a run that gets plan and compensations by hand: the same rows, the same dropout, the same losses."""
     found: list[Any] = []
     model = to_plan(opt(dropout=0.3))
-    planned, data = run_noisy(model, tmp_path / "planned", lambda m: found.append((runtime_of(m).plan, fitted(m))))
-    plan, compensations = found[0]
+    planned, data = run_noisy(model, tmp_path / "planned", lambda m: found.append((runtime_of(m).plan, all_fitted(m))))
+    plan, fits = found[0]
     by_hand = to_plan(opt(dropout=0.3), plan)
-    for mlp, compensation in zip(sparse_mlps(by_hand), compensations, strict=True):
-        mlp.compensation = compensation
+    for mlp, fit in zip(sparse_mlps(by_hand), fits, strict=True):
+        fit.give_to(mlp)
     straight, other = run_noisy(by_hand, tmp_path / "by hand")
     assert len(other.served) >= 8 and data.served[6:] == other.served  # behind three batches of two rows to plan with
     assert losses(planned) == losses(straight)
     assert all(torch.equal(value, factors(by_hand)[name]) for name, value in factors(model).items())
 
 
-def test_a_plan_by_hand_gets_the_compensations_of_planning(tmp_path: Path) -> None:
+def test_a_plan_by_hand_is_fitted_to_as_a_fixed_share_is(tmp_path: Path) -> None:
+    """To all batches, as there is nothing to judge."""
     found: list[Any] = []
-    look = lambda m: found.append((runtime_of(m).plan, fitted(m)))  # noqa: E731
-    first, _ = run_noisy(to_plan(), tmp_path / "planned", look)
-    second, _ = run_noisy(to_plan(plan=found[0][0]), tmp_path / "by hand", look)
-    assert same_fits(found[0][1], found[1][1])
-    assert losses(first) == losses(second)
+    plan = hand_plan(to_plan(), [24, 24])
+    first, _ = run_noisy(to_plan(plan=plan), tmp_path / "planned", lambda m: found.append(fitted(m)))
+    second, _ = run_noisy(to_plan(active=24), tmp_path / "fixed", lambda m: found.append(fitted(m)))
+    assert same_fits(found[0], found[1]) and all(len(of_mlp) > 1 for of_mlp in found[0])
+    assert losses(first)[0] == losses(second)[0]  # before budgets are reviewed
 
 
 class Heavy:
@@ -253,21 +269,33 @@ def test_a_stream_is_not_used_up(tmp_path: Path, warnings: pytest.LogCaptureFixt
     assert "can only be iterated" in warnings.text and "MLPs run dense" in warnings.text
 
 
-def test_a_model_without_logits(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
-    class Bare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = opt().model
+class Bare(nn.Module):
+    """Hands out a loss, or only hidden states."""
 
-        def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return {"loss": self.model(input_ids).last_hidden_state.square().mean()}
+    def __init__(self, loss: bool) -> None:
+        super().__init__()
+        self.model, self.loss = opt().model, loss
 
-    model = to_plan(Bare())
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        found = self.model(input_ids).last_hidden_state
+        return {"loss": found.square().mean()} if self.loss or self.training else {"hidden_states": found}
+
+
+def test_a_model_with_only_a_loss_is_planned_by_its_gradient(tmp_path: Path) -> None:
+    model = to_plan(Bare(loss=True), tolerance=0.02)
     run = trainer(model, tmp_path, max_steps=2)
     run.train()
-    assert run.state.global_step == 2 and runtime_of(model).plan is None
-    assert "Bare returns no logits (but loss)" in warnings.text
-    assert all(mlp.dense for mlp in sparse_mlps(model))
+    plan = runtime_of(model).plan
+    assert run.state.global_step == 2 and plan.loss_increase == 0 and 0.8 <= plan.gradient_cosine < 1
+    assert not all(layer.dense for layer in plan.layers)
+
+
+def test_a_model_without_logits_or_loss_to_plan_with(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
+    model = to_plan(Bare(loss=False))
+    run = trainer(model, tmp_path, max_steps=2)
+    run.train()
+    assert run.state.global_step == 2 and budgets_of(model) == [NEURONS] * 2 and runtime_of(model).plan is None
+    assert "Bare returns no logits (but hidden_states)" in warnings.text and "MLPs run dense" in warnings.text
 
 
 def test_the_warning_says_what_runs(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
@@ -355,7 +383,7 @@ def test_resumed_equals_uninterrupted(
                     **SAVING)  # fmt: skip
     again.train(resume_from_checkpoint=True)
     assert found[0][0] == runtime_of(first.model).plan
-    assert same_fits(found[0][1], fitted(first.model)) and any(found[0][1])
+    assert same_fits(found[0][1], fitted(first.model)) and any(len(of_mlp) > 1 for of_mlp in found[0][1])
     assert caplog.text.count(found[0][0].table()) == 1
     assert losses(again) == pytest.approx(losses(whole), abs=1e-4)
     assert budgets_of(resumed) == budgets_of(straight)
@@ -385,14 +413,14 @@ def test_the_sidecar_keeps_plan_and_compensations(tmp_path: Path) -> None:
     assert load_sidecar(other, tmp_path) == 3
     assert runtime_of(other).plan == runtime_of(model).plan and budgets_of(other) == [24, NEURONS]
     assert same_fits(fitted(other), fitted(model))
-    assert fitted(other)[1] is None
+    assert set(sparse_mlps(other)[0].corrections) == {"predicted"} and not sparse_mlps(other)[1].corrections
 
 
 @pytest.mark.parametrize("rank", [1, 20])
 def test_the_sidecar_holds_compensations_of_any_rank(tmp_path: Path, rank: int) -> None:
     model, other = saved(tmp_path, sketch_rank=rank), to_plan(sketch_rank=rank)
     load_sidecar(other, tmp_path)
-    assert same_fits(fitted(other), fitted(model)) and len(fitted(other)[0].basis) == rank
+    assert same_fits(fitted(other), fitted(model)) and len(fitted(other)[0]["predicted.basis"]) == rank
 
 
 def test_a_sidecar_with_a_plan_for_other_tiles_changes_nothing(tmp_path: Path) -> None:
@@ -405,7 +433,7 @@ def test_a_sidecar_with_a_plan_for_other_tiles_changes_nothing(tmp_path: Path) -
     with pytest.raises(SidecarError, match="tiles"):
         load_sidecar(other, tmp_path)
     assert all(torch.equal(before[name], value) for name, value in factors(other).items())
-    assert budgets_of(other) == budgets and not any(fitted(other))
+    assert budgets_of(other) == budgets and not any(mlp.corrections for mlp in sparse_mlps(other))
 
 
 def test_best_model_at_end_keeps_the_plan(tmp_path: Path) -> None:

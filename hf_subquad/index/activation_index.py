@@ -20,7 +20,6 @@ from ..ops.importance import Activation, combine
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from .half_space import Report, ReportingIndex, empty_index
-from .selection_quality import outputs
 from .sketch import Sketch, add_low_rank, build_sketch, summary_of
 
 _SCORED_TOKENS = 16  # of each tile, at least
@@ -241,10 +240,6 @@ class ActivationIndex:
         x = x.float()
         queries = torch.cat([x @ self.sketch.basis.t(), x @ v.float().t(), x.new_ones(len(x), 1)], 1)
         return self._reporting[1].report(queries, threshold)
-
-    def outputs(self, tile_tokens: Tensor, neurons: Tensor) -> Tensor:
-        """See `selection_quality.outputs`."""
-        return outputs(self, tile_tokens, neurons)
 
     def combine(self, pre: list[Tensor]) -> Tensor:
         """Activations [..., m] from the pre-activations of the input projections."""

@@ -1,7 +1,6 @@
 """How good a selection is: compared with all neurons, computed from the live weights."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +9,7 @@ from ..config import TileOrder
 from ..ops.backends import MergedWeight
 from ..ops.importance import importance
 from ..ops.token_tiles import TokenTiles
-
-if TYPE_CHECKING:
-    from .activation_index import ActivationIndex
+from .activation_index import ActivationIndex
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class SelectionQuality:
 
 
 @torch.no_grad()
-def evaluate_selection(index: "ActivationIndex", tile_tokens: Tensor, neurons: Tensor) -> SelectionQuality:
+def evaluate_selection(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> SelectionQuality:
     """What a selection finds and what it misses.
 
     Args:
@@ -48,14 +45,14 @@ def evaluate_selection(index: "ActivationIndex", tile_tokens: Tensor, neurons: T
     return SelectionQuality(found, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
 
 
-def recall(index: "ActivationIndex", x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
+def recall(index: ActivationIndex, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
     """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
     selection = index.select(x, k, tile_size, order)
     return evaluate_selection(index, x[selection.tiles.slots], selection.neurons).recall
 
 
 @torch.no_grad()
-def outputs(index: "ActivationIndex", tile_tokens: Tensor, neurons: Tensor) -> Tensor:
+def outputs(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> Tensor:
     """What the given neurons of each tile add to the MLP's output, computed as in the sparse forward.
 
     Args:
@@ -77,16 +74,16 @@ def outputs(index: "ActivationIndex", tile_tokens: Tensor, neurons: Tensor) -> T
     return backend.gathered_down([index.combine(compact)], tiles, neurons, [output])[0]
 
 
-def exact_importance(index: "ActivationIndex", x: Tensor) -> Tensor:
+def exact_importance(index: ActivationIndex, x: Tensor) -> Tensor:
     """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""
     return importance(_pre_activations(index, x), index.activation, index.gated)
 
 
-def exact_activations(index: "ActivationIndex", x: Tensor) -> Tensor:
+def exact_activations(index: ActivationIndex, x: Tensor) -> Tensor:
     """True activations of all neurons on x [N, d]: float32 [N, m]."""
     return index.combine(_pre_activations(index, x))
 
 
-def _pre_activations(index: "ActivationIndex", x: Tensor) -> list[Tensor]:
+def _pre_activations(index: ActivationIndex, x: Tensor) -> list[Tensor]:
     pre = [x.float() @ projection.merged_rows().float().t() for projection in index.inputs]
     return [h if p.bias is None else h + p.bias.detach().float() for h, p in zip(pre, index.inputs, strict=True)]

@@ -37,8 +37,8 @@ class MeasuredMLP:
     Attributes:
         classes: by token class, errors and corrections of each number of neurons.
         timing: times of some budgets, of an MLP of this shape.
-        kept: share of the rows with any gradient that hold each of `GRADIENT_SHARES` of the squared gradient.
-        timed_kept: the same for the gradient that was timed, at `PROBED_SHARE`.
+        dropped: by class and gradient share, the rows that pass no gradient, as a share of all rows that have some.
+        timed_dropped: the same for all classes in the pass that was timed, at `PROBED_SHARE`.
         energy: share of the squared gradient of all trained parameters that its updates have.
         tokens, dtype: of the call that it was measured on.
     """
@@ -46,8 +46,8 @@ class MeasuredMLP:
     mlp: SparseMLP
     classes: Mapping[TokenClass, ClassMeasurements]
     timing: MLPTiming
-    kept: Mapping[float, float]
-    timed_kept: float
+    dropped: Mapping[TokenClass, Mapping[float, float]]
+    timed_dropped: float
     energy: float
     tokens: int
     dtype: str
@@ -81,9 +81,9 @@ class MeasuredMLP:
         if budget.gradient < 1:
             # A tile's products take all of its rows, whether they pass gradients or not.
             saved = exact - self.timing.budgets[Budget(gradient=PROBED_SHARE)]
-            saved *= (1 - self.kept[budget.gradient]) / max(1 - self.timed_kept, 1e-6)
-            dense = [budget.neurons(name) is None for name in self.classes]
-            total -= max(0.0, saved) * sum(dense) / len(dense)
+            dense = [name for name in self.classes if budget.neurons(name) is None]
+            dropped = sum(self.dropped[name][budget.gradient] for name in dense)
+            total -= max(0.0, saved) * dropped / max(self.timed_dropped, 1e-6)
         return max(total, _LEAST_TIME * exact)
 
     def run_with(self, budget: Budget) -> None:
@@ -157,7 +157,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             timings[key] = _timed(mlp, call, classes[mlp.name])
         measured_mlps.append(
             MeasuredMLP(
-                mlp, classes[mlp.name], timings[key][0], _kept(torch.cat([c.energy for c in judged[mlp.name]])),
+                mlp, classes[mlp.name], timings[key][0], _dropped(judged[mlp.name]),
                 timings[key][1], reference.energy_of([f for p in mlp.projections for f in p.update.parameters()]),
                 len(call.tokens), str(call.x.dtype).removeprefix("torch."),
             )
@@ -194,20 +194,29 @@ def _timed_counts(mlp: SparseMLP, token_class: TokenClass) -> list[int]:
 
 
 def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements]) -> tuple[MLPTiming, float]:
-    """Times of an MLP, and the share of the rows that passed gradients in the timed pass."""
+    """Times of an MLP, and the share of the rows with gradients that did not pass them in the timed pass."""
     budgets = [Budget(), Budget(gradient=PROBED_SHARE)]
     budgets += [only(name, k) for name in classes for k in _timed_counts(mlp, name)]
     autocast = call.x.dtype != mlp.output.weight.dtype
     mlp.corrections = {name: next(iter(measured.corrections.values())) for name, measured in classes.items()}
     with torch.autocast(call.x.device.type, dtype=call.x.dtype, enabled=autocast):
-        return time_mlp(mlp, call, budgets), _kept(call.energy)[PROBED_SHARE]
+        return time_mlp(mlp, call, budgets), sum(shares[PROBED_SHARE] for shares in _dropped([call]).values())
 
 
-def _kept(energy: Tensor) -> dict[float, float]:
-    """By share of the squared gradient, the share of the rows with any gradient that hold it."""
-    ordered = energy.sort(descending=True).values
-    held, rows = ordered.cumsum(0) - ordered, max(1, int((ordered > 0).sum()))
-    return {share: int(((held < share * ordered.sum()) & (ordered > 0)).sum()) / rows for share in GRADIENT_SHARES}
+def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
+    """By class and share of the squared gradient, the rows that pass none back, as a share of all that have some."""
+    found: dict[TokenClass, dict[float, float]] = {}
+    rows = max(1, sum(int((call.energy > 0).sum()) for call in calls))
+    for call in calls:
+        ordered, order = call.energy.sort(descending=True)
+        before = ordered.cumsum(0) - ordered
+        for share in GRADIENT_SHARES:
+            passing = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, before < share * ordered.sum())
+            left_out = ~passing & (call.energy > 0)
+            for name, of_class in call.rows().items():
+                shares = found.setdefault(name, dict.fromkeys(GRADIENT_SHARES, 0.0))
+                shares[share] += int(left_out[of_class].sum()) / rows
+    return found
 
 
 def _judged(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
 from ..layers.modes import dense_forward
@@ -135,7 +136,7 @@ def outputs_by_tiles(
         ranked = mlp.index.ranked(tile_tokens, ks[-1])
         others = torch.ones(len(slots), mlp.index.neurons, device=ranked.device).scatter_(1, ranked, 0).nonzero()
         parts = [*ranked.tensor_split(ks[:-1], 1), others[:, 1].view(len(slots), -1)]
-        kept, *skipped = [mlp.index.outputs(tile_tokens, part).float() for part in parts]
+        kept, *skipped = [outputs(mlp.index, tile_tokens, part).float() for part in parts]
         missed = dict(zip(reversed(ks), itertools.accumulate(reversed(skipped)), strict=True))
         yield slots.flatten(), tile_tokens.flatten(0, 1), kept + missed[ks[0]], missed
 

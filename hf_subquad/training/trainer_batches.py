@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -39,7 +39,7 @@ def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device)
 def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
     dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
-        dataset = dataset.dataset  # one process's share of it
+        dataset = cast("Any", dataset).dataset  # one process's share of it
     collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
     if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
         # each item is a batch

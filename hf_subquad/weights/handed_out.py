@@ -1,4 +1,4 @@
-"""Merged weights that `state_dict()` returned: writing to them or loading them again must not be lost silently."""
+"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing is lost silently."""
 
 import weakref
 from collections import deque
@@ -13,7 +13,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Snapshot(NamedTuple):
-    """The factors that a merged weight was made with, and its fingerprint."""
+    """The factors that a merged weight was made with, and how to recognise it."""
 
     fingerprint: tuple[int, int]
     U: Tensor
@@ -21,39 +21,40 @@ class Snapshot(NamedTuple):
 
 
 class HandedOut:
-    """Merged weights of one projection that `state_dict()` returned.
+    """Merged weights of one projection that left it through `state_dict()`.
 
-    In an `nn.Module`, writing into a value of `state_dict()` changes the model. A merged weight is a copy, so writes to
-    it are detected and passed on: the next time the weight is read, and when the copy is freed, as in
-    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. This keeps no copy alive.
+    In an `nn.Module`, what is written into a value of `state_dict()` is written into the model. A merged weight is a
+    copy, so writes are noticed: when the copy is next looked at, and when it goes out of use, as in
+    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. Nothing is kept in memory for that.
 
-    A returned state may be loaded again after another one was tried. The factors that it was made with are kept for
-    the latest three states.
+    A state that was handed out may be loaded again, after another one was tried: the factors that it was made with
+    are remembered for the latest three states.
     """
 
     def __init__(self) -> None:
         self._live: list[_Copy] = []
         self._snapshots: deque[Snapshot] = deque(maxlen=_REMEMBERED)
 
-    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> None:
+    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> Snapshot:
         """Note with which factors a merged weight was made."""
         snapshot = Snapshot(fingerprint(merged), U.detach().clone(), V.detach().clone())
         if not self._snapshots or self._snapshots[-1].fingerprint != snapshot.fingerprint:
             self._snapshots.append(snapshot)
+        return snapshot
 
     def recall(self, merged: Tensor) -> Snapshot | None:
-        """The factors of a merged weight that was returned before, if this is one."""
+        """The factors of a merged weight that was handed out, if this is one."""
         if not self._snapshots:
             return None
         found = fingerprint(merged)
         return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
 
-    def watch(self, merged: Tensor, written: Callable[[Tensor], None]) -> None:
-        """Call a method of the projection with a returned copy if it is written to."""
-        self._live.append(_Copy(merged, self._live, written))
+    def watch(self, merged: Tensor, snapshot: Snapshot, written: Callable[[Tensor], None]) -> None:
+        """Call a method of the projection with a copy that was handed out, if it is written to."""
+        self._live.append(_Copy(merged, snapshot, self._live, written))
 
     def notice_writes(self) -> None:
-        """Pass on what was written into copies that are still alive."""
+        """Pass on what was written into copies that are in use."""
         for copy in self._live:
             copy.pass_on()
 
@@ -65,21 +66,23 @@ class HandedOut:
 
 
 class _Copy(weakref.ref):  # type: ignore[type-arg]
-    """A weak reference to a returned merged weight, which shares its storage for as long as that is alive."""
+    """A merged weight in use elsewhere. It shares its storage as long as that is in use, and no longer."""
 
-    def __new__(cls, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> "_Copy":
+    def __new__(cls, merged: Tensor, *about: Any) -> "_Copy":
         return super().__new__(cls, merged, _Copy._out_of_use)
 
-    def __init__(self, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, merged: Tensor, snapshot: Snapshot, live: list["_Copy"], written: Callable[[Tensor], None]
+    ) -> None:
         super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
         self._shared: Tensor = merged.detach()
         self._version = self._shared._version
-        self._content = fingerprint(self._shared)
+        self._content = snapshot.fingerprint
         self._live = live
         self._written = weakref.WeakMethod(written)
 
     def pass_on(self, thoroughly: bool = False) -> None:
-        """`thoroughly`: also writes that PyTorch's version counter misses (`.data`)."""
+        """Thoroughly: also what was written around PyTorch's version counter (`.data`)."""
         changed = self._shared._version != self._version
         if changed or (thoroughly and fingerprint(self._shared) != self._content):
             self._version, self._content = self._shared._version, fingerprint(self._shared)
@@ -94,7 +97,10 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 
 @torch.no_grad()
 def fingerprint(values: Tensor) -> tuple[int, int]:
-    """A hash of the bits of a matrix and their positions: equal for equal matrices, whatever their memory layout."""
-    by_row = values.view(_INTEGERS[values.dtype.itemsize]).sum(1, dtype=torch.int64)
+    """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
+    values = values.contiguous()
+    whole = values.shape[1] * values.dtype.itemsize % 8 == 0  # a row in words of 64 bits, which add up fastest
+    words = values.view(torch.int64 if whole else _INTEGERS[values.dtype.itemsize])
+    by_row = words.sum(1, dtype=torch.int64)
     weights = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)
     return int(by_row.sum()), int((by_row * weights).sum())

@@ -156,9 +156,9 @@ class NeuronProjection(nn.Module):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if not merged.is_meta:
-            self._handed_out.remember(merged, self.update.U, self.update.V)
+            snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
-                self._handed_out.watch(merged, self._written)
+                self._handed_out.watch(merged, snapshot, self._written)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]

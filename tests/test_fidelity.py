@@ -1,0 +1,149 @@
+"""How faithful sparse MLPs are: nothing is lost by exact ones, and what is lost is measured right."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import CONFIG, build, fill_updates, opt
+from helpers.planning import text_batches
+from torch import Tensor, nn
+
+from hf_subquad import CalibrationError, SubquadConfig, dense_forward, patch_model, sparse_forward, sparse_mlps
+from hf_subquad.layers.budget import Budget
+from hf_subquad.planning.fidelity import DenseReference, Fidelity
+
+BATCH = text_batches(0, shape=(6, 9), prompt=4)[0]
+
+
+def model_with(*budgets: Budget, family: str = "opt") -> nn.Module:
+    model = patch_model(build(family), CONFIG).eval()
+    fill_updates(model, size=0.1)
+    for mlp, budget in zip(sparse_mlps(model), budgets, strict=True):
+        mlp.set_budget(budget)
+    return model
+
+
+def measured(model: nn.Module, batch: dict[str, Tensor]) -> Fidelity:
+    with dense_forward(model):
+        reference = DenseReference(model, batch)
+    with sparse_forward(model):
+        return reference.fidelity()
+
+
+def gradient_by_hand(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    model.zero_grad()
+    model(**batch).loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+    model.zero_grad()
+    return found.double()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_exact_budgets_lose_nothing(family: str) -> None:
+    """Padding is skipped, the dense model computes it: both up to rounding of float32 sums."""
+    found = measured(model_with(Budget(), Budget(), family=family), BATCH)
+    assert found.divergence < 1e-6 and found.cosine == pytest.approx(1, abs=1e-6) and found.gradient_error < 1e-4
+    assert found.lost < 1e-5
+
+
+def test_the_dense_model_is_itself() -> None:
+    model = model_with(Budget(8, 0), Budget())
+    with dense_forward(model):
+        found = DenseReference(model, BATCH).fidelity()
+    assert found == Fidelity(0.0, pytest.approx(1, abs=1e-9), 0.0)
+
+
+BUDGETS = [Budget(16, 0), Budget(None, 8), Budget(None, None, 0.8), Budget(24, 24, 0.9)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_cosine_and_error_are_those_of_gradients_by_hand(budget: Budget) -> None:
+    """Of all that is trained, the layers that are not patched included."""
+    model = model_with(budget, budget)
+    found = measured(model, BATCH)
+    with dense_forward(model):
+        exact = gradient_by_hand(model, BATCH)
+    with sparse_forward(model):
+        approximate = gradient_by_hand(model, BATCH)
+    cosine = (exact @ approximate / exact.norm() / approximate.norm()).item()
+    assert found.cosine == pytest.approx(cosine, abs=1e-6) and cosine < 0.9999
+    assert found.gradient_error == pytest.approx(((exact - approximate).norm() / exact.norm()).item(), rel=1e-3)
+    assert found.lost == pytest.approx(1 - cosine**2, abs=1e-5)
+    assert (found.divergence > 1e-6) == (budget.gradient == 1 or budget.predicted is not None)
+
+
+def test_context_of_the_last_layer_needs_no_mlp() -> None:
+    """Nothing sees what it computes there: gradient and predictions are exact. In the layer before, they are not."""
+    found = measured(model_with(Budget(), Budget(None, 0)), BATCH)
+    assert found.divergence < 1e-6 and found.cosine == pytest.approx(1, abs=1e-6) and found.gradient_error < 1e-4
+    before = measured(model_with(Budget(None, 0), Budget()), BATCH)
+    assert before.cosine < 0.9999 and before.gradient_error > 1e-3
+
+
+def test_energy_is_the_share_of_the_squared_gradient() -> None:
+    model = model_with(Budget(), Budget())
+    updates = [[f for p in mlp.projections for f in p.update.parameters()] for mlp in sparse_mlps(model)]
+    with dense_forward(model):
+        reference = DenseReference(model, BATCH)
+        whole = gradient_by_hand(model, BATCH).norm().item()
+        model(**BATCH).loss.backward()
+    for factors in updates:
+        of_mlp = math.sqrt(sum(f.grad.double().square().sum().item() for f in factors))
+        assert reference.energy_of(factors) == pytest.approx((of_mlp / whole) ** 2, rel=1e-3)
+    assert reference.energy_of([p for p in model.parameters() if p.requires_grad]) == pytest.approx(1, rel=1e-4)
+    assert reference.energy_of([]) == 0
+
+
+class Head(nn.Module):
+    """OPT's body under outputs of any kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.body, self.kind = opt(), kind
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        found = self.body(input_ids=input_ids, labels=labels)
+        if self.kind == "dict":
+            return {"loss": found.loss, "logits": found.logits}
+        if self.kind == "only a loss":
+            return {"loss": found.loss}
+        if self.kind == "no loss":
+            return {"logits": found.logits}
+        if self.kind == "a loss for each row":
+            return {"loss": found.loss.expand(2), "logits": found.logits}
+        return (found.logits,)
+
+
+@pytest.mark.parametrize("kind", ["dict", "only a loss", "no loss", "a loss for each row"])
+def test_outputs_of_any_kind(kind: str) -> None:
+    """Without logits the gradient alone judges, without a loss the likeliest class stands in for a label."""
+    model = patch_model(Head(kind), CONFIG).eval()
+    fill_updates(model, size=0.1)
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget.uniform(16))
+    found = measured(model, BATCH)
+    assert 0 < found.cosine < 0.9999 and found.gradient_error > 0.01
+    assert (found.divergence > 1e-6) == (kind != "only a loss")
+
+
+def test_neither_logits_nor_a_loss() -> None:
+    with pytest.raises(CalibrationError, match="returns no logits"):
+        measured(patch_model(Head("a tuple"), CONFIG).eval(), BATCH)
+
+
+def test_nothing_is_trained() -> None:
+    model = patch_model(opt(), CONFIG).requires_grad_(False)
+    with pytest.raises(CalibrationError, match="no parameter of the model is trained"):
+        measured(model, BATCH)
+
+
+def test_a_gradient_of_zero() -> None:
+    """Of a loss that hangs on nothing: the same as itself, and unlike any other."""
+    model = patch_model(opt(), SubquadConfig(**{**CONFIG.to_dict(), "active": 0.5})).eval()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight.requires_grad_(False)
+    found = measured(model, BATCH)
+    assert found.cosine == 1 and found.gradient_error == 0 and found.lost == 0
