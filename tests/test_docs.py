@@ -148,7 +148,7 @@ def test_settings_table_is_the_dataclass() -> None:
 
 
 def test_planning_page_says_what_tolerance_means() -> None:
-    page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+    page = " ".join((ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split())
     cosine, divergence = choice.COSINE_PER_TOLERANCE, choice.DIVERGENCE_PER_TOLERANCE
     assert f"at least 1 - {cosine:g} x `tolerance`" in page and f"{divergence:g} x `tolerance` nats" in page
     default = SubquadConfig().tolerance

@@ -1,4 +1,4 @@
-"""What all sparse MLPs of a model share: settings, the mode they run in, and the batch under way."""
+"""What all sparse MLPs of a model share: settings, the mode they run in, and the current batch."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -33,11 +33,11 @@ class Runtime:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
             others force what they say.
         surroundings: the model around the MLPs.
-        exact_forward: the loss compares this model with a reference, so that a sparse forward would bias it.
-        dense_step: the coming training step spends no less than all neurons and the whole gradient (`dense_share`).
+        exact_forward: the loss compares this model with a reference, so a sparse forward would bias it.
+        dense_step: the next training step uses all neurons and the whole gradient (`dense_share`).
         folded: updates were folded into base weights, so that there is no base model left to switch to.
-        sync_seconds: time spent keeping in sync so far.
-        synced_step: the step that was synced last.
+        sync_seconds: time spent in `sync_model` so far.
+        synced_step: the last step that `sync_model` was called for.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
@@ -90,7 +90,7 @@ class Runtime:
         return self.mode(training) == "sparse"
 
     def updates_off(self) -> bool:
-        """Whether this pass is one of the base model alone, as PEFT's `disable_adapter` asks for.
+        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` asks for.
 
         Raises:
             InactivePatchError: folds have changed the base model.
@@ -114,7 +114,7 @@ class Runtime:
         self._batches.append(classes)
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Find out whether padding can be skipped in this model, on a batch that has some; else do nothing."""
+        """Test whether padding can be skipped in this model, if the batch has padding; otherwise do nothing."""
         classes = classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
@@ -129,7 +129,7 @@ class Runtime:
             )
 
     def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
-        """Classes of the tokens x [..., d] that an MLP sees, if they are known and padding may be skipped."""
+        """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
         if not self._batches or torch.compiler.is_compiling():
             return None
         batch = self._batches[-1]
@@ -149,7 +149,7 @@ class Runtime:
         self._batches.clear()
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
-        """Classes of the tokens that an MLP saw last, if padding may be skipped or there is none."""
+        """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""
         classes = self._batches[-1].of_stack(name) if self._batches else None
         return None if classes is None or (classes.padding and not self.skips_padding) else classes
 

@@ -1,9 +1,9 @@
 """An MLP's two products on parts of a batch, each with a number of neurons of its own.
 
-A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that lie in tiles which compute k
-neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is the
-gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or [n, T, k]
-each; what a model computes between its projections is elementwise and does not see the difference.
+A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that are grouped into tiles which
+compute k neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is
+the gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or
+[n, T, k] each; what a model computes between its projections is elementwise and does not depend on the layout.
 
 In the backward pass, gradients pass through the rows that hold a share of the squared output gradient, the largest
 first. `down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose
