@@ -53,7 +53,9 @@ def test_logs_reach_the_history_and_tensorboard(tmp_path: Path) -> None:
     assert set(rows[0]) & LOGGED == LOGGED - MEASURED
     assert all(set(row) >= LOGGED for row in rows[1:])
     assert all(0 < row["subquad/recall"] <= 1 for row in rows[1:])
-    assert all(row["subquad/active_share"] == pytest.approx(0.5 * 6 / 7) for row in rows)  # the last token predicts none
+    assert all(
+        row["subquad/active_share"] == pytest.approx(0.5 * 6 / 7) for row in rows
+    )  # the last token predicts none
     norms = [row["subquad/update_norm"] for row in rows]
     assert norms[0] > 0 and norms == sorted(norms)
     assert all(
