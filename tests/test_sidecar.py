@@ -26,13 +26,13 @@ from hf_subquad import (
     OutputError,
     SidecarError,
     SubquadConfig,
+    atomic_files,
     compensate,
     load_sidecar,
     patch_model,
     save_sidecar,
     sparse_mlps,
 )
-from hf_subquad import atomic_files as atomic
 from hf_subquad.training import sidecar
 
 NAME = "subquad_state.safetensors"
@@ -351,7 +351,7 @@ def test_failed_write_leaves_nothing_and_keeps_the_old_file(
 
     if fails in ("open", "write"):
         with_room = lambda path, mode: full() if fails == "open" else FullFile(path, 100)  # noqa: E731
-        monkeypatch.setattr(atomic, "open", with_room, raising=False)
+        monkeypatch.setattr(atomic_files, "open", with_room, raising=False)
     else:
         monkeypatch.setattr(os, "fsync" if fails == "interrupt" else fails, full)
     expected = KeyboardInterrupt if fails == "interrupt" else OutputError

@@ -20,6 +20,7 @@ Forward = Literal["auto", "dense", "exact", "sparse"]
 
 _REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
 _VAIN_TRIES = 4  # to find out whether padding may be skipped
+_SAME = 1e-6  # relative difference of losses
 _FAR = 30.0  # what padding holds while it is tried whether anything depends on it
 
 logger = logging.get_logger(__name__)
@@ -161,7 +162,8 @@ class Runtime:
     def _padding_is_out_of_reach(
         self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
     ) -> bool | None:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if none could."""
+        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if that did not
+        show."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
@@ -169,17 +171,17 @@ class Runtime:
                 self._skipped = False
                 self.forward, self.elsewhere, self.skips_padding = "exact", _FAR, True
                 poisoned = _loss(model, inputs)
-                self.forward = "dense"
+                self.elsewhere = 0.0
                 plain = _loss(model, inputs)
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
             self._batches = held
-        if not self._skipped:
+        if not self._skipped or (plain is not None and not plain.isfinite()):  # no token of the batch has a label
             return None
         if poisoned is None or plain is None:
             return False
-        tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)
-        return bool((poisoned - plain).abs() <= tolerance * plain.abs().clamp_min(1.0))
+        # The same products of the same shapes: a loss that does not depend on padding is the same to the bit.
+        return bool((poisoned - plain).abs() <= _SAME * plain.abs().clamp_min(1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": deque(maxlen=_REMEMBERED)}
