@@ -207,14 +207,14 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
     set_times(monkeypatch, overhead=2.5, idle=2.5)
     plan = calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED, tolerance)
     assert all(layer.dense and layer.error == layer.context_error == 0 for layer in plan.layers)
-    assert plan.loss_increase == 0 and plan.gradient_cosine == 1
+    assert plan.loss_increase < 1e-6 and plan.gradient_cosine == pytest.approx(1, abs=1e-6)  # up to rounding
     assert plan.step_speedup_over_dense == pytest.approx(
         STEP_MS / (STEP_MS - 2 * 2 * NEURONS / 9)
     )  # padding is skipped
     lines = [line for line in plan.table().splitlines() if "Nothing is gained" in line]
     assert len(lines) == (plan.step_speedup_over_dense < 1.02)
     packed = calibrate(build("bert"), TEXTS, PLANNED, tolerance)
-    assert packed.step_speedup_over_dense == 1 and "Nothing is gained here" in packed.table().splitlines()[-1]
+    assert packed.step_speedup_over_dense == pytest.approx(1) and "Nothing is gained here" in packed.table().splitlines()[-1]
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
