@@ -1,4 +1,4 @@
-"""Are files there whole? Writing them whole or not at all, and telling whether they still are what they were."""
+"""Writing files completely or not at all, and recognising files that have changed since."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file beside its place, then move it there.
 
     Raises:
-        OutputError: it could not be written; a former file is as it was, and nothing is left of the new one.
+        OutputError: it could not be written. A former file is as it was, and nothing is left of the new one.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,9 +31,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of blocks spread over it: enough to tell other weights, or half a file.
+    """SHA-256 of a file's size and of blocks spread over it: enough to recognise other weights or half a file.
 
-    All of a small file; checkpoints of gigabytes are not read again in full.
+    Small files are read in full, checkpoints of gigabytes are not.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

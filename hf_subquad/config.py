@@ -1,4 +1,4 @@
-"""What the user chooses: one dataclass, pure data, the same names in Python, CLI and YAML."""
+"""The settings: one dataclass, with the same names in Python, on the command line and in YAML."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ TileOrder = Literal["similar", "consecutive"]
 BackendName = Literal["auto", "torch", "triton"]
 LayerGroup = Literal["all", "all_but_first"]
 
-_LARGEST_SEED = 2**63 - 1  # that random generators take
+_LARGEST_SEED = 2**63 - 1  # the largest that random generators accept
 _LARGEST_NUMBER = 3e38  # of float32
 
 
@@ -29,25 +29,25 @@ class SubquadConfig:
     """
 
     rank: int = _setting(16, "Rank q of the trainable update U V of every patched matrix.")
-    alpha: float = _setting(16.0, "The update counts alpha / rank times, as in LoRA.")
+    alpha: float = _setting(16.0, "The update is scaled by alpha / rank, as in LoRA.")
     active: int | float | None = _setting(
         None,
-        "Neurons a tile computes: a number (int), a share in (0, 1] (float), or null for what a plan says, "
-        "and ceil(m ** 0.8) of m neurons, the sparsity level of the paper, until there is one.",
+        "Neurons that a token computes: a number (int), a share in (0, 1] (float), or null to plan it. Until there is "
+        "a plan, null means ceil(m ** 0.8) of m neurons, the sparsity of the paper.",
     )
     tolerance: float = _setting(
         0.003,
-        "What a plan may cost: the expected increase of the training loss, in nats per predicted token, of the "
-        "sparse forward against the dense one.",
+        "What a plan may lose: the gradient keeps a cosine of at least 1 - 10 times this with the exact one, and "
+        "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token.",
     )
-    tile_size: int = _setting(128, "Tokens that share one selection of neurons, about.")
+    tile_size: int = _setting(128, "About how many tokens share one selection of neurons.")
     tile_order: TileOrder = _setting(
         "similar", "How tokens form tiles: 'similar' (bisection by content) or 'consecutive'."
     )
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
-        "Layer numbers to patch, or 'all', or 'all_but_first'. A plan gives the first layer of a stack, which is far "
-        "less sparse than the rest, what it needs; a fixed `active` does not: choose 'all_but_first' with it.",
+        "Layer numbers to patch, or 'all', or 'all_but_first'. The first layer of a stack is far less sparse than the "
+        "rest: a plan gives it what it needs, a fixed `active` does not, so choose 'all_but_first' with it.",
     )
     target_modules: list[str] | None = _setting(
         None,
@@ -55,17 +55,19 @@ class SubquadConfig:
     )
     exclude_modules: list[str] | None = _setting(
         None,
-        "Names, or ends of paths, of modules to leave out with all that they hold (e.g. ['vision_tower']), or null.",
+        "Modules to leave out with all that they hold, by name or end of path (e.g. ['vision_tower']), or null.",
     )
     sketch_rank: int = _setting(64, "Rank r of the activation index.")
     seed: int = _setting(0, "Seed of the index and of the factors; the global random state is left alone.")
-    fold_steps: int = _setting(0, "Fold U V into the base weight every so many steps; 0: never.")
-    refresh_steps: int = _setting(100, "Measure recall and refresh the index every so many steps; 0: never.")
-    dense_share: float = _setting(
-        0.0, "Share of the training steps, spread evenly, that run dense: 0.1 is every tenth."
+    fold_steps: int = _setting(0, "Number of steps between folds of U V into the base weights; 0: never.")
+    refresh_steps: int = _setting(
+        100, "Number of steps between audits of live tiles, after which planned budgets are adjusted; 0: never."
     )
-    sparse_eval: bool = _setting(False, "Evaluate sparse too; by default evaluation is dense.")
-    index_factory: str = _setting("Flat", "faiss factory string of the half-space reporting query.")
+    dense_share: float = _setting(
+        0.0, "Share of the training steps, spread evenly, that compute all neurons: 0.1 is every tenth."
+    )
+    sparse_eval: bool = _setting(False, "Evaluate with the planned budgets too; by default evaluation is dense.")
+    index_factory: str = _setting("Flat", "faiss factory string for half-space reporting.")
     backend: BackendName = _setting(
         "auto",
         "What computes the sparse layers on a CUDA device: 'torch', 'triton', or 'auto' (Triton if it is installed). "
@@ -73,8 +75,8 @@ class SubquadConfig:
     )
     head_megabytes: int = _setting(
         64,
-        "In training, logits exist at labelled positions only, and so many MB of them at a time; 0: as in plain "
-        "training. Exact.",
+        "In training, compute logits at labelled positions only, this many MB of them at a time; 0: at all positions, "
+        "as in plain training. Exact.",
     )
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class SubquadConfig:
         return self.alpha / self.rank
 
     def active_neurons(self, neurons: int) -> int:
-        """Number k of neurons that a tile computes in a layer of `neurons` neurons.
+        """Number k of neurons that a token computes in a layer of `neurons` neurons.
 
         Raises:
             ConfigError: `active` asks for more neurons than the layer has.
@@ -157,7 +159,7 @@ class SubquadConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SubquadConfig":
-        """Inverse of `to_dict`. Unknown names are a `ConfigError`."""
+        """Inverse of `to_dict`. Unknown names raise a `ConfigError`."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -169,7 +171,7 @@ class SubquadConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "SubquadConfig":
-        """Inverse of `to_json`. What is no JSON object of known names is a `ConfigError`."""
+        """Inverse of `to_json`. Anything but a JSON object of known names raises a `ConfigError`."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""Typed errors: each names the place and the fix, and leaves the model as it was."""
+"""Typed errors. Each message names the place and the fix; the model is left as it was."""
 
 
 class SubquadError(Exception):
@@ -22,7 +22,7 @@ class UnsupportedModuleError(PatchError):
 
 
 class AlreadyPatchedError(PatchError):
-    """The model carries a patch already."""
+    """The model is patched already."""
 
 
 class NotPatchedError(SubquadError, ValueError):
@@ -42,11 +42,11 @@ class InactivePatchError(SubquadError, RuntimeError):
 
 
 class ParallelismError(SubquadError, RuntimeError):
-    """Training would split or copy the patched layers in a way that they cannot follow."""
+    """Training would split or copy the patched layers, which the patch does not support."""
 
 
 class BackendError(SubquadError, RuntimeError):
-    """The compute backend that was asked for cannot run here."""
+    """The requested compute backend cannot run here."""
 
 
 class CalibrationError(SubquadError, ValueError):

@@ -1,4 +1,4 @@
-"""The library's messages: through the logger `hf_subquad`, seen by default, silenced or redirected as any other."""
+"""The library's logger, `hf_subquad`: visible by default, silenced or redirected like any other."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ _ROOT = "hf_subquad"
 
 
 class _UntilConfigured(logging.Handler):
-    """Writes to standard error as long as nobody has said where logs go, as Python's last resort does for warnings."""
+    """Writes to standard error until logging is configured, as Python does for warnings."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.getLogger().handlers:
@@ -18,7 +18,7 @@ class _UntilConfigured(logging.Handler):
 
 
 def get_logger(name: str) -> Any:
-    """A logger below `hf_subquad`, whose level is INFO unless it was set, with transformers' `warning_once`."""
+    """A logger below `hf_subquad` with transformers' `warning_once`; its level is INFO unless it was set."""
     root = logging.getLogger(_ROOT)
     if not any(isinstance(handler, _UntilConfigured) for handler in root.handlers):
         root.addHandler(_UntilConfigured())

@@ -1,4 +1,4 @@
-"""The plan: what each MLP spends, and what that is predicted to cost and to gain. Pure data."""
+"""The plan: the budget of each MLP, and what it is predicted to cost and to gain. Pure data."""
 
 import dataclasses
 import json
@@ -24,10 +24,11 @@ class LayerPlan:
     Attributes:
         name: path of the MLP in the model.
         neurons: m.
-        predicted: k, the neurons of tokens at which the loss looks, or of all where classes are not known; m: all.
-        context: the neurons of other tokens that are not padding, 0 to m.
-        gradient: share of the squared output gradient that the rows hold which pass it back.
-        error: relative error of the MLP's output at predicted tokens, corrected; 0 where they compute all neurons.
+        predicted: k, the number of neurons for tokens at which the loss looks, or for all tokens where classes are not
+            known; m: all.
+        context: the number of neurons for the other tokens that are not padding, 0 to m.
+        gradient: share of the squared output gradient that passes back through the MLP.
+        error: relative error of the MLP's output at predicted tokens, after correction; 0 if they compute all neurons.
         context_error: the same at context tokens.
         full_ms: the MLP as it was before the patch, its weights trained if they were trainable.
         dense_ms: the patched MLP with all its neurons for all tokens: frozen weights, low-rank updates.
@@ -47,7 +48,7 @@ class LayerPlan:
 
     @property
     def active(self) -> int:
-        """Neurons of predicted tokens."""
+        """Number of neurons for predicted tokens."""
         return self.predicted
 
     @property
@@ -61,17 +62,16 @@ class Plan:
     """Budgets for all patched MLPs of a model, for one batch shape on one machine.
 
     Attributes:
-        tolerance: what may be lost: `loss_increase` is at most 10 times that, and `gradient_cosine` at least 1 - 10
-            times that.
-        loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's,
-            measured with all budgets together. It is the expected increase of the loss, in nats per predicted token,
-            of a model whose predictions fit the data.
+        tolerance: what may be lost, as in `SubquadConfig`.
+        loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's, in
+            nats per predicted token, measured with all budgets together. It is the expected increase of the loss of a
+            model whose predictions fit the data.
         gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
-        planning_seconds: what measuring took.
-        padding_share, context_share: of the tokens of the batch that was timed.
+        planning_seconds: time that planning took.
+        padding_share, context_share: shares of the tokens of the last batch, which was timed.
         tokens, dtype, device: of that batch.
-        tile_size, tile_order: the settings that it was measured with.
+        tile_size, tile_order: the settings that were measured with.
         layers: in the model's order.
     """
 
@@ -91,23 +91,23 @@ class Plan:
 
     @property
     def mlp_speedup(self) -> float:
-        """Predicted: time of the patched MLPs before the patch, over their time in this plan."""
+        """Predicted: time of the patched MLPs before the patch, divided by their time in this plan."""
         return sum(layer.full_ms for layer in self.layers) / sum(layer.sparse_ms for layer in self.layers)
 
     @property
     def mlp_speedup_over_dense(self) -> float:
-        """Predicted: time of the patched MLPs with all neurons for all tokens, over their time in this plan."""
+        """Predicted: time of the patched MLPs with all neurons for all tokens, divided by their time in this plan."""
         return sum(layer.dense_ms for layer in self.layers) / sum(layer.sparse_ms for layer in self.layers)
 
     @property
     def step_speedup(self) -> float:
-        """Predicted: forward and backward of the whole model before the patch, over the same in this plan."""
+        """Predicted: time of the model's forward and backward pass before the patch, divided by that in this plan."""
         before = self.step_ms + sum(layer.full_ms - layer.dense_ms for layer in self.layers)
         return before / self._planned_ms
 
     @property
     def step_speedup_over_dense(self) -> float:
-        """Predicted: the same with frozen weights and low-rank updates, all MLPs dense (LoRA), over this plan."""
+        """Predicted: the same time with all MLPs dense and low-rank updates (LoRA), divided by that in this plan."""
         return self.step_ms / self._planned_ms
 
     @property
@@ -115,8 +115,8 @@ class Plan:
         return self.step_ms + sum(layer.sparse_ms - layer.dense_ms for layer in self.layers)
 
     def with_neurons(self, neurons: Sequence[tuple[int, int]]) -> "Plan":
-        """The plan with other numbers of neurons, predicted and context, as after changes during training; what was
-        measured for it stays."""
+        """The plan with other numbers of neurons (predicted, context), as after changes during training. What was
+        measured stays as it is."""
         layers = (
             dataclasses.replace(layer, predicted=predicted, context=context)
             for layer, (predicted, context) in zip(self.layers, neurons, strict=True)
@@ -124,7 +124,7 @@ class Plan:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def table(self) -> str:
-        """The plan for people to read."""
+        """The plan as text."""
         width = max(len("MLP"), *(len(layer.name) for layer in self.layers))
         lines = [
             f"{'MLP':<{width}} {'neurons':>8} {'predicted':>9} {'context':>8} {'gradient':>8} {'work':>6} "
@@ -160,7 +160,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
-        """Inverse of `to_dict`. What is no plan of this format is a `PlanError`."""
+        """Inverse of `to_dict`. Anything but a plan of this format raises a `PlanError`."""
         if not isinstance(values, dict) or values.get("format") != _FORMAT:
             raise PlanError(f"this is not a plan of format {_FORMAT}")
         try:
@@ -206,7 +206,7 @@ class Plan:
 
 
 def _check(part: Plan | LayerPlan) -> None:
-    """Raises PlanError if a field holds what it cannot."""
+    """Raise a PlanError if a field has an impossible value."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if field.type is int:

@@ -214,7 +214,10 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
     lines = [line for line in plan.table().splitlines() if "Nothing is gained" in line]
     assert len(lines) == (plan.step_speedup_over_dense < 1.02)
     packed = calibrate(build("bert"), TEXTS, PLANNED, tolerance)
-    assert packed.step_speedup_over_dense == pytest.approx(1) and "Nothing is gained here" in packed.table().splitlines()[-1]
+    assert (
+        packed.step_speedup_over_dense == pytest.approx(1)
+        and "Nothing is gained here" in packed.table().splitlines()[-1]
+    )
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

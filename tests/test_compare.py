@@ -43,7 +43,7 @@ def compare_vanilla(*arguments: str, check: bool = True) -> subprocess.Completed
         capture_output=True,
         text=True,
         check=check,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -54,7 +54,7 @@ def compare_vanilla(*arguments: str, check: bool = True) -> subprocess.Completed
 def shape_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("shape") / "new folder" / "run.json"
     arguments = ["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=opt", "--steps", "7"]
-    arguments += ["--batch-size", "2", "--seq-length", "32", "--rounds", "2", "--turn-steps", "2"]
+    arguments += ["--batch-size", "2", "--seq-length", "32", "--rounds", "1", "--turn-steps", "2"]
     arguments += ["--untimed-steps", "1", "--profile-steps", "1"]
     arguments += ["--rank", "4", "--set", "sketch_rank=8", "tile_size=16", "active=0.25", "--json", str(path)]
     done = compare_vanilla(*arguments)
@@ -71,7 +71,7 @@ def test_report_has_every_key(shape_run: SimpleNamespace) -> None:
             assert method[key] is None  # random tokens have no held-out loss
     for key in ("speedup_vs_vanilla", "speedup_vs_lora"):
         assert report[key] > 0
-        assert report[key + "_spread"]["count"] == 2
+        assert report[key + "_spread"]["count"] == 1
         assert report["mlp_" + key] > 0
     assert {"python", "torch", "transformers", "accelerate", "peft", "faiss", "hf_subquad"} <= set(report["versions"])
     assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1 and report["machine"]["memory_bytes"] > 0
@@ -85,7 +85,7 @@ def test_report_follows_from_its_own_rows(shape_run: SimpleNamespace) -> None:
     for name, method in report["methods"].items():
         medians[name] = median(row["seconds"] for turn in method["turns"] for row in turn["steps"])
         assert method["step_seconds_median"] == medians[name]
-        assert [[row["step"] for row in turn["steps"]] for turn in method["turns"]] == [[2, 3]] * 2
+        assert [[row["step"] for row in turn["steps"]] for turn in method["turns"]] == [[2, 3]]
         assert [row["tokens"] for row in method["steps"]] == [64] * 7
         assert method["training_seconds"] == pytest.approx(method["setup_seconds"] + 7 * medians[name])
         assert all(math.isfinite(row["train_loss"]) for row in method["steps"])

@@ -433,7 +433,7 @@ def by_class(budget: Budget, prompt: int = 3) -> tuple[nn.Module, list[dict[str,
         (Budget(16, 16), {"predicted"}),  # in the same tiles
         (Budget(None, None, 0.9), set()),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Budget) else ",".join(sorted(value)) or "none",
 )
 def test_classes_that_skip_neurons_are_fitted(budget: Budget, classes: set[str]) -> None:
     model, _ = by_class(budget)

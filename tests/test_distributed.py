@@ -96,7 +96,7 @@ can_resume = pytest.mark.skipif(not loads_as_the_trainer_asks(), reason="this to
 
 @pytest.mark.parametrize("name", [*SCENARIOS, "one plan", pytest.param("resumed", marks=can_resume), "dropping layers"])
 def test_ranks_end_alike(launched: Any, name: str) -> None:
-    """Plans, budgets, compensations, sketches, weights, factors and folds; how often an MLP was called is its own."""
+    """Plans, budgets, corrections, sketches, weights, factors and folds; how often an MLP was called is its own."""
     one, two = ({k: v for k, v in rank[name].items() if k != "calls"} for rank in launched[1])
     assert_same(one, two)
 
@@ -113,7 +113,7 @@ def test_the_first_rank_plans_and_fits_for_all(launched: Any) -> None:
     folder, (one, _) = launched
     layers = one["one plan"]["plan"]["layers"]
     assert any(layer["sparse_ms"] < layer["dense_ms"] for layer in layers)
-    assert any(compensation is not None for compensation in one["one plan"]["compensations"])
+    assert any(one["one plan"]["corrections"])
     with_plan = sum(result["plan"] is not None for result in one.values() if "plan" in result)
     assert (folder / "stdout").read_text().count("Predicted for batches") == with_plan == 4  # one rank prints it
     assert (folder / "one plan" / "subquad_plan.json").is_file()

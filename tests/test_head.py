@@ -4,7 +4,6 @@ import copy
 import inspect
 import math
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 import transformers
 from helpers.models import _LLAMA, VOCABULARY, assert_same, build, snapshot, tokens
+from helpers.tiny_models import LARGEST, NotBuiltError, _filled, tiny_config
 from helpers.training import TRAIN, Texts, arguments, losses
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -34,9 +34,6 @@ from hf_subquad import (
 from hf_subquad.head import chunked_loss
 from hf_subquad.head.labelled_rows import LabelledRows
 from hf_subquad.head.patch_head import labelled_forward
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-from architectures.tiny import LARGEST, NotBuiltError, _filled, tiny_config
 
 EPS = torch.finfo(torch.float32).eps
 IGNORED = -100

@@ -99,9 +99,9 @@ def by_trl(kind: str, columns: list[str] | None = None, rename: dict[str, str] |
             others["ref_model"] = causal(tokenizer)
         if kind == "GRPO":
             others["reward_funcs"] = lambda completions, **_: [float(len(text) % 7) for text in completions]
+        args = getattr(trl, f"{kind}Config")(**settings(folder), **more)
         made = getattr(trl, f"{kind}Trainer")(
-            model=model, args=getattr(trl, f"{kind}Config")(**settings(folder), **more),
-            processing_class=copy.deepcopy(tokenizer),
+            model=model, args=args, processing_class=copy.deepcopy(tokenizer),
             train_dataset=data.rename_columns(rename or {}), callbacks=[SubquadCallback()], **others,
         )  # fmt: skip
         made.train()

@@ -26,13 +26,13 @@ from hf_subquad import (
     OutputError,
     SidecarError,
     SubquadConfig,
+    atomic_files,
     compensate,
     load_sidecar,
     patch_model,
     save_sidecar,
     sparse_mlps,
 )
-from hf_subquad import atomic_files as atomic
 from hf_subquad.training import sidecar
 
 NAME = "subquad_state.safetensors"
@@ -58,8 +58,8 @@ def everything(model: nn.Module) -> dict[str, Any]:
         "random": torch.get_rng_state(),
         "flags": [(name, value.requires_grad, value.stride()) for name, value in model.named_parameters()],
         "modes": [module.training for module in model.modules()],
-        "indices": [(id(m.index.sketch), id(m.index.output_norms), id(m.compensation)) for m in sparse_mlps(model)],
-        "budgets": [(m.k, m.dense) for m in sparse_mlps(model)],
+        "indices": [(id(m.index.sketch), id(m.index.output_norms), dict(m.corrections)) for m in sparse_mlps(model)],
+        "budgets": [m.budget for m in sparse_mlps(model)],
         "plan": sparse_mlps(model)[0].runtime.plan,
         "step": sparse_mlps(model)[0].runtime.synced_step,
     }
@@ -246,9 +246,9 @@ FIRST = "model.decoder.layers.1"
     [
         (lambda about, tensors: tensors.pop(f"{FIRST}.fc1.V"), r"differs in.*fc1\.V"),
         (lambda about, tensors: tensors.pop(f"{FIRST}.norms"), r"differs in.*norms"),
-        (lambda about, tensors: tensors.pop(f"{FIRST}.compensation.bias"), r"differs in.*compensation\.bias"),
+        (lambda about, tensors: tensors.pop(f"{FIRST}.correction.predicted.bias"), r"differs in.*predicted\.bias"),
         (lambda about, tensors: tensors.update(more=torch.zeros(2)), r"differs in.*more"),
-        (lambda about, tensors: about.update(format=2), "format 2, this version reads 1"),
+        (lambda about, tensors: about.update(format=3), "format 3, this version reads 2"),
         (lambda about, tensors: tensors[f"{FIRST}.fc2.U"].fill_(math.nan), r"NaN.*fc2\.U.*diverged"),
     ],
     ids=["factor missing", "norms missing", "part missing", "one more", "newer format", "NaN"],
@@ -351,7 +351,7 @@ def test_failed_write_leaves_nothing_and_keeps_the_old_file(
 
     if fails in ("open", "write"):
         with_room = lambda path, mode: full() if fails == "open" else FullFile(path, 100)  # noqa: E731
-        monkeypatch.setattr(atomic, "open", with_room, raising=False)
+        monkeypatch.setattr(atomic_files, "open", with_room, raising=False)
     else:
         monkeypatch.setattr(os, "fsync" if fails == "interrupt" else fails, full)
     expected = KeyboardInterrupt if fails == "interrupt" else OutputError

@@ -53,7 +53,9 @@ def test_logs_reach_the_history_and_tensorboard(tmp_path: Path) -> None:
     assert set(rows[0]) & LOGGED == LOGGED - MEASURED
     assert all(set(row) >= LOGGED for row in rows[1:])
     assert all(0 < row["subquad/recall"] <= 1 for row in rows[1:])
-    assert all(row["subquad/active_share"] == pytest.approx(0.5) for row in rows)
+    assert all(
+        row["subquad/active_share"] == pytest.approx(0.5 * 6 / 7) for row in rows
+    )  # the last token predicts none
     norms = [row["subquad/update_norm"] for row in rows]
     assert norms[0] > 0 and norms == sorted(norms)
     assert all(
@@ -89,20 +91,22 @@ def test_logs_reach_reports_with_add_callback(tmp_path: Path) -> None:
 
 def test_fold_and_refresh_and_recall_on_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_subquad.index.activation_index import ActivationIndex
+    from hf_subquad.training import budget_control
 
     done: dict[str, list[int]] = {"fold": [], "evaluate_selection": [], "refresh": []}
     step = 0
     model = patched_opt(fold_steps=3, refresh_steps=2)
     index = sparse_mlps(model)[0].index
     for name in done:
-        original = getattr(ActivationIndex, name)
+        holder = budget_control if name == "evaluate_selection" else ActivationIndex
+        original = getattr(holder, name)
 
         def counting(self: Any, *args: Any, _name: str = name, _original: Any = original, **kwargs: Any) -> Any:
             if self is index:
                 done[_name].append(step)
             return _original(self, *args, **kwargs)
 
-        monkeypatch.setattr(ActivationIndex, name, counting)
+        monkeypatch.setattr(holder, name, counting)
 
     class Clock(Watch):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -179,9 +183,10 @@ def test_dense_steps(tmp_path: Path) -> None:
     before = factors(model)
     run = trainer(model, tmp_path, [Watch(look)], max_steps=4)
     run.train()
-    assert seen == [(1, 0, 0.5), (2, 1, 1.0), (3, 1, 0.5), (4, 2, 1.0)]
+    sparse = pytest.approx(0.5 * 6 / 7)  # the last token of each row predicts none
+    assert seen == [(1, 0, sparse), (2, 1, 1.0), (3, 1, sparse), (4, 2, 1.0)]
     assert all(not torch.equal(before[n], value) for n, value in factors(model).items())
-    assert [row["subquad/active_share"] for row in run.state.log_history if "loss" in row] == [0.5, 1.0, 0.5, 1.0]
+    assert [row["subquad/active_share"] for row in run.state.log_history if "loss" in row] == [sparse, 1.0] * 2
 
 
 def test_evaluation_is_dense_unless_asked(tmp_path: Path) -> None:
@@ -401,7 +406,8 @@ def test_custom_loop_does_all_the_callback_does() -> None:
         norms.append(reports[-1].update_norm)
     assert [r.step for r in reports] == [0, 1, 2, 3, 4]
     assert [r.folded for r in reports] == [False, False, True, False, True]
-    assert [r.active_share for r in reports] == [1.0, 0.5, 1.0, 0.5, 1.0]
+    sparse = pytest.approx(0.5 * 4 / 5)  # the last token of each row predicts none
+    assert [r.active_share for r in reports] == [1.0, sparse, 1.0, sparse, 1.0]
     assert [r.recall is None for r in reports] == [True, True, False, False, False]
     assert [norm > 0 for norm in norms] == [False, True, False, True, False]
     assert [r.sync_seconds for r in reports] == sorted(r.sync_seconds for r in reports)

@@ -1,4 +1,4 @@
-"""Finds out by trying how a model can run on labelled rows: a few tokens, against its stock loss."""
+"""Finds by trial how a model can run on labelled rows: on a few tokens, compared with its stock loss."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -16,7 +16,7 @@ _LENGTH, _TARGETS = 12, 8
 
 
 def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
-    """The way that costs least among those that give the model's own loss, in evaluation mode.
+    """The cheapest way that gives the model's own loss, in evaluation mode.
 
     Raises:
         NotHereError: there is none; the message says why.

@@ -1,8 +1,8 @@
 """Cross-entropy behind a head, chunk by chunk of rows, so that logits of a few rows exist at a time.
 
-The gradient of the logits, softmax minus one-hot, is at hand as soon as the logits are. So the forward pass computes it
-and passes it on to the hidden states and the head's parameters, where it is small, and the chunk's logits are gone
-before the next chunk's come.
+The gradient of the logits, softmax minus one-hot, follows from the logits alone. So the forward pass computes it and
+passes it on to the hidden states and the head's parameters, where it is small. A chunk's logits are freed before those
+of the next chunk are computed.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def chunked_cross_entropy(
         parameters: all parameters that the head's output depends on and that take gradients.
         hidden: shape (rows, width), at least one row.
         labels: ids in [0, vocabulary); shape (rows,).
-        megabytes: bound on what the logits and their gradient take at a time; one row is the least.
+        megabytes: limit on the memory for logits and their gradient at a time; at least one row is computed.
         weight: one of the parameters, if the head is a linear layer of it and nothing else but a bias: its gradient is
             then summed in place, without a matrix of its size for every chunk.
 

@@ -22,7 +22,7 @@ Way = Literal["chunks", "rows", "labels"]
 class NotHereError(Exception):
     """A call cannot run on labelled rows. Internal: the stock forward runs instead.
 
-    Its message says why, if that holds for the model rather than for one call.
+    It has a message if the reason is in the model rather than in one call.
     """
 
 
@@ -55,7 +55,7 @@ def run_on_labelled_rows(
 
 
 class _Call:
-    """What stands in for head and loss function during one forward pass."""
+    """Replaces head and loss function during one forward pass."""
 
     def __init__(self, model: PreTrainedModel, rows: LabelledRows, labels: Tensor, megabytes: int, way: Way) -> None:
         self.model, self.rows, self.labels, self.megabytes, self.way = model, rows, labels, megabytes, way
@@ -126,7 +126,7 @@ class _Call:
 
 
 def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:
-    """Whether a call asks for the loss of token ids, and for nothing else that depends on the logits of all."""
+    """Whether a call asks for the loss of token ids, and for nothing that needs the logits of all positions."""
     if labels.dim() != 2 or labels.is_floating_point():
         return False
     if inputs.get("return_dict", getattr(model.config, "return_dict", True)) is False:
@@ -138,7 +138,7 @@ def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) ->
 
 
 def _with_decoder_inputs(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
-    """An encoder-decoder makes the inputs of its decoder from the labels, of which it is to get some only."""
+    """Decoder inputs made from all labels, because the forward only gets some of the labels."""
     if not model.config.is_encoder_decoder:
         return inputs
     if inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None:

@@ -15,14 +15,14 @@ logger = logging.get_logger(__name__)
 
 
 class LabelledForward:
-    """Stands in for `model.forward`, as an attribute of this one model; survives `deepcopy` and `pickle`.
+    """Replaces `model.forward`, as an attribute of this one model; survives `deepcopy` and `pickle`.
 
     Attributes:
         model: the model whose forward it is.
-        megabytes: bound on the logits of a chunk of rows.
-        automatic: the callback put it here, and takes it away.
+        megabytes: limit on the logits of a chunk of rows.
+        automatic: the callback installed it, and removes it.
         replaced: the attribute `forward` that was there before, if any.
-        active: False once it was taken away, perhaps from under something that wraps it.
+        active: False once it was removed, perhaps while something still wraps it.
         way: how the labelled rows reach the loss; None: the stock forward runs.
     """
 
@@ -34,7 +34,7 @@ class LabelledForward:
         self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `way` was found for
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that this one stands in for."""
+        """The forward that this one replaces."""
         if self.replaced is not None:
             return self.replaced(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
@@ -60,10 +60,10 @@ class LabelledForward:
         return self.stock(*args, **kwargs)
 
     def find_way(self) -> Way | None:
-        """Done anew after something replaced the head or the loss function (PEFT, say).
+        """The way to run on labelled rows; found again after the head or the loss function was replaced (by PEFT, say).
 
         Raises:
-            NotHereError: there is none, the first time that this is found.
+            NotHereError: there is none. Raised the first time only.
         """
         now = (self.model.get_output_embeddings(), self.model.loss_function)
         if self._found_for is None or any(a is not b for a, b in zip(now, self._found_for, strict=True)):

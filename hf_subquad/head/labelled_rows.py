@@ -1,4 +1,4 @@
-"""Which rows of the hidden states the loss looks at, and their labels."""
+"""The rows of the hidden states at which the loss looks, and their labels."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Switch a model's head to the labelled positions, and back."""
+"""Limit a model's head to the labelled positions, and undo that."""
 
 from typing import TypeVar
 
@@ -17,16 +17,16 @@ HEAD_MEGABYTES = 64
 def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
     """In training, compute logits and loss at the positions with a label only, in chunks of rows; in place.
 
-    Loss and gradients are those of the stock forward, to rounding. `outputs.logits` is then None: what reads logits in
-    training needs the model as it was. Calls without labels, in evaluation mode or without gradients, under
-    `torch.compile`, and batches without any label run the stock forward.
+    Loss and gradients equal those of the stock forward up to rounding. `outputs.logits` is None, so code that reads
+    logits in training needs the model without this. Calls without labels, in evaluation mode, without gradients or
+    under `torch.compile`, and batches without any label, run the stock forward.
 
-    Needs no sparse MLPs, and works before or after `get_peft_model`.
+    It does not need sparse MLPs, and works before or after `get_peft_model`.
 
     Args:
         model: a causal or masked language model, or an encoder-decoder; also wrapped by PEFT or DDP.
-        megabytes: bound on the memory that logits and their gradient take at a time, where the model's loss follows
-            its head directly; elsewhere (soft-capped or scaled logits) those of all labelled rows exist at once.
+        megabytes: limit on the memory for logits and their gradient at a time, where the model's loss follows its head
+            directly. Elsewhere (soft-capped or scaled logits) logits of all labelled rows exist at once.
 
     Returns:
         The same model.
@@ -42,7 +42,7 @@ def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
 
 
 def unpatch_head(model: ModelT) -> ModelT:
-    """Undo `patch_head`, in place: the model's forward is the one that it was.
+    """Undo `patch_head`, in place: restore the model's forward.
 
     Raises:
         NotPatchedError: the head is not patched.
@@ -55,14 +55,14 @@ def unpatch_head(model: ModelT) -> ModelT:
 
 
 def install(model: nn.Module, megabytes: int, automatic: bool = False) -> LabelledForward:
-    """`patch_head`, for the callback too."""
+    """Implementation of `patch_head`, which the callback uses too."""
     if type(megabytes) is not int or megabytes < 1:
         raise ConfigError(f"megabytes must be an integer of at least 1, got {megabytes!r}")
     if labelled_forward(model) is not None:
-        raise AlreadyPatchedError("the head is patched already: call unpatch_head(model) first to patch it anew")
+        raise AlreadyPatchedError("the head is patched already: call unpatch_head(model) first to patch it again")
     root = language_model(model)
     if root is None:
-        raise UnsupportedModuleError(f"{type(model).__name__} holds no model of transformers")
+        raise UnsupportedModuleError(f"{type(model).__name__} contains no transformers model")
     forward = LabelledForward(root, megabytes, automatic)
     try:
         forward.find_way()
@@ -86,7 +86,7 @@ def remove(forward: LabelledForward) -> None:
 
 
 def labelled_forward(model: nn.Module) -> LabelledForward | None:
-    """What `patch_head` put into a model, if it did."""
+    """The forward that `patch_head` installed in a model, or None."""
     root = language_model(model)
     if root is None:
         return None
@@ -97,5 +97,5 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
 
 
 def language_model(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost model of transformers in a model."""
+    """The outermost transformers model in a model."""
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

@@ -1,9 +1,9 @@
 """The activation index: which neurons matter for which tokens, without computing them all.
 
-Built once per MLP from its weights, and fitted to the tokens that it sees. Two queries: `select` (the k most important
-neurons of each tile of tokens) and `report` (per token, every neuron whose pre-activation reaches a threshold:
-half-space reporting). Both are approximate up to the sketch of the base weights; the live low-rank updates enter
-exactly.
+It is built once per MLP from its weights, then fitted to the tokens that the MLP sees. There are two queries: `select`
+(the k most important neurons of each tile of tokens) and `report` (for each token, every neuron whose pre-activation
+reaches a threshold: half-space reporting). Both approximate the base weights by a sketch; the live low-rank updates
+enter exactly.
 """
 
 import warnings
@@ -39,15 +39,15 @@ class ActivationIndex:
         activation: the MLP's own elementwise activation.
         gated: neurons are activation(gate) * up, with gate and up in two projections or stacked in one.
 
-    It is rebuilt when it is told to: by `build`, `fit` and `fold`, and by `rebuild_if_stale` after base weights were
-    changed from outside. A query never rebuilds it.
+    `build`, `fit` and `fold` rebuild it, and so does `rebuild_if_stale` after base weights were changed from outside. A
+    query never does.
 
     Attributes:
         sketch: of the base input rows of all input projections, stacked.
         output_norms: ||v_j||^2 of the output rows, float32 [m].
-        summary: of the tokens that the sketch is fitted to, float32 [s, d]; None while it is made from the weights
-            alone. With the weights it decides the sketch: whoever keeps it can build the same one.
-        sketch_is_approximate: the sketch has gone through folds since it was built from the weights.
+        summary: summary of the tokens that the sketch is fitted to, float32 [s, d]; None while it is made from the
+            weights alone. Summary and weights determine the sketch, so the same one can be built again from them.
+        sketch_is_approximate: updates were folded into the sketch since it was built from the weights.
     """
 
     def __init__(
@@ -68,12 +68,12 @@ class ActivationIndex:
         self.seed = config.seed
         self.factory = config.index_factory
         self.backend_name = config.backend
-        self.backend(output.weight.device)  # one that is not there is told now
+        self.backend(output.weight.device)  # raises if it is not available
         self.summary: Tensor | None = None
         self.sketch: Sketch
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self.build()
-        empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # a wrong factory is told now
+        empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # raises if the factory string is wrong
 
     @property
     def neurons(self) -> int:
@@ -82,20 +82,20 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows anew, for the tokens that it was fitted to last, and measure the output rows.
+        """Sketch the base input rows again, for the tokens of the last fit, and measure the output rows.
 
         Raises:
-            WeightsError: an input weight holds NaN or infinite values, as one that was loaded after the patch may.
-                The index is as it was.
+            WeightsError: an input weight holds NaN or infinite values, which may come from a checkpoint loaded after
+                the patch. The index is as it was.
         """
         self._build(self.summary)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
-        """Fit the sketch to the inputs that the MLP sees, so that it knows best what they can tell apart.
+        """Fit the sketch to the inputs that the MLP sees: it then predicts their pre-activations best.
 
         Args:
-            tokens: [N, d], any float dtype, from as many batches as are at hand; some 2048 of them are used.
+            tokens: [N, d], any float dtype; at most 2048 of them are used.
 
         Raises:
             CalibrationError: a token holds NaN or infinite values. The index is as it was.
@@ -115,7 +115,7 @@ class ActivationIndex:
         self._build(summary)
 
     def adopt(self, summary: Tensor | None) -> None:
-        """Fit the sketch to tokens that are summed up in `summary`, of an index of the same MLP."""
+        """Fit the sketch to the tokens behind a `summary`, which came from an index of the same MLP."""
         self._build(summary)
 
     def _build(self, summary: Tensor | None) -> None:
@@ -139,7 +139,7 @@ class ActivationIndex:
         vars(self).update(snapshot)
 
     def rebuild_if_stale(self) -> bool:
-        """`build` if base weights were changed, or replaced, since. True if it was."""
+        """`build` if base weights were changed or replaced since the last build. Returns whether they were."""
         stale = self._is_stale()
         if stale:
             self.build()
@@ -147,7 +147,7 @@ class ActivationIndex:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Measure ||v_j||^2 of the live output rows; `build` if base weights were changed behind PyTorch's back."""
+        """Measure ||v_j||^2 of the live output rows; `build` if base weights were changed without PyTorch noticing."""
         if not all(map(_same, self._samples, self._projections)):
             return self.build()
         self.output_norms = self.output.row_norms()
@@ -179,7 +179,7 @@ class ActivationIndex:
 
     @torch.no_grad()
     def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
-        """Tiles of the tokens x [N, d] that resemble each other in the leading directions of the sketch."""
+        """Group the tokens x [N, d] into tiles of tokens that are similar in the leading directions of the sketch."""
         self._place()
         directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
         return make_tiles((x @ directions.t()).float(), tile_size, order, self.backend(x.device).bisect)
@@ -188,7 +188,7 @@ class ActivationIndex:
     def choose(self, tile_tokens: Tensor, k: int) -> Tensor:
         """The k most important neurons of each of the given tiles, tokens [n, T, d]: int64 [n, k], in no order.
 
-        k is rounded up to what costs the same on the device.
+        k is rounded up to the next number that costs the same on the device.
         """
         k = self.round_up_k(k)
         if k >= self.neurons:
@@ -196,7 +196,7 @@ class ActivationIndex:
         return self.backend(tile_tokens.device).top_neurons(self.tile_scores(self._sampled(tile_tokens)), k)
 
     def round_up_k(self, k: int) -> int:
-        """How many neurons are computed if k are asked for: what costs the same on the device, at most all."""
+        """The number of neurons that is computed for k: rounded up to what costs the same on the device, at most m."""
         return min(self.backend(self.output.weight.device).round_up_k(k), self.neurons)
 
     @torch.no_grad()
@@ -220,15 +220,15 @@ class ActivationIndex:
         return self.backend(sample.device).tile_scores(sample, scoring)
 
     def backend(self, device: torch.device) -> Backend:
-        """What computes on a device."""
+        """The backend that computes on a device."""
         return backend_for(self.backend_name, device)
 
     @torch.no_grad()
     def report(self, x: Tensor, threshold: float) -> Report:
         """Half-space reporting: for each token of x [N, d], the neurons with pre-activation >= threshold.
 
-        The pre-activation is the index's own (sketch, live update and bias; of the gate in gated MLPs). With a flat
-        faiss index the answer is all of them, with an inverted file or a graph those it visits.
+        The pre-activation is the index's estimate (sketch, live update and bias; of the gate in gated MLPs). A flat
+        faiss index reports all of these neurons, an inverted file or a graph only those it visits.
         """
         self._place()
         gate = self.inputs[0]
@@ -246,10 +246,10 @@ class ActivationIndex:
         return combine(pre, self.activation, self.gated)
 
     def scored_tokens(self, size: int) -> int:
-        """How many tokens of a tile of `size` are scored at most, evenly spread.
+        """How many tokens of a tile of `size` are scored, evenly spread.
 
-        All, if scoring them takes a twentieth of the products of a forward and backward pass through half of the
-        neurons; else as many as do, but no fewer than 16.
+        All of them, if scoring takes at most a twentieth of the products of a forward and backward pass through half
+        of the neurons; otherwise as many as take a twentieth, but at least 16.
         """
         rank, width = self.sketch.basis.shape
         rows = len(self.sketch.codes)
@@ -264,7 +264,7 @@ class ActivationIndex:
         return by_slot[:, :: -(-size // self.scored_tokens(size))]
 
     def _note_weights(self) -> None:
-        """Remember which base weights the index is of."""
+        """Remember which base weights the index was built from."""
         self._reporting = None
         self._samples = [projection.sample().clone() for projection in self._projections]
         self._seen: tuple[Any, ...] | None = self._base_version()
@@ -285,7 +285,7 @@ class ActivationIndex:
         return self._seen != self._base_version()
 
     def _place(self) -> None:
-        """Follow the weights to their device; say so if they are not those that were sketched."""
+        """Follow the weights to their device; warn if they are not those that were sketched."""
         device = self.output.weight.device
         if self.sketch.basis.device != device:
             self.sketch = self.sketch.to(device)
@@ -303,7 +303,7 @@ class ActivationIndex:
 
 
 def _same(sample: Tensor, projection: NeuronProjection) -> bool:
-    """Whether a sample is of a projection's base weights, but for a cast of them."""
+    """Whether a sample is from a projection's base weights, up to a cast of them."""
     now, rounding = projection.sample(), torch.finfo(projection.weight.dtype)
     return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
 

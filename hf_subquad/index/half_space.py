@@ -34,12 +34,12 @@ def empty_index(columns: int, factory: str) -> Any:
     """A faiss inner-product index that holds nothing yet.
 
     Raises:
-        ConfigError: faiss does not know such an index, or has none for so many columns.
+        ConfigError: faiss does not know such an index, or none with this number of columns.
     """
     try:
         return faiss.index_factory(columns, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ConfigError(f"index_factory={factory!r} is none that faiss can make: {_reason(error)}") from error
+        raise ConfigError(f"index_factory={factory!r} cannot be made by faiss: {_reason(error)}") from error
 
 
 class ReportingIndex:
@@ -67,8 +67,8 @@ class ReportingIndex:
     def report(self, queries: Tensor, threshold: float) -> Report:
         """Rows j with <row_j, query> >= threshold, ties included, for each of the queries [N, c].
 
-        faiss proposes, with a margin for its own rounding; the inner products of what it proposes are then computed
-        and compared here. A flat index therefore agrees with brute force.
+        faiss proposes candidates, with a margin for its own rounding; their inner products are then computed and
+        compared here. A flat index therefore agrees with brute force.
         """
         queries = queries.detach().float().cpu().contiguous()
         sizes = queries.norm(dim=1)

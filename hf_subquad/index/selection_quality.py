@@ -1,4 +1,4 @@
-"""What a selection is worth: held against all neurons, computed from the live weights themselves."""
+"""How good a selection is: compared with all neurons, computed from the live weights."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from .activation_index import ActivationIndex
 
 @dataclass(frozen=True)
 class SelectionQuality:
-    """A selection held against the truth.
+    """A selection compared with the exact output.
 
     Attributes:
         recall: share of the truly most important neurons that were chosen.
         whole: what all neurons add to the MLP's output, float32 [n, T, d_out].
-        missed: what the skipped ones do, float32 [n, T, d_out].
+        missed: what the skipped neurons add to it, float32 [n, T, d_out].
     """
 
     recall: float

@@ -1,4 +1,4 @@
-"""The hook that shows a patched model's inputs to its runtime, before each of its forwards."""
+"""The hook that passes a patched model's inputs to its runtime before each forward."""
 
 import inspect
 from typing import Any
@@ -19,16 +19,18 @@ class BatchHook:
 
 
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
-    """Let a runtime see every batch that a model is called with. Done once a model, however often it is asked for.
+    """Show every batch that a model is called with to a runtime. A second call for the same model changes nothing.
 
     Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper
-    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks: it is to be watched too.
+    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, or calls it with more tokens: both
+    are watched, and the last one to be called counts.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    if not any(isinstance(hook, BatchHook) for hook in model._forward_pre_hooks.values()):
-        model.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
+    for watched in (model, runtime.surroundings.model or model):
+        if not any(isinstance(hook, BatchHook) for hook in watched._forward_pre_hooks.values()):
+            watched.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 
 
 def unwatch_batches(model: nn.Module) -> None:

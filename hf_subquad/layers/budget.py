@@ -1,4 +1,4 @@
-"""What one MLP spends on the tokens of a batch. Pure data."""
+"""What one MLP may spend on the tokens of a batch. Pure data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,11 +11,11 @@ class Budget:
     """Neurons for each class of tokens, and how much of the gradient passes back.
 
     Attributes:
-        predicted: neurons for tokens at which the loss looks, and for all tokens where classes are not known;
-            None: all.
-        context: neurons for the other tokens that are not padding, 0 or more; None: all.
-        gradient: share, in (0, 1], of the squared output gradient that the rows hold which pass it back into the MLP,
-            those with the largest norms first. With 1 only rows without any gradient are skipped, which is exact.
+        predicted: number of neurons for tokens at which the loss looks, and for all tokens where classes are not
+            known; None: all neurons.
+        context: number of neurons for the other tokens that are not padding, 0 or more; None: all neurons.
+        gradient: share, in (0, 1], of the squared output gradient that passes back into the MLP, through the rows with
+            the largest norms. With 1 only rows without any gradient are skipped, which is exact.
     """
 
     predicted: int | None = None
@@ -32,7 +32,7 @@ class Budget:
         return self.predicted if token_class == "predicted" else self.context
 
     def counts(self, neurons: int) -> tuple[int, int]:
-        """Neurons for predicted and for context tokens, of an MLP of m."""
+        """Numbers of neurons for predicted and for context tokens, in an MLP of m neurons."""
         predicted, context = (neurons if k is None else k for k in (self.predicted, self.context))
         return predicted, context
 

@@ -1,4 +1,4 @@
-"""A linear stand-in for what skipped neurons would have added to an MLP's output."""
+"""A linear correction for what skipped neurons would have added to an MLP's output."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ _RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not 
 
 @dataclass(frozen=True)
 class Compensation:
-    """x -> weight (basis x) + bias, fitted to the output that selections miss; its cost is that of the sketch.
+    """x -> weight (basis x) + bias, fitted to what selections miss of the output. It costs as much as the sketch.
 
     Attributes:
         basis: float32 [r, d], the sketch's directions when it was fitted.
@@ -34,14 +34,14 @@ class Compensation:
         return Compensation(self.basis.to(device), self.weight.to(device), self.bias.to(device))
 
     def towards(self, other: "Compensation", share: float) -> "Compensation":
-        """Between this one (share 0) and another on the same basis (share 1)."""
+        """Interpolation between this one (share 0) and another on the same basis (share 1)."""
         return Compensation(
             self.basis, torch.lerp(self.weight, other.weight, share), torch.lerp(self.bias, other.bias, share)
         )
 
 
 class CompensationFit:
-    """Ridge regression of what selections miss on the sketch of the tokens, from any number of batches.
+    """Ridge regression of what selections miss on the sketch of the tokens, over any number of batches.
 
     Args:
         basis: [r, d].
@@ -66,7 +66,7 @@ class CompensationFit:
 
     @torch.no_grad()
     def solve(self) -> Compensation:
-        """The compensation that fits what was added; none to speak of, all zero, from too few tokens.
+        """The compensation that fits what was added; all zero if there were too few tokens.
 
         Raises:
             CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.

@@ -23,7 +23,7 @@ def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
 
 
 def require_patched(model: nn.Module) -> list[SparseMLP]:
-    """`sparse_mlps`, or a `NotPatchedError`."""
+    """Like `sparse_mlps`, but raises a `NotPatchedError` if there are none."""
     mlps = sparse_mlps(model)
     if not mlps:
         raise NotPatchedError(
@@ -33,11 +33,11 @@ def require_patched(model: nn.Module) -> list[SparseMLP]:
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """What the sparse MLPs of a model share.
+    """The runtime that the sparse MLPs of a model share.
 
     Raises:
         NotPatchedError: the model is not patched.
-        PatchError: its parts were patched one by one, so there is no one schedule to follow.
+        PatchError: its parts were patched one by one, so they have no common schedule.
     """
     return _shared_runtime(model, require_patched(model))
 

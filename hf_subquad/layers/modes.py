@@ -1,4 +1,4 @@
-"""Running a patched model dense or sparse for a while, whatever its mode."""
+"""Context managers that run a patched model dense or sparse, whatever its mode."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,12 +10,12 @@ from .runtime import Forward
 
 
 def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: all MLPs run dense (base and live updates), whatever the mode of the model."""
+    """Context manager: all MLPs run dense (base weights and live updates), in training mode too."""
     return _forced(model, "dense")
 
 
 def sparse_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: all patched MLPs run sparse, in evaluation too."""
+    """Context manager: all patched MLPs run sparse, in evaluation mode too."""
     return _forced(model, "sparse")
 
 

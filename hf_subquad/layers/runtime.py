@@ -1,4 +1,4 @@
-"""What all sparse MLPs of a model share: settings, the mode they run in, and the batch under way."""
+"""What all sparse MLPs of a model share: settings, the mode they run in, and the current batch."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -19,6 +19,8 @@ from .token_classes import BatchClasses, TokenClasses, classify
 Forward = Literal["auto", "dense", "exact", "sparse"]
 
 _REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
+_VAIN_TRIES = 4  # to find out whether padding may be skipped
+_SAME = 1e-6  # relative difference of losses
 _FAR = 30.0  # what padding holds while it is tried whether anything depends on it
 
 logger = logging.get_logger(__name__)
@@ -32,17 +34,17 @@ class Runtime:
         forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
             others force what they say.
         surroundings: the model around the MLPs.
-        exact_forward: the loss compares this model with a reference, so that a sparse forward would bias it.
-        dense_step: the coming training step spends no less than all neurons and the whole gradient (`dense_share`).
+        exact_forward: the loss compares this model with a reference, so a sparse forward would bias it.
+        dense_step: the next training step uses all neurons and the whole gradient (`dense_share`).
         folded: updates were folded into base weights, so that there is no base model left to switch to.
-        sync_seconds: time spent keeping in sync so far.
-        synced_step: the step that was synced last.
+        sync_seconds: time spent in `sync_model` so far.
+        synced_step: the last step that `sync_model` was called for.
         seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
         plan: where the budgets come from, if they were planned; kept up to date as they change.
         skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: what MLPs return for tokens that they skip.
+        elsewhere: size of what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -61,6 +63,8 @@ class Runtime:
     elsewhere: float = 0.0
     _batches: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED), repr=False)
     _trying: bool = field(default=False, repr=False)
+    _skipped: bool = field(default=False, repr=False)  # some MLP was given classes with padding
+    _vain_tries: int = field(default=0, repr=False)
 
     def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
         """How a forward runs now.
@@ -87,7 +91,7 @@ class Runtime:
         return self.mode(training) == "sparse"
 
     def updates_off(self) -> bool:
-        """Whether this pass is one of the base model alone, as PEFT's `disable_adapter` asks for.
+        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` asks for.
 
         Raises:
             InactivePatchError: folds have changed the base model.
@@ -111,35 +115,42 @@ class Runtime:
         self._batches.append(classes)
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Find out whether padding can be skipped in this model, on a batch that has some; else do nothing."""
+        """Test whether padding can be skipped in this model, if the batch has padding; otherwise do nothing."""
         classes = classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
-        if not self.skips_padding:
+        if self.skips_padding is None:  # no MLP saw this batch's tokens: the model calls another one with more of them
+            self._vain_tries += 1
+            self.skips_padding = None if self._vain_tries < _VAIN_TRIES else False
+        elif not self.skips_padding:
             logger.warning(
                 f"the loss of {type(model).__name__} depends on padding tokens (does it pool without the attention "
                 "mask?): they are computed like all others"
             )
 
     def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
-        """Classes of the tokens x [..., d] that an MLP sees, if they are known and padding may be skipped."""
+        """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
         if not self._batches or torch.compiler.is_compiling():
             return None
         batch = self._batches[-1]
         if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = next((known for known in reversed(self._batches) if known.saw(number, x)), batch)
+            batch = min(reversed(self._batches), key=lambda known: known.distance(number, x))
         elif batch.stacks and not self._trying:
             batch.note(number, x)
         classes = batch.of(name, x)
-        return None if classes is not None and classes.padding and not self.skips_padding else classes
+        if classes is not None and classes.padding:
+            if not self.skips_padding:
+                return None
+            self._skipped = True
+        return classes
 
     def forget_batches(self) -> None:
         self._batches.clear()
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
-        """Classes of the tokens that an MLP saw last, if padding may be skipped or there is none."""
+        """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""
         classes = self._batches[-1].of_stack(name) if self._batches else None
         return None if classes is None or (classes.padding and not self.skips_padding) else classes
 
@@ -148,23 +159,29 @@ class Runtime:
         """Classes of the latest forward, by stack."""
         return self._batches[-1].stacks if self._batches else {}
 
-    def _padding_is_out_of_reach(self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses) -> bool:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding."""
+    def _padding_is_out_of_reach(
+        self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
+    ) -> bool | None:
+        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if that did not
+        show."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
                 self._batches.append(classes)
+                self._skipped = False
                 self.forward, self.elsewhere, self.skips_padding = "exact", _FAR, True
                 poisoned = _loss(model, inputs)
-                self.forward = "dense"
+                self.elsewhere = 0.0
                 plain = _loss(model, inputs)
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
             self._batches = held
+        if not self._skipped or (plain is not None and not plain.isfinite()):  # no token of the batch has a label
+            return None
         if poisoned is None or plain is None:
             return False
-        tolerance = max(1e-4, 4 * torch.finfo(plain.dtype).eps)
-        return bool((poisoned - plain).abs() <= tolerance * plain.abs().clamp_min(1.0))
+        # The same products of the same shapes: a loss that does not depend on padding is the same to the bit.
+        return bool((poisoned - plain).abs() <= _SAME * plain.abs().clamp_min(1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": deque(maxlen=_REMEMBERED)}

@@ -36,7 +36,7 @@ Audited = tuple[Tensor, Tensor]
 
 
 class SparseMLP:
-    """One MLP: its projections, its index, its budget, and the forward pass under way.
+    """One MLP: its projections, its index, its budget, and the current forward pass.
 
     Attributes:
         name: path of the MLP in the model, that of the bare one if it was patched inside PEFT's wrapper.
@@ -44,8 +44,8 @@ class SparseMLP:
         sources: the modules that the projections replaced, by path below the parent.
         trainable: which of their parameters were trainable.
         parent_forward: the forward that called the projections when they were patched in.
-        budget: what it spends on a token of each class. Change it with `set_budget`, or for a while with `using`.
-        corrections: what stands in for skipped neurons, by class, once it was fitted.
+        budget: what it spends on a token of each class. Change it with `set_budget`, or temporarily with `using`.
+        corrections: corrections for skipped neurons, by class, once they were fitted.
         calls: forward passes so far that spent less than all neurons and the whole gradient.
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
@@ -107,11 +107,11 @@ class SparseMLP:
 
     @property
     def active(self) -> int:
-        """Neurons that a predicted token costs in training: k as the device rounds it up, or all m."""
+        """Neurons that a predicted token computes in training: k as the device rounds it up, or all m."""
         return self.index.neurons if self.budget.predicted is None else self.index.round_up_k(self.budget.predicted)
 
     def work_share(self) -> float:
-        """Of the products of all tokens with all neurons, those that a sparse forward computes, for the classes of the
+        """Share of the products of all tokens with all neurons that a sparse forward computes, for the classes of the
         latest batch."""
         predicted, context = (
             self.index.round_up_k(k) / self.index.neurons if k else 0.0 for k in self.budget.counts(self.index.neurons)
@@ -122,7 +122,7 @@ class SparseMLP:
         return (predicted * len(classes.predicted) + context * len(classes.context)) / classes.tokens
 
     def set_budget(self, budget: Budget) -> None:
-        """Spend this from now on; numbers that reach m mean all neurons."""
+        """Use this budget from now on; numbers of m or more mean all neurons."""
         m = self.index.neurons
         predicted, context = (None if k is None or k >= m else k for k in (budget.predicted, budget.context))
         self.budget = Budget(predicted, context, budget.gradient)
@@ -138,7 +138,8 @@ class SparseMLP:
         corrections: Corrections | None = None,
         selection: Selection | Sequence[Part] | None = None,
     ) -> Iterator[None]:
-        """Inside, run with another budget, other corrections or a given selection; calls made inside do not count."""
+        """Context manager: inside, run with another budget, other corrections or a given selection. Afterwards all is
+        as before, also `calls` and `audited`."""
         before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
         try:
             if budget is not None:
@@ -209,7 +210,7 @@ class SparseMLP:
         return y.view(*leading, -1)
 
     def forget_call(self) -> None:
-        """Let go of a forward pass that did not end, and of its graph."""
+        """Drop a forward pass that did not finish, and its graph."""
         self._call = None
 
     def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
@@ -307,12 +308,12 @@ class SparseMLP:
 
 @dataclass
 class _Call:
-    """A forward pass under way, from an MLP's first input projection to its output projection.
+    """A forward pass in progress, from an MLP's first input projection to its output projection.
 
     Attributes:
         x: the MLP's input [..., d].
         parts: which tokens compute which neurons; None if the pass is dense.
-        classes: of the tokens of each part.
+        classes: the token class of each part.
         gradient: share of the squared output gradient that is passed back.
         waiting: compact activations that wait for their input projection to be called.
     """

@@ -1,4 +1,4 @@
-"""What of the model around its patched MLPs decides how they run: PEFT's switch, and gradient checkpointing."""
+"""How the model around patched MLPs decides how they run: PEFT's adapter switch, and gradient checkpointing."""
 
 import copy
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ _REFERENCE = "ref"  # the name that TRL gives a frozen copy of the adapters, whi
 
 
 class Surroundings:
-    """The model that MLPs were patched in, looked at from inside of them.
+    """The model around its patched MLPs, as these see it.
 
-    A copy of the whole model looks at that copy; a copy of a part of it goes on to look at the original.
+    In a copy of the whole model it is that copy; in a copy of a part it is still the original model.
 
     Args:
         model: without PEFT's or other wrappers.
@@ -23,6 +23,10 @@ class Surroundings:
         self._model = model
         self._holders = list(holders)
         self._adapter: Any = None
+
+    @property
+    def model(self) -> nn.Module | None:
+        return self._model
 
     def adapters_off(self) -> bool:
         """Whether PEFT's adapters are switched off now (`disable_adapter`), or TRL's reference ones are on: what was

@@ -1,8 +1,9 @@
 """Which tokens of a batch are padding, which are context, and at which the loss looks.
 
-Found once per forward of the model, from what it is called with. Where it cannot be known there is one class.
+Classes are found once per forward of the model, from its inputs. Where they cannot be known there is one class.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ _STRIDE = 2654435761  # prime, so that samples are of many tokens and features w
 
 @dataclass(frozen=True)
 class TokenClasses:
-    """The tokens of a batch of B rows and S columns, by class; those in neither list are padding.
+    """The tokens of a batch of B rows and S columns, by class. Those in neither list are padding.
 
     Attributes:
         shape: (B, S).
@@ -81,19 +82,23 @@ class BatchClasses:
         return classes if classes is not None and leading in (classes.shape, (classes.tokens,)) else None
 
     def of_stack(self, name: str) -> TokenClasses | None:
-        """The classes of the text that the stack of an MLP sees."""
+        """The classes of the tokens that the stack of an MLP sees."""
         if any(word in name for word in _OTHER_INPUTS):
             return None
         stack: Stack = "decoder" if "decoder" in name.split(".") else "encoder"
         return self.stacks.get("only", self.stacks.get(stack))
 
     def note(self, mlp: int, x: Tensor) -> None:
-        """Remember an MLP's input, by which `saw` recognises it when gradient checkpointing computes it again."""
+        """Remember an MLP's input, by which it is recognised when gradient checkpointing computes it again."""
         self._seen.setdefault(mlp, []).append(_sample(x))
 
-    def saw(self, mlp: int, x: Tensor) -> bool:
+    def distance(self, mlp: int, x: Tensor) -> float:
+        """From x to the nearest input that the MLP saw in this forward, in some of their values.
+
+        It need not be zero for what is computed again: with gradients, attention may run another kernel.
+        """
         sample = _sample(x)
-        return any(torch.equal(sample, seen) for seen in self._seen.get(mlp, []))
+        return min(((sample - seen).abs().max().item() for seen in self._seen.get(mlp, [])), default=math.inf)
 
 
 def _sample(x: Tensor) -> Tensor:
@@ -102,10 +107,10 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
-    """The classes of a batch, by stack; no stack where they cannot be known.
+    """The classes of a batch, by stack; without stacks whose classes cannot be known.
 
     Args:
-        inputs: what the model is called with, by name.
+        inputs: the arguments that the model is called with, by name.
     """
     labels = inputs.get("labels")
     shifted = inputs.get("shift_labels")
@@ -118,7 +123,7 @@ def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
 
 
 def predicts_next_token(model: nn.Module) -> bool | None:
-    """Whether the label in place t is predicted in place t - 1, as in causal LMs; None if that is not known."""
+    """Whether the label at position t is predicted at position t - 1, as in causal LMs; None if that is not known."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     loss_type = getattr(model, "loss_type", None)
@@ -174,7 +179,7 @@ def _text_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _real(mask: Any, shape: tuple[int, ...] | None, like: Tensor | None) -> Tensor | None:
-    """bool [B, S] of the tokens that are not padding; None if the mask is of a kind that does not say."""
+    """bool [B, S]: tokens that are not padding; None if the mask has a form from which that cannot be known."""
     if shape is None or like is None:
         return None
     if mask is None:
@@ -190,12 +195,12 @@ def _real(mask: Any, shape: tuple[int, ...] | None, like: Tensor | None) -> Tens
 
 
 def _up_to_last(predicted: Tensor) -> Tensor:
-    """bool [B, S]: tokens up to the last predicted one of their row. In a causal stack the others reach nothing."""
+    """bool [B, S]: tokens up to the last predicted one of their row. In a causal stack later tokens affect nothing."""
     return predicted.flip(1).cumsum(1).flip(1) > 0
 
 
 def _first_and_last(real: Tensor) -> Tensor:
-    """bool [B, S]: the first and the last real token of each row, from which heads for whole rows read."""
+    """bool [B, S]: the first and the last real token of each row, which heads for sequences read."""
     places = torch.arange(real.shape[1], device=real.device)
     first = real.int().argmax(1, keepdim=True)
     last = (real.int() * (places + 1)).argmax(1, keepdim=True)

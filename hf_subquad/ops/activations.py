@@ -24,7 +24,7 @@ _names: weakref.WeakKeyDictionary[Callable[[Tensor], Tensor], str | None] = weak
 def name_of(activation: Callable[[Tensor], Tensor]) -> str | None:
     """Which of `ACTIVATIONS` a module or function computes; None if it is none of them, or has parameters.
 
-    Found by trying it on numbers, once.
+    It is found by evaluating the function on test points, once.
     """
     try:
         if activation not in _names:

@@ -1,4 +1,4 @@
-"""How much a neuron matters to a token: by its activation, and by what a small change of it would do."""
+"""How much a neuron matters to a token: by its activation, and by what a small change would do to it."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ MOVE = 0.1
 
 
 def importance(pre: list[Tensor], activation: Activation, gated: bool) -> Tensor:
-    """Squared activation plus its squared change if pre-activations move a little, [S, m].
+    """Squared activation plus its squared change for a small change of the pre-activations, [S, m].
 
-    The second term keeps neurons that matter little now but can be trained to, since gradients reach a neuron
-    through that change; it is also what an error of the estimate can hide.
+    The second term keeps neurons that matter little now but could be trained to matter, because gradients reach a
+    neuron through that change. It also covers errors of the estimated pre-activations.
 
     Args:
         pre: pre-activations [S, m] of one input projection or of gate and up, or both stacked in one [S, 2m].

@@ -1,9 +1,9 @@
 """An MLP's two products on parts of a batch, each with a number of neurons of its own.
 
-A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that lie in tiles which compute k
-neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is the
-gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or [n, T, k]
-each; what a model computes between its projections is elementwise and does not see the difference.
+A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that are grouped into tiles which
+compute k neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is
+the gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or
+[n, T, k] each; what a model computes between its projections is elementwise and does not depend on the layout.
 
 In the backward pass, gradients pass through the rows that hold a share of the squared output gradient, the largest
 first. `down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose
@@ -94,7 +94,7 @@ def down_project(
         tokens: N.
         gradient: least share of the squared gradient of the result that the rows hold which pass it back to `a`. The
             gradients of U and V take all rows, which costs next to nothing.
-        elsewhere: the output of tokens in no part.
+        elsewhere: size of the output of tokens in no part; its signs alternate, so that no norm takes it out.
     """
     y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
     return y
@@ -179,7 +179,9 @@ class _DownProject(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         (matrix,), backend = _matrices(flat), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
-        y = a.new_full((tokens, width), elsewhere)
+        y = a.new_zeros(tokens, width)
+        if elsewhere:
+            y[:, ::2], y[:, 1::2] = elsewhere, -elsewhere
         lows = []
         with torch.autocast(a.device.type, enabled=False):
             for part, view in _by_part(parts, neurons, [a]):

@@ -11,8 +11,8 @@ and there are two products, each the adjoint of the other:
     gathered_down:  y_t = a_t L_t   (+ b)     neurons to tokens: out of an MLP, and the gradient into it
 
 Gate and up of a gated MLP are one call with two matrices. Gradients flow to tokens, U and V; base rows and biases are
-constants. A backend computes the products. Compiled graphs hold them as operators; without a compiler they are called
-as they are, which spares the host the way through PyTorch's dispatcher.
+constants. A backend computes the products. Compiled graphs contain them as operators; without a compiler they are
+called directly, which saves the overhead of PyTorch's dispatcher.
 """
 
 from collections.abc import Callable, Sequence

@@ -59,7 +59,7 @@ class TokenTiles:
         return by_slot.view(count, size, -1)
 
     def to_tokens(self, values: Tensor) -> Tensor:
-        """[n, T, c] by slot -> [N, c] by token; what spare slots hold is dropped."""
+        """[n, T, c] by slot -> [N, c] by token; the values of spare slots are dropped."""
         return values.reshape(-1, values.shape[-1]).index_select(0, self.position)
 
 
@@ -69,7 +69,7 @@ class Selection:
 
     Attributes:
         tiles: n tiles of T slots.
-        neurons: int64 [n, k], each neuron of a tile once.
+        neurons: int64 [n, k], without repetitions within a tile.
     """
 
     tiles: TokenTiles
@@ -117,10 +117,10 @@ def make_tiles(
     """Split tokens into tiles.
 
     Args:
-        features: float [N, r], what resembling tokens have in common (here: their sketch).
+        features: float [N, r] by which tokens are compared (here: their sketch).
         tile_size: tokens wanted in a tile.
         order: 'similar' bisects by content, 'consecutive' keeps the given order.
-        bisect: what bisects, a backend's or the one above.
+        bisect: the bisection to use, a backend's or the one above.
     """
     tokens = features.shape[0]
     count, size = tile_shape(tokens, tile_size)

@@ -24,7 +24,7 @@ class Family:
     Attributes:
         inputs: the projection(s) into neurons, the activated one first.
         output: the projection out of neurons.
-        examples: model types, for people.
+        examples: model types, for readers.
     """
 
     inputs: tuple[str, ...]
@@ -32,7 +32,7 @@ class Family:
     examples: str
 
 
-# The first one whose names a module has counts.
+# A module matches the first row whose names it has.
 FAMILIES = (
     Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear", "Gemma 4 vision"),
     Family(("gate_proj", "up_proj"), "down_proj", "Llama, Mistral, Qwen, Gemma"),
@@ -125,14 +125,14 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """What PEFT wraps, so that names are the same whether PEFT or the patch comes first; else the model itself."""
+    """The model inside PEFT's wrapper, so that names do not depend on which came first; else the model itself."""
     unwrap = getattr(model, "get_base_model", None)
     bare = unwrap() if callable(unwrap) else model
     return bare if isinstance(bare, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
-    """What may be the elementwise activation: that of a usual name beside the projections, else the common ones."""
+    """Candidates for the elementwise activation: the one with a usual name beside the projections, else common ones."""
     holders = [match.parent] + [
         match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
     ]
@@ -245,7 +245,7 @@ def _layer_of(match: Match) -> tuple[str, int | None]:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Names of 3-D parameters that hold the MLPs of several experts."""
+    """Names of 3-D parameters that contain the MLPs of several experts."""
     return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
 
 

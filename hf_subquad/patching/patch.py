@@ -1,4 +1,4 @@
-"""Swap a model's MLP projections for sparse ones, and back."""
+"""Replace a model's MLP projections by sparse ones, and back."""
 
 import hashlib
 from typing import TypeVar
@@ -32,12 +32,12 @@ _SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
 def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
     """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
 
-    The patched base weights and biases are frozen, their low-rank updates are trainable; every other parameter
-    stays as it is. Saved checkpoints stay plain. What was frozen stays frozen: the update of a weight that was frozen
-    is frozen, unless PEFT froze it, or all of the model was.
+    The patched base weights and biases are frozen, and their low-rank updates are trainable. Every other parameter
+    stays as it is, and saved checkpoints stay plain. The update of a weight that was frozen before is frozen, too,
+    unless PEFT froze it or the whole model was frozen.
 
     Args:
-        plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes it at the
+        plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes a plan at the
             start of training, unless the config fixes `active`.
 
     Returns:
@@ -45,7 +45,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
 
     Raises:
         AlreadyPatchedError: the model is patched.
-        NoMatchError: there is no MLP as asked for.
+        NoMatchError: no MLP matches the config.
         UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
         WeightsError: weights hold NaN or infinite values.
         ConfigError: `active` or `rank` exceeds a layer.
@@ -55,7 +55,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     """
     config = config or SubquadConfig()
     if sparse_mlps(model):
-        raise AlreadyPatchedError("the model is patched already: call unpatch_model(model) first to patch it anew")
+        raise AlreadyPatchedError("the model is patched already: call unpatch_model(model) first to patch it again")
     matches = find_mlps(model, config)
     for match in matches:
         check_projections(match, config)
@@ -84,7 +84,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Give every MLP of a patched model its budget.
+    """Set the budget of every MLP of a patched model.
 
     Raises:
         NotPatchedError: the model is not patched.
@@ -98,7 +98,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raises what `apply_plan` would, and changes nothing."""
+    """Raise the errors that `apply_plan` would raise; change nothing."""
     runtime, mlps = patched_parts(model)
     wanted = [(layer.name, layer.neurons) for layer in plan.layers]
     found = [(mlp.name, mlp.index.neurons) for mlp in mlps]
@@ -118,9 +118,9 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def unpatch_model(model: ModelT) -> ModelT:
-    """Undo `patch_model`, in place: the original modules return, with live updates merged into their weights.
+    """Undo `patch_model`, in place: restore the original modules, with live updates merged into their weights.
 
-    Bit-equal to the model before the patch where no update was trained.
+    Where no update was trained, the weights are bit-equal to those before the patch.
 
     Raises:
         NotPatchedError: the model is not patched.
@@ -134,7 +134,7 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 
 def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
-    """Swap one MLP's projections. All that can fail comes before the first swap, and is undone."""
+    """Replace one MLP's projections. What can fail comes before the first replacement, and is undone."""
     config = runtime.config
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}

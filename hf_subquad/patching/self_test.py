@@ -1,4 +1,4 @@
-"""Proof, at patch time, that compacting an MLP leaves its mathematics alone."""
+"""Proof, at patch time, that an MLP computes the same on compact activations."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
 
 @torch.no_grad()
 def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
-    """Run an MLP compact and dense-but-masked on the same neurons, different ones per tile; they must agree.
+    """Run an MLP compact, and dense with a mask on the same neurons, other ones in each tile. Results must agree.
 
-    Half of the neurons are left out, so that anything between the projections that mixes neurons (a norm over them,
-    a top-k among them) shows. The activation that scores neurons is compared with what the model computed: the index
-    keeps the first of the given ones that is it.
+    Half of the neurons are left out, which exposes anything between the projections that mixes neurons (a norm over
+    them, a top-k among them). The activation that scores neurons is compared with what the model computed: the index
+    keeps the first of the given candidates that agrees.
 
-    A parent whose forward cannot be run by itself (its attention needs more than hidden states) is passed by where its
-    projections lie in two modules of their own, as in BERT: these are run one after the other.
+    Some parents cannot be run alone, because their attention needs more than hidden states. Where their projections
+    are in two modules of their own, as in BERT, these are run one after the other.
 
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
@@ -79,7 +79,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
-    """What to run in the test, and its output: the parent, or else the two modules that hold the projections."""
+    """The function to test, and its output: the parent, or the two modules that contain the projections."""
     holders = [path.rpartition(".")[0] for path in (next(iter(mlp.sources)), next(reversed(mlp.sources)))]
     run: Run = partial(_call, mlp.parent)
     try:
@@ -92,7 +92,7 @@ def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
 
 
 def _call(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """A module's output for hidden states x, with a residual wherever it takes one and None for all else it needs."""
+    """A module's output for hidden states x, given a residual where it takes one and None for other arguments."""
     parameters = list(inspect.signature(module.forward).parameters.values())[1:]
     required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     values = {name: (x if residual is None else residual) if name in _RESIDUALS else None for name in required}
@@ -123,7 +123,7 @@ def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
 
 
 def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) -> Selection:
-    """A tile for each row of x, with other neurons each."""
+    """A tile for each row of x, each with other neurons."""
     tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
     half = -(-mlp.index.neurons // 2)
     chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
@@ -165,7 +165,7 @@ def _noting_calls(mlp: SparseMLP) -> Iterator[None]:
 
 
 def _masked(mlp: SparseMLP, mask: Tensor) -> AbstractContextManager[None]:
-    """Inside, the output projection sees no neurons but those of a mask [N, m]."""
+    """Inside, the output projection only sees the neurons of a mask [N, m]."""
     return _pre_hook(mlp.output, lambda module, args: (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:]))
 
 

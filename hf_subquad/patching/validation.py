@@ -1,4 +1,4 @@
-"""Which projections can be patched: plain, whole, linear and finite ones. All others are refused by name."""
+"""Which projections can be patched: plain, unsplit, linear and finite ones. All others are refused by name."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Where a budget of fidelity buys most time: MLPs compete for it. Pure functions."""
+"""How to spend a budget of fidelity so that it saves most time, over all MLPs. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]
     """One option for each MLP, together about as fast as can be with a sum of costs of at most `budget`.
 
     A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), bisected on the price of a cost, leaves a
-    part of the budget unspent, which is then spent greedily. It is optimal up to that last part.
+    part of the budget unspent, which is then spent greedily. The result is optimal up to that last part.
 
     Args:
         options: for each MLP; at least one option must cost nothing.

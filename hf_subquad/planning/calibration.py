@@ -1,10 +1,10 @@
-"""Measure a patched model on a few real batches, and plan from that what each MLP spends.
+"""Measure a patched model on a few real batches, and plan the budget of each MLP.
 
 Two findings make this cheap (`docs/planning.md` has the numbers). The effect of a small error of an MLP's output on the
-loss is its product with the gradient there, so that one backward pass weighs the errors of all budgets of all MLPs. And
-the effects of several MLPs add up but for a common factor, which a few passes with all of them give. These passes also
-judge: a plan is taken only if the predictions and the gradient of the whole model, with all budgets together, are
-faithful enough on a batch to which nothing was fitted.
+loss is its product with the gradient there, so one backward pass weighs the errors of all budgets of all MLPs. And the
+effects of several MLPs add up except for a common factor, which a few passes measure. A plan is accepted only if the
+predictions and the gradient of the whole model, with all budgets together, are faithful enough on a batch to which
+nothing was fitted.
 """
 
 import time
@@ -36,10 +36,11 @@ def calibrate(
     """Measure, and allocate budgets. The model is left as it was, patched or not, random states included.
 
     Args:
-        model: whose outputs have logits or a loss.
+        model: a model whose outputs have logits or a loss.
         batches: keyword arguments of the model, labels included, on its device and of the size to train with. The last
-            one judges what is fitted to the others; two or three will do, from one alone the plan is too hopeful.
-        config: of the patch to plan for, if the model is not patched; a patched one has its own.
+            one judges what is fitted to the others. Two or three are enough; from a single one the plan is too
+            optimistic.
+        config: settings of the patch to plan for, if the model is not patched; a patched one has its own.
         tolerance: instead of the config's.
 
     Raises:
@@ -81,11 +82,10 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
 
 
 def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Fit the index of every MLP of a patched model to what it sees, and what stands in for the neurons that its budget
-    skips.
+    """Fit the index of every MLP of a patched model to its inputs, and corrections for the neurons that budgets skip.
 
     `SubquadCallback` does this at the start of training; a custom loop does it after `patch_model` or `apply_plan`.
-    Without it the sparse forward is less accurate, and a plan promises too much.
+    Without it the sparse forward is less accurate than the plan says.
 
     Raises:
         CalibrationError: no batches, or tokens that are not finite or too large to be fitted. What was fitted before
@@ -113,7 +113,7 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 class Snapshot:
-    """Budgets, corrections and indices of some MLPs as they are now, to go back to."""
+    """Budgets, corrections and indices of some MLPs as they are now, to be restored later."""
 
     def __init__(self, mlps: Sequence[SparseMLP]) -> None:
         self._states = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]

@@ -1,4 +1,4 @@
-"""Which budgets a model's MLPs get: as fast as can be, and together faithful enough on a held-out batch."""
+"""Which budgets a model's MLPs get: as fast as possible, and together faithful enough on a held-out batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ class Limits:
         return cls(DIVERGENCE_PER_TOLERANCE * tolerance, max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance))
 
     def spent(self, found: Fidelity) -> float:
-        """Share of it that is lost; above 1 it is too much."""
+        """Share of the limits that is used; above 1 is too much."""
         return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
 
 
 def choose(
     measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float
 ) -> tuple[list[Option], Fidelity]:
-    """An option for each MLP, which together are faithful enough: that is measured, and returned."""
+    """An option for each MLP that together are faithful enough, and their measured fidelity."""
     limits = Limits.of(tolerance)
 
     def run(budgets: Sequence[Budget]) -> Fidelity:

@@ -1,4 +1,4 @@
-"""How faithful sparse MLPs are: to the predictions of the dense model, and to the gradient of what is trained."""
+"""How faithful sparse MLPs are to the predictions of the dense model and to the gradient of what is trained."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .predictions import Batch, Predictions, logits_of
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What sparse MLPs do to a model on a batch.
+    """The effect of sparse MLPs on a model, on one batch.
 
     Attributes:
         divergence: mean Kullback-Leibler divergence of its predictions, in nats a prediction; 0 where the outputs have
@@ -37,8 +37,8 @@ class DenseReference:
     """Predictions and gradient that a model has on a batch now, with which later ones are compared.
 
     Args:
-        batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, else that of
-            the log-probability of what the model holds most likely.
+        batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
+            of the log-probability of the most likely class.
 
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
@@ -48,7 +48,7 @@ class DenseReference:
         self._model, self._batch = model, batch
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
-            raise CalibrationError("no parameter of the model is trained, so there is nothing to be faithful to")
+            raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
         logits, self._gradient = self._step()
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
@@ -62,7 +62,7 @@ class DenseReference:
         return (_norm(found) / self._norm) ** 2 if self._norm else 0.0
 
     def fidelity(self) -> Fidelity:
-        """That of the model as it runs now.
+        """Fidelity of the model as it runs now.
 
         Raises:
             CalibrationError: predictions or gradients are not finite.

@@ -1,4 +1,4 @@
-"""Every MLP of a model, measured on a few batches: what each of its budgets would cost, in time and in fidelity."""
+"""Every MLP of a model, measured on a few batches: what each of its budgets costs in time and in fidelity."""
 
 import itertools
 import time
@@ -32,11 +32,11 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class MeasuredMLP:
-    """What is known of one MLP, from which its budget is chosen.
+    """The measurements of one MLP, from which its budget is chosen.
 
     Attributes:
         classes: by token class, errors and corrections of each number of neurons.
-        timing: of some budgets, on an MLP of this shape.
+        timing: times of some budgets, of an MLP of this shape.
         dropped: by class and gradient share, the rows that pass no gradient, as a share of all rows that have some.
         timed_dropped: the same for all classes in the pass that was timed, at `PROBED_SHARE`.
         energy: share of the squared gradient of all trained parameters that its updates have.
@@ -53,7 +53,7 @@ class MeasuredMLP:
     dtype: str
 
     def budgets(self) -> Iterator[Budget]:
-        """All that it can run with."""
+        """All budgets that may be planned."""
         counts: list[list[int | None]] = [[None, *measured.ks] for measured in self.classes.values()]
         for neurons, gradient in itertools.product(itertools.product(*counts), (1.0, *GRADIENT_SHARES)):
             by_class = dict(zip(self.classes, neurons, strict=True))
@@ -70,7 +70,7 @@ class MeasuredMLP:
         return (1 - budget.gradient) * self.energy
 
     def ms(self, budget: Budget) -> float:
-        """Milliseconds of any budget, from those that were timed: what parts save adds up."""
+        """Milliseconds of any budget, from those that were timed: the savings of its parts are added."""
         exact = self.timing.budgets[Budget()]
         if budget.exact:
             return exact
@@ -120,7 +120,7 @@ class MeasuredMLP:
 
 
 def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, float]:
-    """Measure every MLP of a patched model. Indices are left fitted, budgets at what was tried last.
+    """Measure every MLP of a patched model. Indices stay fitted; budgets stay as last tried.
 
     Returns:
         The MLPs; predictions and gradient of the dense model on the last batch, which judges what is fitted to the

@@ -1,4 +1,4 @@
-"""What is measured of every MLP beside a dense step: output errors by budget, what corrects them, and gradients."""
+"""What is measured of every MLP besides a dense step: output errors by budget, their corrections, and gradients."""
 
 import itertools
 import math

@@ -26,7 +26,7 @@ class Predictions:
 
     Args:
         batch: keyword arguments of the model.
-        logits: what the model made of the batch.
+        logits: the model's output for the batch.
 
     Raises:
         CalibrationError: no prediction counts for the loss.
@@ -45,8 +45,8 @@ class Predictions:
     def divergence(self, logits: Tensor) -> float:
         """Mean Kullback-Leibler divergence, in nats a prediction, of these logits' predictions from the former ones.
 
-        Predictions of a head that was not trained yet hardly tell one input from another, and so hardly diverge. Both
-        grow as the square of the head's size: the divergence is scaled to a head that has learned to tell.
+        A head that was not trained yet hardly distinguishes inputs, so its predictions hardly diverge. Both grow as the
+        square of its weights: the divergence is scaled to a head that has learned to distinguish them.
 
         Raises:
             CalibrationError: predictions are not finite.
@@ -74,8 +74,8 @@ class Predictions:
         return rows.log_softmax(-1) if self._kind == "classes" else rows
 
     def _information(self) -> float:
-        """How well predictions tell inputs apart, 1 if they do it well: their mutual information with the input, over
-        1 nat or half of what there is to tell; of values, their variance."""
+        """How well predictions distinguish inputs, 1 if they do it well: their mutual information with the input, over
+        1 nat or half of the largest possible; for values, their variance."""
         scores = self._before
         if self._kind == "values":
             return scores.var(0, correction=0).mean().item()

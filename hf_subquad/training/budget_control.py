@@ -1,4 +1,4 @@
-"""Whether budgets still serve the live tokens, and which of them change: the sketch first, then k, then dense."""
+"""Whether budgets still fit live tokens, and how they change: first the sketch, then k, then dense."""
 
 import math
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ _NEGLIGIBLE = 0.01  # error: less is not asked for
 
 @dataclass(frozen=True)
 class Audit:
-    """How well chosen neurons serve their tiles.
+    """How well the chosen neurons represent their tiles.
 
     Attributes:
         recall: share of the truly most important neurons that were chosen.
@@ -36,10 +36,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class BudgetChange:
-    """An MLP computes `after` neurons a tile in place of `before` from now on (all of them: dense), and why.
+    """From now on an MLP computes `after` neurons instead of `before` (all of them: dense), and why.
 
     Attributes:
-        token_class: the tokens for which it does.
+        token_class: the tokens for which this holds.
     """
 
     name: str
@@ -64,8 +64,8 @@ def audit(mlp: SparseMLP, token_class: TokenClass, tile_tokens: Tensor, neurons:
 
 
 def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
-    """Audit the tiles that an MLP kept of its last batch, by class; without those that no rank kept, or whose outputs
-    are not finite: they say nothing about budgets then. All ranks get the same."""
+    """Audit the tiles that an MLP kept of its last batch, by class. Classes of which no rank kept tiles, or whose
+    outputs are not finite, are left out. All ranks get the same result."""
     found: dict[TokenClass, Audit] = {}
     for token_class in get_args(TokenClass):
         if not mlp.budget.neurons(token_class):  # of no neurons there is nothing to choose, of all nothing is skipped
@@ -78,7 +78,7 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
 
 
 def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Audit) -> BudgetChange | None:
-    """Change an MLP's budget if what was measured has left its plan. Every rank decides the same."""
+    """Change an MLP's budget if the measured error has left the plan. Every rank decides the same."""
     if not mlp.budget.neurons(token_class):
         return None
     error = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
@@ -91,7 +91,7 @@ def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Au
 
 def _give_more(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
     before = _neurons(mlp, token_class)
-    past = f"error {found:.3f} is past the planned {planned:.3f}"
+    past = f"error {found:.3f} is above the planned {planned:.3f}"
     if mlp.index.sketch_is_approximate:
         mlp.index.build()
         error = _error(mlp, token_class, before)

@@ -1,4 +1,4 @@
-"""The Trainer callback: hands every event to the function that does the work. It keeps nothing itself."""
+"""The Trainer callback: passes every event to the function that does the work. It has no state of its own."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -27,12 +27,15 @@ logger = get_logger(__name__)
 class SubquadCallback(TrainerCallback, ExportableState):
     """Keeps a patched model in sync during `Trainer.train()`.
 
-    There is nothing to configure: settings belong to `SubquadConfig`. Raises a typed error at the start of training
-    if the patch would not take effect, or cannot follow (FSDP, DeepSpeed, `torch.nn.DataParallel`); plans budgets from
-    batches of the training data, if there is neither a plan nor a fixed `active`, and fits what compensates for skipped
-    neurons; limits logits to labelled positions where nobody reads the others; folds, audits and adjusts budgets on
-    schedule; adds `subquad/...` to the Trainer's logs; writes and reads
-    the sidecar of each checkpoint.
+    There is nothing to configure: settings belong to `SubquadConfig`. The callback
+
+    - raises a typed error if the patch would not take effect, or does not support the engine (FSDP, DeepSpeed,
+      `torch.nn.DataParallel`);
+    - plans budgets on batches of the training data, unless there is a plan or a fixed `active`, and fits indices and
+      corrections;
+    - limits logits to labelled positions where nothing reads the others;
+    - folds, audits and adjusts budgets on schedule, and adds `subquad/...` to the Trainer's logs;
+    - writes and reads the sidecar of each checkpoint.
     """
 
     def on_init_end(
@@ -73,7 +76,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if runtime.exact_forward:
             logger.warning_once(
                 f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
-                "model: MLPs run dense, so that both are alike, and train their low-rank updates"
+                "model: MLPs compute all neurons, so that the two agree, and train their low-rank updates"
             )
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
@@ -142,7 +145,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         )
 
     def state(self) -> dict[str, Any]:
-        """Nothing to keep; that it is there tells a checkpoint that lacks its sidecar from one that never had any."""
+        """An empty state. It marks checkpoints of runs with this callback, whose sidecar must not be missing."""
         return {"args": {}, "attributes": {}}
 
     def _move_first(self) -> None:
@@ -155,7 +158,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
-    """What checkpoints keep of callbacks, by their class (a dict, other than the annotation says)."""
+    """The saved states of callbacks, by class name (a dict, although the annotation says otherwise)."""
     return cast("dict[str, Any]", state.stateful_callbacks)
 
 

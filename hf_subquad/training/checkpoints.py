@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to resume from, and going on from it."""
+"""Which checkpoint of a run to resume from, and resuming from it."""
 
 import os
 from pathlib import Path
@@ -17,10 +17,10 @@ logger = logging.get_logger(__name__)
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """The newest whole checkpoint that a Trainer with `SubquadCallback` wrote to `output_dir`; None if there is none.
+    """The newest complete checkpoint that a Trainer with `SubquadCallback` wrote to `output_dir`, or None.
 
     Made for `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after a
-    crash, goes on with it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, whole or not.
+    crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
     """
     by_step = {
         int(step): folder
@@ -50,7 +50,7 @@ def resume(
             raise SidecarError(
                 f"the checkpoint {folder} has no {SIDECAR_NAME}: its saving was interrupted, or the file was lost. "
                 f"Its weights are whole, its low-rank updates are not known: {other}, or load its weights with "
-                "from_pretrained and train anew"
+                "from_pretrained and start a new run"
             ) from None
         made = f"the checkpoint {folder} was made without SubquadCallback and has no {SIDECAR_NAME}"
         if hasattr(model, "peft_config"):

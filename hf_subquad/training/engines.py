@@ -1,4 +1,4 @@
-"""Which of the Trainer's engines patched layers cannot follow: they are refused before anything is trained."""
+"""The Trainer's engines that patched layers do not support: they are refused before training."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -35,7 +35,7 @@ def check_engine(args: TrainingArguments) -> None:
     if splitting:
         raise ParallelismError(
             f"{splitting.pop().value} splits weights, or what the optimizer knows of them, over processes, and "
-            "choosing neurons and folding need them whole: train with plain data parallelism (DDP), as accelerate "
+            "choosing neurons and folding need whole weights: train with plain data parallelism (DDP), as accelerate "
             "launch --multi_gpu does without it"
         )
     if args.n_gpu > 1:
@@ -47,9 +47,10 @@ def check_engine(args: TrainingArguments) -> None:
 
 
 def compares_with_reference(args: TrainingArguments) -> bool:
-    """Whether the loss compares log-probabilities of the trained model with some that are computed without gradients.
+    """Whether the loss compares the trained model's log-probabilities with others that are computed without gradients.
 
-    Those come from a dense model; of a sparse one they would differ from the start, and the loss would train that away.
+    The latter come from a dense model. A sparse model would differ from it at the start, and the loss would train that
+    difference away.
     """
     of_trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
     return bool(of_trl) and not set(of_trl) & set(_ONE_PASS)

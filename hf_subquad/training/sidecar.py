@@ -29,10 +29,10 @@ _FORMAT = 2
 def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
     """Write the sidecar of the checkpoint in `folder`, atomically.
 
-    Beside a checkpoint that holds merged weights (every plain one) the factors suffice. Beside PEFT's, which holds
-    adapters only, base weights that folding changes are kept as well.
+    Beside a checkpoint with merged weights (every plain one) the factors are enough. Beside PEFT's, which has adapters
+    only, base weights that folds change are kept as well.
 
-    Write it last: a checkpoint is whole if it has this file, and the others are those that were there then.
+    Write it last: a checkpoint is complete if it has this file and the other files are unchanged since.
 
     Raises:
         OutputError: the file could not be written; nothing is left of it.
@@ -72,10 +72,10 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
 
 
 def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
-    """Give a patched model, which holds the weights of the checkpoint in `folder`, its factors back.
+    """Restore the factors of a patched model that has loaded the weights of the checkpoint in `folder`.
 
-    Merged weights become base weights again by subtracting the update: equal to those before the save up to
-    rounding in the dtype of the weights.
+    Merged weights become base weights again by subtracting the update. They equal those before the save up to rounding
+    in the dtype of the weights.
 
     Returns:
         The step at which the sidecar was written.
@@ -229,7 +229,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 _REMEDY = (
     "resume from another checkpoint (last_whole_checkpoint finds the newest whole one), or load the weights of this "
-    "one with from_pretrained and train anew"
+    "one with from_pretrained and start a new run"
 )
 
 

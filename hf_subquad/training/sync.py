@@ -29,10 +29,11 @@ class SyncReport:
 
     Attributes:
         step: optimizer steps done.
-        active_share: of the products of all tokens with all neurons, those that the forward computes, mean over the
-            patched MLPs, for the classes of the latest batch; 1.0 in a dense step.
-        recall: share of the truly most important neurons that the index chose, as last measured; None before.
-        error: relative output error of the sparse MLPs, as last measured; None before.
+        active_share: share of the products of all tokens with all neurons that the forward computes, for the classes
+            of the latest batch; mean over the patched MLPs; 1.0 in a dense step.
+        recall: share of the truly most important neurons that the index chose, as last measured; None before the first
+            audit.
+        error: relative output error of the sparse MLPs, as last measured; None before the first audit.
         sync_seconds: seconds spent in `sync_model` since the patch.
         folded: the updates were folded into the base weights.
         changes: budgets that changed.
@@ -50,7 +51,7 @@ class SyncReport:
     @property
     @torch.no_grad()
     def update_norm(self) -> float:
-        """Frobenius norm of all live updates s U V together, when it is read."""
+        """Frobenius norm of all live updates s U V together, computed when it is read."""
         return torch.stack([p.update.norm_squared() for m in self._mlps for p in m.projections]).sum().sqrt().item()
 
     def metrics(self) -> dict[str, float]:
@@ -66,14 +67,14 @@ class SyncReport:
 
 
 def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> SyncReport:
-    """Do what is due after optimizer step `step`: fold, audit the live tiles, adjust budgets to the plan, refresh the
-    index, and say whether the coming step runs dense.
+    """Do what is due after optimizer step `step`: fold, audit live tiles, adjust planned budgets, refresh the index,
+    and decide whether the next step runs dense.
 
-    All that `SubquadCallback` does in training; call it with step 0 before the first step of a custom loop, then
-    after each optimizer step. What is due at a step is done once, also if it is called again for that step.
+    In a custom loop, call it with step 0 before the first step, then after each optimizer step, as `SubquadCallback`
+    does. A second call for the same step does nothing again.
 
     Args:
-        optimizer: whose moments restart with the factors after a fold.
+        optimizer: its moments of the factors restart after a fold.
 
     Raises:
         NotPatchedError: the model is not patched.
@@ -89,7 +90,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
 def sync_parts(
     runtime: Runtime, mlps: list[SparseMLP], step: int, optimizer: torch.optim.Optimizer | None = None
 ) -> SyncReport:
-    """`sync_model` for what `patched_parts` found in the model."""
+    """`sync_model` for the parts that `patched_parts` found in the model."""
     started = time.perf_counter()
     config = runtime.config
     for mlp in mlps:
@@ -136,11 +137,11 @@ def sync_parts(
 
 
 def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Make sure that training will go through the patch.
+    """Check that training will use the patch.
 
     Raises:
         NotPatchedError: the model is not patched.
-        InactivePatchError: something replaced or bypassed a part of it; the message names what.
+        InactivePatchError: something replaced or bypassed a part of it; the message says what.
     """
     runtime, mlps = patched_parts(model)
     for mlp in mlps:
@@ -175,9 +176,9 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 
 
 def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
-    """After a training step: make sure that sparse MLPs take part in training.
+    """After a training step: check that sparse MLPs take part in training.
 
-    A step may pass them all by (LayerDrop, a bad batch that was skipped); several from the start on may not.
+    A single step may run none of them (LayerDrop, a bad batch that was skipped), but not several from the start.
 
     Raises:
         InactivePatchError: they never ran.
@@ -203,8 +204,8 @@ def raise_idle(steps: int) -> NoReturn:
 
 
 def train_updates(model: nn.Module) -> None:
-    """Make the low-rank updates trainable again, after PEFT froze all that is not its own, or someone froze the whole
-    model: where something else is trainable, or a part of the updates, frozen ones stay frozen."""
+    """Make the low-rank updates trainable again, after PEFT froze everything but its own, or the user froze the whole
+    model. If anything else is trainable, or a part of the updates, frozen updates stay frozen."""
     projections = [projection for mlp in require_patched(model) for projection in mlp.projections]
     if any(factor.requires_grad for projection in projections for factor in projection.update.parameters()):
         return
@@ -219,10 +220,10 @@ def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
 
 
 def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, only_stale: bool = False) -> None:
-    """Drop the optimizer's state of the low-rank updates, step counts of any kind included: it starts them anew.
+    """Drop the optimizer's state of the low-rank updates, step counts included, so that it starts again.
 
     Args:
-        only_stale: of those that started anew because other weights were loaded.
+        only_stale: only for updates that restarted because other weights were loaded.
     """
     for mlp in mlps:
         for projection in mlp.projections:
@@ -233,7 +234,7 @@ def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, onl
 
 
 def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[BudgetChange]]:
-    """Audit the tiles that MLPs kept of the last batch, and adjust planned budgets to what they show."""
+    """Audit the tiles that MLPs kept of the last batch, and adjust planned budgets accordingly."""
     audits, changes = [], []
     planned = runtime.plan.layers if runtime.plan else (None,) * len(mlps)
     for mlp, layer in zip(mlps, planned, strict=True):
@@ -248,7 +249,7 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
 
 
 def _check_trainable(model: nn.Module, mlps: list[SparseMLP]) -> None:
-    """That some update is trainable, unless it is wanted that none is."""
+    """Check that some update is trainable, unless all were frozen on purpose."""
     frozen = not any(factor.requires_grad for mlp in mlps for factor in _factors(mlp))
     wanted = all(projection.kept_frozen for mlp in mlps for projection in mlp.projections)
     by_peft = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
@@ -256,7 +257,7 @@ def _check_trainable(model: nn.Module, mlps: list[SparseMLP]) -> None:
         raise InactivePatchError(
             f"the low-rank updates of {mlps[0].name} and all others are frozen (get_peft_model freezes all but its "
             "own): call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
-            "SubquadCallback, which thaws them"
+            "SubquadCallback, which makes them trainable again"
         )
 
 

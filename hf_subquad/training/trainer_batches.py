@@ -1,9 +1,9 @@
-"""Batches of a Trainer's own data, without moving its dataloader or its random states."""
+"""Batches of a Trainer's own data, without advancing its dataloader or its random states."""
 
 import copy
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import send_to_device
@@ -16,13 +16,13 @@ from ..errors import CalibrationError
 def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device) -> list[Mapping[str, Any]]:
     """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if it is that short.
 
-    Of a dataset of Hugging Face's that can only be iterated, they are the first rows: it starts anew in training.
+    Of an iterable dataset of Hugging Face's they are the first rows: it starts again in training.
 
     Args:
         dataloader: a `DataLoader`, or a sequence of batches.
 
     Raises:
-        CalibrationError: reading from the dataset would use it up, or a batch holds no keyword arguments of a model.
+        CalibrationError: reading from the dataset would consume it, or a batch is not a dict of keyword arguments.
     """
     if isinstance(dataloader, Sequence):
         batches = [dataloader[i] for i in _spread(len(dataloader), count)]
@@ -39,7 +39,7 @@ def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device)
 def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
     dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
-        dataset = dataset.dataset  # one process's share of it
+        dataset = cast("Any", dataset).dataset  # one process's share of it
     collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
     if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
         # each item is a batch
@@ -58,7 +58,7 @@ def _items(dataset: Any, count: int) -> list[Any]:
     """So many items of a dataset, or all of a shorter one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if not hasattr(dataset, "take"):  # as those of Hugging Face have
-            raise CalibrationError("the dataset can only be iterated, and might not start anew")
+            raise CalibrationError("the dataset can only be iterated, and might not start again")
         return list(islice(dataset.take(count), count))
     return [dataset[i] for i in _spread(len(dataset), count)]
 

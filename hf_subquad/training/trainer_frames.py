@@ -1,7 +1,7 @@
-"""What the Trainer does not tell its callbacks, read from the frames of the methods that called one.
+"""What the Trainer does not pass to its callbacks, read from the frames of the methods that called one.
 
-It is this file alone that knows names of the Trainer's local variables. If they change, it says so and falls back on
-what the arguments tell, which is right but for trials of hyperparameter searches and for resuming from elsewhere.
+Only this file knows names of the Trainer's local variables. If they change, it warns and falls back on the training
+arguments, which is right except for trials of hyperparameter searches and for resuming from another folder.
 """
 
 import os
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 def calling_handler() -> CallbackHandler | None:
-    """The list of callbacks that the event under way goes through."""
+    """The handler of the callbacks for the current event."""
     found = next((owner for _, owner in _methods() if isinstance(owner, CallbackHandler)), None)
     if found is None:
         logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
@@ -28,7 +28,7 @@ def calling_handler() -> CallbackHandler | None:
 
 
 def current_trainer() -> Trainer | None:
-    """The Trainer whose event is under way."""
+    """The Trainer of the current event."""
     return next((owner for _, owner in _methods() if isinstance(owner, Trainer)), None)
 
 

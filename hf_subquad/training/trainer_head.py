@@ -1,4 +1,4 @@
-"""The head on labelled positions during the Trainer's training, where nobody sees that other logits are missing."""
+"""The head on labelled positions during the Trainer's training, where nothing reads the other logits."""
 
 import torch
 from torch import nn
@@ -12,9 +12,9 @@ logger = logging.get_logger(__name__)
 
 
 def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: int) -> None:
-    """Patch the head for this training, unless the user did, or it is switched off, or somebody may look at logits.
+    """Patch the head for this training, unless it is patched already, switched off, or something may read logits.
 
-    One log line says that it is on, or why it is not.
+    One log line says that it is on, or why not.
     """
     root = language_model(model)
     if not megabytes or labelled_forward(model) is not None or root is None or root.get_output_embeddings() is None:
@@ -37,16 +37,16 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
 
 
 def stop_labelled_head(model: nn.Module) -> None:
-    """Undo `start_labelled_head`; what the user patched stays."""
+    """Undo `start_labelled_head`; a head that the user patched stays patched."""
     forward = labelled_forward(model)
     if forward is not None and forward.automatic:
         remove(forward)
 
 
 def reader_of_logits(trainer: Trainer | None) -> str | None:
-    """Who may look at the logits of a training step, or replaces its forward; None: nobody does."""
+    """What may read the logits of a training step, or replaces its forward; None if nothing does."""
     if trainer is None:
-        return "no Trainer is at hand"
+        return "the Trainer was not found"
     args, kind = trainer.args, type(trainer)
     for name in ("compute_loss", "training_step"):
         if getattr(kind, name) is not getattr(Trainer, name) or name in vars(trainer):

@@ -1,4 +1,4 @@
-"""Budgets and compensations from the Trainer's own data, the same on every rank."""
+"""Budgets, indices and corrections from the Trainer's own data, the same on every rank."""
 
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was fitted for one MLP, on the CPU: what sums up its tokens for the index, and its corrections."""
+    """What was fitted for one MLP, on the CPU: the summary of its tokens for the index, and its corrections."""
 
     summary: Tensor | None
     corrections: dict[TokenClass, Compensation]
@@ -45,10 +45,10 @@ class Fitted:
 
 
 def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
-    """Plan budgets and fit compensations on batches of so many rows, where neither was done before.
+    """Plan budgets and fit corrections on batches of `rows` rows, unless that was done before.
 
-    One rank does it, since each would measure other times and may draw other batches, and all follow. Whatever fails
-    in it ends in a warning, never in the end of training: MLPs run dense then, or with the budgets that the config
+    One rank does it, because each would measure other times and may draw other batches, and all use its result. Any
+    failure ends in a warning, never in the end of training: MLPs run dense then, or with the budgets that the config
     fixes.
     """
     runtime, mlps = patched_parts(model)
@@ -73,7 +73,7 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
 def _planned_and_fitted(
     model: nn.Module, dataloader: Any, rows: int, device: torch.device, plans: bool
 ) -> tuple[Plan | None, list[Fitted]] | str:
-    """A plan, if there is to be one, and what was fitted for each MLP with its budget; or why not."""
+    """A plan, if one is wanted, and what was fitted for each MLP; or the reason why that failed."""
     started = time.perf_counter()
     mlps = require_patched(model)
     try:
@@ -92,7 +92,7 @@ def _planned_and_fitted(
 
 
 def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
-    """Run dense, if there was to be a plan, and tell."""
+    """Run dense if a plan was wanted, and warn."""
     for mlp in mlps:
         mlp.forget_call()
         mlp.corrections = {}

@@ -35,11 +35,12 @@ class HandedOut:
         self._live: list[_Copy] = []
         self._snapshots: deque[Snapshot] = deque(maxlen=_REMEMBERED)
 
-    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> None:
+    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> Snapshot:
         """Note with which factors a merged weight was made."""
         snapshot = Snapshot(fingerprint(merged), U.detach().clone(), V.detach().clone())
         if not self._snapshots or self._snapshots[-1].fingerprint != snapshot.fingerprint:
             self._snapshots.append(snapshot)
+        return snapshot
 
     def recall(self, merged: Tensor) -> Snapshot | None:
         """The factors of a merged weight that was handed out, if this is one."""
@@ -48,9 +49,9 @@ class HandedOut:
         found = fingerprint(merged)
         return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
 
-    def watch(self, merged: Tensor, written: Callable[[Tensor], None]) -> None:
+    def watch(self, merged: Tensor, snapshot: Snapshot, written: Callable[[Tensor], None]) -> None:
         """Call a method of the projection with a copy that was handed out, if it is written to."""
-        self._live.append(_Copy(merged, self._live, written))
+        self._live.append(_Copy(merged, snapshot, self._live, written))
 
     def notice_writes(self) -> None:
         """Pass on what was written into copies that are in use."""
@@ -67,14 +68,16 @@ class HandedOut:
 class _Copy(weakref.ref):  # type: ignore[type-arg]
     """A merged weight in use elsewhere. It shares its storage as long as that is in use, and no longer."""
 
-    def __new__(cls, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> "_Copy":
+    def __new__(cls, merged: Tensor, *about: Any) -> "_Copy":
         return super().__new__(cls, merged, _Copy._out_of_use)
 
-    def __init__(self, merged: Tensor, live: list["_Copy"], written: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, merged: Tensor, snapshot: Snapshot, live: list["_Copy"], written: Callable[[Tensor], None]
+    ) -> None:
         super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
         self._shared: Tensor = merged.detach()
         self._version = self._shared._version
-        self._content = fingerprint(self._shared)
+        self._content = snapshot.fingerprint
         self._live = live
         self._written = weakref.WeakMethod(written)
 
@@ -95,6 +98,9 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 @torch.no_grad()
 def fingerprint(values: Tensor) -> tuple[int, int]:
     """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
-    by_row = values.view(_INTEGERS[values.dtype.itemsize]).sum(1, dtype=torch.int64)
+    values = values.contiguous()
+    whole = values.shape[1] * values.dtype.itemsize % 8 == 0  # a row in words of 64 bits, which add up fastest
+    words = values.view(torch.int64 if whole else _INTEGERS[values.dtype.itemsize])
+    by_row = words.sum(1, dtype=torch.int64)
     weights = torch.arange(1, 2 * len(by_row), 2, device=by_row.device)
     return int(by_row.sum()), int((by_row * weights).sum())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class LowRankUpdate(nn.Module):
     """scale * U V added to weight rows R; row i of U belongs to neuron i.
 
-    U is [m, q], V is [q, d], both at least float32 whatever the dtype of R. One of them starts at zero, so the
-    update does too; the other starts uniform in +-1/sqrt(fan in), as in LoRA (Hu et al. 2021).
+    U is [m, q], V is [q, d], both at least float32 whatever the dtype of R. One of them starts at zero, so the update
+    starts at zero; the other starts uniform in +-1/sqrt(fan in), as in LoRA (Hu et al. 2021).
 
     Args:
         neurons: m.
@@ -42,7 +42,7 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Set the update to zero with a fresh random factor, drawn from a seed of its own."""
+        """Set the update to zero, with a new random factor from a seed of its own."""
         self.restarts += 1
         generator = torch.Generator().manual_seed(self.seed + self.restarts)
         zero, drawn = (self.U, self.V) if self.zero == "U" else (self.V, self.U)
@@ -56,10 +56,10 @@ class LowRankUpdate(nn.Module):
         return self.U, self.scale * self.V
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the projection saves its weight with the update merged in."""
+        """Saves nothing: the projection saves its weight with the update merged in."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing, and nothing is missing: a plain checkpoint holds no factors."""
+        """Loads nothing, and reports nothing missing: a plain checkpoint has no factors."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LowRankUpdate":
         """Follow `model.to(device)` and `model.double()`, but stay at least float32 under `model.bfloat16()`."""

@@ -1,4 +1,4 @@
-"""The plain model inside of a patched one, PEFT's adapters merged: its weights by name, and its checkpoint."""
+"""The plain model behind a patched one, PEFT's adapters merged: its weights by name, and its checkpoint."""
 
 import copy
 import os
@@ -17,12 +17,12 @@ _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter and persistent buffer of the plain model, one after the other.
 
-    Names, shapes and dtypes are those of the model without the patch and without PEFT, as an inference engine knows
-    it; low-rank updates and adapters are merged in, without changing the model. One layer's weights are computed at a
-    time. Tied weights come once for each of their names.
+    Names, shapes and dtypes are those of the model without the patch and without PEFT, as inference engines expect
+    them. Low-rank updates and adapters are merged in, without changing the model, one layer at a time. Tied weights
+    come once for each of their names.
 
     Args:
-        model: patched or not, also inside of PEFT's, DDP's or `torch.compile`'s wrapper.
+        model: patched or not, also wrapped by PEFT, DDP or `torch.compile`.
 
     Raises:
         PatchError: an adapter cannot be merged (prompt tuning, say).
@@ -76,12 +76,12 @@ def _bare(model: nn.Module) -> nn.Module:
     if not hasattr(wrapped, "get_base_model"):
         return model
     if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
-        raise PatchError("prompts that PEFT has learnt cannot be merged into weights: keep its adapter checkpoint")
+        raise PatchError("prompts that PEFT has learned cannot be merged into weights: keep its adapter checkpoint")
     return wrapped.get_base_model()
 
 
 def _inside_adapter(name: str, model: nn.Module) -> bool:
-    """Whether a module lies in one that holds adapters, and is given out with it."""
+    """Whether a module is inside one with adapters, which yields it."""
     parts = name.split(".")[:-1]
     holders = (model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts) + 1))
     return any(hasattr(holder, "base_layer") or hasattr(holder, "original_module") for holder in holders)

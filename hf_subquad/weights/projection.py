@@ -17,7 +17,7 @@ _SAMPLED = 256
 
 
 def compute_dtype(values: Tensor) -> torch.dtype:
-    """The dtype that a dense projection of `values` would compute in here: theirs, or autocast's."""
+    """The dtype that a dense projection of `values` would compute in now: theirs, or autocast's."""
     device = values.device.type
     if torch.is_autocast_enabled(device) and values.dtype is not torch.float64:  # which autocast leaves alone
         return torch.get_autocast_dtype(device)
@@ -38,9 +38,9 @@ class NeuronProjection(nn.Module):
         seed: of the update's random factor.
 
     Attributes:
-        runtime: that of the MLP (`layers.runtime.Runtime`), which knows whether updates count now.
-        kept_frozen: the weight was frozen by the user before the patch, so the update is frozen, too.
-        moments_are_stale: the update started anew, with other weights, since the optimizer saw it last.
+        runtime: the MLP's `layers.runtime.Runtime`, which knows whether updates count now.
+        kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
+        moments_are_stale: the update was restarted with other weights since the optimizer's last step.
     """
 
     is_input: bool
@@ -82,7 +82,7 @@ class NeuronProjection(nn.Module):
         self.weight.data = self.weight.data.contiguous()
 
     def rows(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Base rows [m, d], detached; in `dtype` from a copy that is kept while the weight stays as it is."""
+        """Base rows [m, d], detached. In another `dtype` they are a copy, which is kept until the weight changes."""
         if self._handed_out and not torch.compiler.is_compiling():
             self._handed_out.notice_writes()
         weight = self.weight.detach()
@@ -113,18 +113,18 @@ class NeuronProjection(nn.Module):
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
 
     def merged_weight(self) -> Tensor:
-        """The weight a plain checkpoint holds: the live rows in the weight's own shape, contiguous."""
+        """The weight in a plain checkpoint: the live rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
 
     def sample(self, live: bool = False) -> Tensor:
-        """Some values spread over the base rows, or the live rows: float32 [256 or fewer], to recognise them by."""
+        """Values spread over the base rows, or the live rows, by which these are recognised: float32 [256 or fewer]."""
         values = (self.merged_rows() if live else self.rows()).flatten()
         return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
 
     @torch.no_grad()
     def set_rows(self, rows: Tensor) -> None:
-        """Overwrite the base rows in place, so that other holders of the weight see it."""
+        """Overwrite the base rows in place, so that tied weights follow."""
         self.weight.copy_(rows if self.weight_is_rows else rows.t())
 
     def version(self) -> tuple[Any, ...]:
@@ -134,7 +134,7 @@ class NeuronProjection(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them.
 
-        Base weights take no gradients, whatever their flags: in sparse passes they could have none.
+        Base weights get no gradients, whatever their flags: sparse passes have none for them.
         """
         weight = self.rows() if self.is_input else self.rows().t()
         bias = None if self.bias is None else self.bias.detach()
@@ -156,9 +156,9 @@ class NeuronProjection(nn.Module):
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if not merged.is_meta:
-            self._handed_out.remember(merged, self.update.U, self.update.V)
+            snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
-                self._handed_out.watch(merged, self._written)
+                self._handed_out.watch(merged, snapshot, self._written)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -174,9 +174,9 @@ class NeuronProjection(nn.Module):
 
     @torch.no_grad()
     def _whole_weight_came(self) -> None:
-        """The base weight was overwritten with one that is whole: an update on top would count twice.
+        """The base weight was overwritten with a merged one, on which an update would count twice.
 
-        If it is a state of this projection, it gets back the update that it had then; else the update starts anew.
+        If it came from this projection's `state_dict`, the update of that time is restored; else it restarts.
         """
         known = None if self.weight.is_meta else self._handed_out.recall(self.weight)
         if known is None:
@@ -191,7 +191,7 @@ class NeuronProjection(nn.Module):
         self.weights_loaded()
 
     def weights_loaded(self) -> None:
-        """Called when other weights were loaded, for what is made from them."""
+        """Called after other weights were loaded, to rebuild what depends on them."""
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(

@@ -2,9 +2,9 @@
 
 import multiprocessing
 import signal
-import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -81,11 +81,10 @@ def _run(work: Work, argument: Any, sending: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         message = ("result", work(argument, lambda progress: sending.send(("progress", progress))))
-    except BrokenPipeError:  # the parent is gone
-        sys.exit(1)
     except BaseException:
         message = ("error", traceback.format_exc())
-    sending.send(message)
+    with suppress(OSError):  # the parent may be gone
+        sending.send(message)
 
 
 def _how_it_died(name: str, code: int | None, held: int) -> str:

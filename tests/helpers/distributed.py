@@ -58,7 +58,8 @@ def found(run: Trainer) -> dict[str, Any]:
     return {
         "plan": runtime.plan.to_dict() if runtime.plan else None,
         "budgets": budgets_of(run.model),
-        "compensations": [vars(mlp.compensation) if mlp.compensation else None for mlp in mlps],
+        "budgets by class": [mlp.budget for mlp in mlps],
+        "corrections": [{name: vars(made) for name, made in mlp.corrections.items()} for mlp in mlps],
         "indices": [
             {"basis": m.index.sketch.basis, "codes": m.index.sketch.codes, "norms": m.index.output_norms} for m in mlps
         ],

@@ -1,4 +1,4 @@
-"""What computes the sparse layers on a device: PyTorch operations anywhere, Triton kernels on GPUs."""
+"""The backends of the sparse layers: PyTorch operations on any device, Triton kernels on GPUs."""
 
 import functools
 import os
@@ -23,13 +23,13 @@ _verified: dict[torch.device, str | None] = {}  # where the kernels were tried: 
 def backend_for(name: BackendName, device: torch.device) -> Backend:
     """The backend that computes on a device.
 
-    Triton on NVIDIA devices that have tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch'
-    or, with 'auto', Triton is not installed or its kernels fail where they are tried, once per device and process;
-    PyTorch elsewhere, so that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the environment,
-    'triton' is Triton's interpreter elsewhere: slow, and good for tests.
+    That is Triton on NVIDIA devices with tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch'
+    or, with 'auto', Triton is not installed or its kernels fail the check that is made once per device and process.
+    Elsewhere it is PyTorch, so that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the
+    environment, 'triton' is Triton's interpreter on other devices: slow, and good for tests.
 
     Raises:
-        BackendError: 'triton' was asked for and is not installed, too old, or computes something else than PyTorch.
+        BackendError: 'triton' was requested and is not installed, is too old, or computes something else than PyTorch.
     """
     if name == "triton" and not _triton_installed():
         raise BackendError(
@@ -53,12 +53,12 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
 
 
 def _mismatch(device: torch.device) -> str | None:
-    """What Triton's kernels compute wrong on a CUDA device, found out when it is first asked for."""
+    """What Triton's kernels compute wrong on a CUDA device, if anything; checked on the first call."""
     try:
         return _verified[device]  # asked many times a step
     except KeyError:
         pass
-    # A capture cannot wait for results: whoever captures first is told at the next call outside of it.
+    # A capture cannot wait for results; the check is made at the next call outside of it.
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_current_stream_capturing():
         return None
     return _verified.setdefault(device, mismatch(_triton(), device))

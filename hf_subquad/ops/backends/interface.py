@@ -1,6 +1,6 @@
-"""What a compute backend has to offer: the operations on which a sparse layer spends its time.
+"""The interface of a compute backend: the operations on which a sparse layer spends its time.
 
-All are functions of tensors: none changes an argument, and none waits for the device.
+All are functions of tensors. None changes an argument, and none waits for the device.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class MergedWeight:
     bias: Tensor | None = None
 
     def split(self, count: int) -> "list[MergedWeight]":
-        """Those of the first `count` neurons, and those of the rest: gate and up that are stacked in one."""
+        """The first `count` neurons and the rest, as two matrices: gate and up if they are stacked in one."""
         biases = (None, None) if self.bias is None else (self.bias[:count], self.bias[count:])
         rows = (self.rows[:count], self.rows[count:])
         return [
@@ -40,7 +40,7 @@ class MergedWeight:
 
 @dataclass(frozen=True)
 class EstimatedInput:
-    """What estimates the pre-activations x A^T codes^T + x v^T u^T + bias of an input projection.
+    """One input projection, whose pre-activations are estimated as x A^T codes^T + x v^T u^T + bias.
 
     Attributes:
         codes: float32 [m, r], over the basis A of the sketch.
@@ -57,7 +57,7 @@ class EstimatedInput:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the importance of neurons is estimated from.
+    """The inputs from which the importance of neurons is estimated.
 
     Attributes:
         basis: A, float32 [r, d].
@@ -76,7 +76,7 @@ class Backend(ABC):
     """N tokens in n tiles of T slots; a tile computes k of m neurons.
 
     Attributes:
-        most_scored: tokens of a tile that `tile_scores` takes at most; None: any number.
+        most_scored: the largest number of tokens of a tile that `tile_scores` accepts; None: any number.
     """
 
     most_scored: int | None = None
@@ -104,7 +104,7 @@ class Backend(ABC):
 
     @abstractmethod
     def round_up_k(self, k: int) -> int:
-        """The number of neurons, at least k, that costs about what k do."""
+        """The largest number of neurons, at least k, that costs about as much as k."""
 
     @abstractmethod
     def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
