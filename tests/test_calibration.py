@@ -327,7 +327,7 @@ def test_gradient_rows_are_left_out_where_that_saves_time(monkeypatch: pytest.Mo
     """Where sparse neurons do not; and a share that is passed back never breaks the promise."""
     set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
     batches = text_batches(0, 1, 2, shape=(6, 12), prompt=9)
-    plan = calibrate(opt(), batches, PLANNED, tolerance=0.003)
+    plan = calibrate(opt(), batches, PLANNED, tolerance=0.05)
     assert faithful(plan) and plan.loss_increase == 0 and plan.gradient_cosine < 1
     assert all(layer.predicted == layer.context == NEURONS for layer in plan.layers)
     assert any(layer.gradient < 1 and layer.sparse_ms < layer.dense_ms for layer in plan.layers)
