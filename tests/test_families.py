@@ -110,13 +110,13 @@ def test_only_the_projections_are_replaced(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_neurons_active_equals_dense_training(family: str) -> None:
-    """active=1.0 takes the sparse code path over every neuron: forward and all gradients equal the plain model's."""
+    """active=1.0 is exact, through the code of parts: forward and all gradients equal the plain model's."""
     plain, model = build(family, torch.float64), build(family, torch.float64)
     patch_model(model, SubquadConfig(**{**ALL.to_dict(), "active": 1.0}))
     fill_updates(model)
     inputs, twin = batch(family, model), batch(family, plain)
     got = logits(model, inputs)
-    assert all(mlp.calls == 1 for mlp in sparse_mlps(model))
+    assert all(mlp.budget.exact and not mlp.calls for mlp in sparse_mlps(model))
     expected, leaves = plain_logits(plain, model, twin, None)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     objective(got).backward()

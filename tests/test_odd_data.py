@@ -74,7 +74,7 @@ def train(folder: Path, config: SubquadConfig = PLANNED, loader: Any = None, **v
 
 
 def assert_dense(model: nn.Module, said: list[str], *words: str) -> None:
-    assert all(mlp.dense and mlp.compensation is None for mlp in sparse_mlps(model))
+    assert all(mlp.dense and not mlp.corrections for mlp in sparse_mlps(model))
     assert len(said) == 1 and "MLPs run dense" in said[0] and "calibrate(model, batches)" in said[0]
     assert all(word in said[0] for word in words), said
 
@@ -111,7 +111,7 @@ def test_batches_that_the_model_does_not_take(form: str, tmp_path: Path, said: l
 @pytest.mark.parametrize("form", ["list of rows", "two inputs"])
 def test_fixed_budgets_stay(form: str, tmp_path: Path, said: list[str]) -> None:
     model = train(tmp_path, TRAIN, data_collator=FORMS[form])
-    assert all(mlp.calls == 2 and mlp.compensation is None for mlp in sparse_mlps(model))
+    assert all(mlp.calls == 2 and not mlp.corrections for mlp in sparse_mlps(model))
     assert len(said) == 1 and "keep the budgets" in said[0]
 
 

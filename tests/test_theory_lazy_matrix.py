@@ -105,7 +105,9 @@ def test_saves_one_plain_matrix_and_loading_drops_what_waited() -> None:
     state = torch.load(buffer)
     assert list(state) == ["weight"]
     other.load_state_dict(state)
-    torch.testing.assert_close(other.rows(torch.arange(ROWS)), now, rtol=0, atol=0)
+    # Saved, the update is summed in another order: of up to 3 terms (its rank, and the base), each rounded once.
+    rounding = 3 * torch.finfo(now.dtype).eps * now.abs().max().item()
+    torch.testing.assert_close(other.rows(torch.arange(ROWS)), now, rtol=0, atol=rounding)
 
 
 def test_a_load_that_fails_keeps_what_waits() -> None:

@@ -175,8 +175,8 @@ class SparseMLP:
         assert call is not None, "a second input projection was called before the first"
         if call.parts is None:
             return None
-        if projection not in call.waiting:
-            together = self.inputs if self.shares_input else [projection]
+        if projection not in call.waiting or x is not call.x:  # a wrapper may give each its own
+            together = self.inputs if self.shares_input and x is call.x else [projection]
             call.waiting.update(zip(together, self._up(together, call, x), strict=True))
         return call.waiting.pop(projection)
 

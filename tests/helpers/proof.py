@@ -56,7 +56,7 @@ def prove(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
         raise NotComparedError("its outputs do not show what the MLPs compute")
 
     for mlp in mlps:
-        mlp.k = mlp.index.neurons  # all of them, through the sparse code
+        mlp.set_active(mlp.index.neurons)  # all of them, through the code of parts
     _assert_close("all neurons", _result_of(model, inputs), dense)
     model.eval(), plain.eval()
     _prove_saving(model, inputs)
