@@ -362,7 +362,7 @@ def _liger() -> nn.Module:
     ("make", "reason"),
     [
         (lambda: build("vit"), "no output embeddings"),
-        (lambda: nn.Linear(2, 2), "no model of transformers"),
+        (lambda: nn.Linear(2, 2), "contains no transformers model"),
         (_other_loss, "loss"),
         (_hooked, "hooks"),
         (_liger, "Liger"),

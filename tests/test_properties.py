@@ -242,7 +242,7 @@ def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None
     x = case.x()
     with dense_forward(module), torch.no_grad():
         dense = module(x)
-    with recorded_selections() as made, torch.no_grad():
+    with recorded_selections() as made, sparse_forward(module), torch.no_grad():
         sparse = module(x)
     for step in range(1, folds + 1):
         assert sync_model(module, step).folded
@@ -289,7 +289,7 @@ def test_degenerate_tokens_and_weights(case: Case, tokens: str, weights: str, dt
         else:
             x *= {"huge": 30.0, "tiny": 1e-6}[tokens]
     x = x.to(dtype)
-    with recorded_selections() as made, torch.no_grad():
+    with recorded_selections() as made, sparse_forward(module), torch.no_grad():
         found = module(x)
         with dense_forward(module):
             finite = module(x).isfinite().all(1)

@@ -120,7 +120,7 @@ class Runtime:
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
-        if self.skips_padding is None:  # no MLP saw this batch's tokens: the model calls another one with more of them
+        if self.skips_padding is None:  # the test failed, or no MLP saw this batch's tokens (prompt tuning adds some)
             self._vain_tries += 1
             self.skips_padding = None if self._vain_tries < _VAIN_TRIES else False
         elif not self.skips_padding:
@@ -173,6 +173,9 @@ class Runtime:
                 poisoned = _loss(model, inputs)
                 self.elsewhere = 0.0
                 plain = _loss(model, inputs)
+        except Exception as error:  # a model that trains need not run in evaluation mode
+            logger.warning(f"padding is computed like other tokens: to test whether it can be skipped failed ({error})")
+            return None
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
             self._batches = held
