@@ -145,7 +145,7 @@ class Plan:
             f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
             f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
             f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats a token "
-            f"(tolerance {self.tolerance:g}), cosine of the gradient {self.gradient_cosine:.4f}. "
+            f"and cosine of the gradient {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.step_speedup_over_dense < _WORTHWHILE:
