@@ -40,7 +40,7 @@ def tensors() -> tuple[int, int]:
 def test_nothing_piles_up(tmp_path: Path, autocast: bool) -> None:
     """Neither tensors nor other objects, over folds, refreshes and audits."""
     config = SubquadConfig(**{**TRAIN.to_dict(), "active": None, "fold_steps": 5, "refresh_steps": 4})
-    model = watched(opt(), config, [24, 16], error=0.8)
+    model = watched(opt(), config, [24, 16], error=1.2)
     first, last = 45, 125  # both as far in an epoch of 8 steps and from a fold
     seen: dict[int, tuple[int, int, int]] = {}
 

@@ -77,6 +77,7 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
     except BaseException:
         before.restore()
         raise
+    before.restore_calls()  # of training, which those of planning are not
     apply_plan(model, plan)
     return plan
 
@@ -118,10 +119,16 @@ class Snapshot:
     def __init__(self, mlps: Sequence[SparseMLP]) -> None:
         self._states = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]
 
+    def restore_calls(self) -> None:
+        """Count passes as they were counted then."""
+        for mlp, _, _, calls, _ in self._states:
+            mlp.calls = calls
+
     def restore(self) -> None:
-        for mlp, budget, corrections, calls, index in self._states:
+        self.restore_calls()
+        for mlp, budget, corrections, _, index in self._states:
             mlp.set_budget(budget)
-            mlp.corrections, mlp.calls = corrections, calls
+            mlp.corrections = corrections
             mlp.index.restore(index)
             mlp.forget_call()
 
