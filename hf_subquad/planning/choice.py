@@ -70,7 +70,7 @@ def choose(
         skipped = sum(one.backward_cost(option.budget) for one, option in zip(measured, chosen, strict=True))
         used = max(limits.spent(found), backward * skipped)
         logger.info(
-            f"planning: MLPs of {_milliseconds(chosen):.0f} ms (exact: {_milliseconds(best):.0f} ms or more) diverge "
+            f"planning: budgets that take {_milliseconds(chosen):.0f} ms diverge "
             f"by {found.divergence:.4f} nats, gradient cosine {found.cosine:.4f}"
         )
         if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
