@@ -65,15 +65,22 @@ class TimedTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        # Not an override of training_step, which could read logits: then subquad would compute all of them.
+        model.register_forward_hook(self._keep_loss)
         # Around all others, so that their time counts; a callback may have moved itself to the front.
         self.callback_handler.callbacks.insert(0, _Before(self))
         self.callback_handler.callbacks.append(_After(self))
 
-    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.digest.update(inputs["input_ids"].cpu().numpy().tobytes())
-        self._tokens = inputs["attention_mask"].sum()
-        self._loss = super().training_step(model, inputs, *args, **kwargs)
-        return self._loss
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            self.digest.update(batch["input_ids"].cpu().numpy().tobytes())
+            self._tokens = batch["attention_mask"].sum()
+        return batches, items
+
+    def _keep_loss(self, model: nn.Module, args: Any, output: Any) -> None:
+        if model.training:
+            self._loss = output.loss.detach()
 
     def now(self) -> float:
         """Seconds, after all work handed to the device is done."""
