@@ -12,8 +12,9 @@ import torch
 from accelerate import cpu_offload
 from helpers.models import CONFIG, VOCABULARY, WIDTH, build, fill_updates, llama, objective, opt, tokens
 from helpers.training import patched_opt, trainer
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parameters_to_vector, parametrizations, prune, weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_subquad import InactivePatchError, check_active, dense_forward, patch_model, sparse_mlps, unpatch_model
@@ -114,6 +115,15 @@ def test_there_and_back_between_dtypes(dtype: torch.dtype) -> None:
         assert torch.equal(weights[name], value), name
     assert all(torch.equal(model.get_parameter(name), value) for name, value in updates.items())
     objective(model(tokens()).logits).backward()
+
+
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
+def test_parameters_are_laid_out_as_before_the_patch(family: str, tmp_path: Path) -> None:
+    model, plain = ready(family), build(family)
+    objective(model(tokens()).logits).backward()
+    weights = {name: p for name, p in model.named_parameters() if ".update." not in name}
+    assert torch.equal(parameters_to_vector(weights.values()), parameters_to_vector(plain.parameters()))
+    save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "parameters.safetensors")
 
 
 # Changes beside the patched projections

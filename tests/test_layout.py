@@ -76,7 +76,7 @@ def test_every_package_of_the_order_exists_and_is_seen() -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("ops/products.py", "from ..layers.budget import Budget"),
+        ("ops/parts.py", "from ..layers.budget import Budget"),
         ("ops/backends/__init__.py", "from ...index import sketch"),
         ("layers/runtime.py", "import hf_subquad.planning.calibration"),
         ("planning/calibration.py", "def late():\n    from ..training import sync"),

@@ -563,15 +563,14 @@ def test_padding_that_no_mlp_sees_is_not_tried_for_ever() -> None:
     assert_equal(gradients(model, by_row("right")), dense_gradients(model, by_row("right")))
 
 
-def test_compiled_models_have_one_class() -> None:
+def test_compiled_models_know_classes() -> None:
     torch._dynamo.reset()
     model, batch = made("llama", active=16), padded("right")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager")
     found = gradients(compiled, batch)
     sync_model(compiled, 0)
     assert not compiled._forward_pre_hooks  # it calls the model's own
+    found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+    assert_equal(gradients(model, batch), found)
     unwatch_batches(model)
-    expected = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
-    assert_equal(gradients(model, batch), expected)
-    watch_batches(model, runtime_of(model))
-    assert differ(gradients(model, batch), expected)  # tiles of real tokens only are others
+    assert differ(gradients(model, batch), found)  # tiles of padding, too, are others

@@ -134,11 +134,17 @@ def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     assert (got.double() - expected).abs().max().item() <= 20 * ERROR[dtype] * max(scale / expected.numel() ** 0.5, 1)
 
 
+def compact(case: Case, **config: Blocks) -> list[Tensor]:
+    out = [case.x.new_full((*case.entries.shape, case.neurons.shape[1]), torch.nan) for _ in case.rows]
+    given = case.x, case.entries, case.neurons, case.rows, case.biases, case.us, case.lows
+    products.gathered_up(*given, out, **config)
+    return out
+
+
 def check(case: Case, **config: Blocks) -> None:
     """All four products of a case."""
     dtype, layout = case.x.dtype, (case.entries, case.neurons)
-    hs = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows, **config)
-    assert all(h.is_contiguous() and h.dtype == dtype for h in hs)
+    hs = compact(case, **config)
     for h, expected in zip(hs, expected_gathered_up(case), strict=True):
         close(h, expected, dtype)
     y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias, **config)
@@ -202,7 +208,7 @@ def test_one_of_two_biases() -> None:
 def test_spare_slots_see_no_token() -> None:
     case = make(tokens=9, slots=5, active=7, neurons=10, width=8, rank=2)
     case.x[0], case.lows[0][0] = torch.inf, torch.nan  # the token that spare slots could read in place of one
-    (h,) = products.gathered_up(case.x, case.entries, case.neurons, case.rows, case.biases, case.us, case.lows)
+    (h,) = compact(case)
     tile, slot = case.spare.nonzero()[0].tolist()
     torch.testing.assert_close(h[tile, slot], case.biases[0][case.neurons[tile]])
 
@@ -310,7 +316,7 @@ def test_two_runs_are_equal_when_told(dtype: torch.dtype) -> None:
     layout = case.entries, case.neurons
 
     def run() -> tuple[Tensor, ...]:
-        (h,) = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows)
+        (h,) = compact(case)
         y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
         low = products.per_token(case.a[0], *layout, case.us[0], len(case.x))
         return h, y, low, products.per_neuron(case.a[0], *layout, case.lows[0], len(case.us[0]))
@@ -374,7 +380,7 @@ def test_products_in_a_cuda_graph() -> None:
     layout = case.entries, case.neurons
 
     def run() -> tuple[Tensor, ...]:
-        hs = products.gathered_up(case.x, *layout, case.rows, case.biases, case.us, case.lows)
+        hs = compact(case)
         y = products.gathered_down(case.a, *layout, case.rows, case.lows, case.vs, case.bias)
         low = products.per_token(case.a[0], *layout, case.us[0], len(case.x))
         return *hs, y, low, products.per_neuron(case.a[0], *layout, case.lows[0], len(case.us[0]))

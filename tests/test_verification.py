@@ -83,7 +83,7 @@ def test_parts_of_results(part: str) -> None:
     def change(results: Any, args: Any) -> Any:
         tiles = args[1]
         place = int((tiles.spare if part == "spare" else tiles.position)[0])
-        results[0][0][place // tiles.shape[1], place % tiles.shape[1]] *= -1
+        args[-1][0][place // tiles.shape[1], place % tiles.shape[1]] *= -1
         return results
 
     assert "gathered_up" in (mismatch(broken("gathered_up", change), CPU) or "")

@@ -64,13 +64,15 @@ def outputs(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> Ten
     """
     count, size, _ = tile_tokens.shape
     x, backend = tile_tokens.flatten(0, 1), index.backend(tile_tokens.device)
-    output = MergedWeight(index.output.rows(x.dtype), *index.output.update.factors())
+    output = MergedWeight(index.output.rows(x.dtype, contiguous=True), *index.output.update.factors())
     if not neurons.shape[1]:
         return x.new_zeros(len(x), output.rows.shape[1])
     tiles = TokenTiles.of(torch.arange(len(x), device=x.device).view(count, size), len(x))
-    inputs = [MergedWeight(p.rows(x.dtype), *p.update.factors(), p.bias) for p in index.inputs]
+    inputs = [p.matrix(x.dtype, contiguous=True) for p in index.inputs]
     stacked = range(0, len(inputs[0].rows), index.neurons)
-    compact, _ = backend.gathered_up(x, tiles, torch.cat([neurons + first for first in stacked], 1), inputs)
+    neurons_in = torch.cat([neurons + first for first in stacked], 1)
+    compact = [backend.compact(x.new_empty(len(x) * neurons_in.shape[1]), tiles, neurons_in.shape[1]) for _ in inputs]
+    backend.gathered_up(x, tiles, neurons_in, inputs, compact)
     return backend.gathered_down([index.combine(compact)], tiles, neurons, [output])[0]
 
 

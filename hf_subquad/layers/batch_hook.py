@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import torch
 from torch import nn
 
 from .runtime import Runtime
@@ -14,6 +15,7 @@ class BatchHook:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
+    @torch._disable_dynamo
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.runtime.begin(model, _by_name(model, args, kwargs))
 

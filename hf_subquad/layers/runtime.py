@@ -79,7 +79,7 @@ class Runtime:
             return "sparse" if self.config.sparse_eval else "dense"
         if self.exact_forward or self.dense_step:
             return "exact"
-        if self.synced_step is None and not torch.compiler.is_compiling():
+        if self.synced_step is None:
             logger.warning_once(
                 "patched MLPs train unplanned, and nothing keeps them in sync: give the Trainer "
                 "callbacks=[SubquadCallback()], or, in a loop of your own, call calibrate, apply_plan and compensate "
@@ -106,7 +106,7 @@ class Runtime:
 
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """A forward of the model starts with these inputs, by name."""
-        if self._trying or torch.compiler.is_compiling():
+        if self._trying:
             return
         classes = classify(model, inputs)
         padded = any(of_stack.padding for of_stack in classes.stacks.values())
@@ -129,16 +129,16 @@ class Runtime:
                 "mask?): they are computed like all others"
             )
 
-    def classes_of(self, name: str, number: int, x: Tensor) -> TokenClasses | None:
+    def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:
         """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
-        if not self._batches or torch.compiler.is_compiling():
+        if not self._batches:
             return None
         batch = self._batches[-1]
         if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = min(reversed(self._batches), key=lambda known: known.distance(number, x))
+            batch = min(reversed(self._batches), key=lambda known: known.distance(name, x))
         elif batch.stacks and not self._trying:
-            batch.note(number, x)
+            batch.note(name, x)
         classes = batch.of(name, x)
         if classes is not None and classes.padding:
             if not self.skips_padding:

@@ -4,22 +4,18 @@ The input projections return the activations of the chosen neurons only, part by
 activation, gate product and dropout; the output projection consumes the result and restores token order.
 """
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex
-from ..ops import parts as part_products
-from ..ops.parts import Part
-from ..ops.products import gathered_down, gathered_up
-from ..ops.token_tiles import Selection, TokenTiles, tile_shape
+from ..ops.parts import Part, down_project, up_project
+from ..ops.token_tiles import Selection
 from ..weights.projection import NeuronProjection, compute_dtype
 from .budget import Budget, TokenClass
 from .compensation import Compensation
@@ -27,9 +23,6 @@ from .runtime import Runtime
 
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
-
-_numbers = itertools.count()
-_by_number: WeakValueDictionary[int, "SparseMLP"] = WeakValueDictionary()  # a compiled graph holds numbers only
 
 Corrections = Mapping[TokenClass, Compensation]
 Audited = tuple[Tensor, Tensor]
@@ -86,7 +79,6 @@ class SparseMLP:
         self._call: _Call | None = None
         self.budget = Budget()
         self.set_active(runtime.config.active_neurons(index.neurons))
-        self._enroll()
         output.mlp = self
         for projection in self.inputs:
             projection.mlp = self
@@ -126,6 +118,9 @@ class SparseMLP:
         m = self.index.neurons
         predicted, context = (None if k is None or k >= m else k for k in (budget.predicted, budget.context))
         self.budget = Budget(predicted, context, budget.gradient)
+        if not (predicted or context):  # nothing is gathered
+            for projection in self.projections:
+                projection.drop_copy()
 
     def set_active(self, k: int) -> None:
         """Compute k neurons a tile for tokens of any class from now on; all m of them: run dense."""
@@ -155,7 +150,7 @@ class SparseMLP:
     def up_project(self, projection: "InputProjection", x: Tensor) -> Tensor | None:
         """The compact activations of an input projection on x [..., d]; None for a dense forward.
 
-        They are [n, T, k] if all tokens lie in tiles of k neurons, else one flat tensor, part by part.
+        They are one flat tensor, part by part (see `ops.parts`).
 
         The input projection that the model calls first selects, a second one (up beside gate) follows it. Selection
         depends on x and the weights alone, so a recomputed forward (gradient checkpointing) selects the same.
@@ -187,21 +182,15 @@ class SparseMLP:
         if call.parts is None:
             return None
         m, leading = self.index.neurons, call.x.shape[:-1]
-        only = call.only_tiles()
-        expected = (*only.tiles.shape, only.neurons.shape[1]) if only else (sum(part.size(m) for part in call.parts),)
+        expected = (sum(part.size(m) for part in call.parts),)
         if a.shape != expected:
             raise SubquadError(
                 f"{self.name}: the output projection got shape {tuple(a.shape)}, expected the compact {expected}; "
                 "something between the projections is not elementwise"
             )
         a = a.to(compute_dtype(a))
-        matrix, name = self.output.matrix(a.dtype), self.index.backend_name
-        if only:
-            y = gathered_down(a, only.tiles, only.neurons, matrix, name)
-        else:
-            y = part_products.down_project(
-                a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.elsewhere
-            )
+        matrix, name = self.output.matrix(a.dtype, call.tiled), self.index.backend_name
+        y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.elsewhere)
         for token_class, part in zip(call.classes, call.parts, strict=True):
             correction = self.corrections.get(token_class)
             if correction is not None and (part.idle or part.selection is not None):
@@ -215,15 +204,11 @@ class SparseMLP:
 
     def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
         tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        matrices = [projection.matrix(tokens.dtype) for projection in together]
-        m, name = self.index.neurons, self.index.backend_name
+        matrices = [projection.matrix(tokens.dtype, call.tiled) for projection in together]
         stacked = together[0].stacked
-        if only := call.only_tiles():
-            neurons = torch.cat([only.neurons, only.neurons + m], 1) if stacked else only.neurons
-            return gathered_up(tokens, only.tiles, neurons, matrices, name)
         if stacked:
-            matrices = matrices[0].split(m)
-        return part_products.up_project(tokens, call.parts or (), matrices, name, joined=stacked)
+            matrices = matrices[0].split(self.index.neurons)
+        return up_project(tokens, call.parts or (), matrices, call.gradient, self.index.backend_name, joined=stacked)
 
     def _open(self, x: Tensor, training: bool) -> "_Call":
         """Begin a forward pass: which tokens compute which neurons."""
@@ -243,7 +228,7 @@ class SparseMLP:
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         groups = self._groups(x, budget)
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
-        if everything and (torch.compiler.is_compiling() or not torch.is_grad_enabled()):
+        if everything and not torch.is_grad_enabled():
             return _Call(x, None)
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
         parts = [
@@ -251,13 +236,13 @@ class SparseMLP:
             else self._select(tokens, rows, k, training, token_class)
             for token_class, rows, k in groups
         ]  # fmt: skip
-        if not budget.exact and not torch.compiler.is_compiling():
+        if not budget.exact:
             self.calls += 1
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
 
     def _groups(self, x: Tensor, budget: Budget) -> list[tuple[TokenClass, Tensor | None, int | None]]:
         """Class, rows (None: all) and neurons (None: all) of tokens that are treated alike."""
-        classes = self.runtime.classes_of(self.name, self.number, x)
+        classes = self.runtime.classes_of(self.name, x)
         if classes is None:
             return [("predicted", None, budget.predicted)]
         if budget.predicted == budget.context:
@@ -275,9 +260,6 @@ class SparseMLP:
         size = self.runtime.config.tile_size
         # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
         size = 1 if not training and _FEW * len(tokens) <= size else size
-        if torch.compiler.is_compiling():
-            entries, slots, places, neurons = torch.ops.hf_subquad.select(tokens, self.number, k, size, training)
-            return _tiled(rows, Selection(TokenTiles(entries, slots, places, len(tokens)), neurons))
         return _tiled(rows, self.select(tokens, k, size, training, token_class))
 
     def select(
@@ -293,17 +275,8 @@ class SparseMLP:
             self.audited[token_class] = tokens[selection.tiles.slots[some]], selection.neurons[some]
         return selection
 
-    def _enroll(self) -> None:
-        """Take a number by which compiled graphs find this MLP."""
-        self.number = next(_numbers)
-        _by_number[self.number] = self
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None, "audited": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._enroll()
 
 
 @dataclass
@@ -324,12 +297,10 @@ class _Call:
     gradient: float = 1.0
     waiting: dict["InputProjection", Tensor] = field(default_factory=dict)
 
-    def only_tiles(self) -> Selection | None:
-        """The selection for all tokens, if they are in one part and it passes the whole gradient back."""
-        if self.parts is None or len(self.parts) > 1 or self.gradient < 1:
-            return None
-        part = self.parts[0]
-        return part.selection if part.rows is None else None
+    @property
+    def tiled(self) -> bool:
+        """Some part gathers weight rows."""
+        return any(part.selection is not None for part in self.parts or ())
 
 
 def _tiled(rows: Tensor | None, selection: Selection) -> Part:
@@ -337,7 +308,7 @@ def _tiled(rows: Tensor | None, selection: Selection) -> Part:
 
 
 class InputProjection(NeuronProjection):
-    """Projection into neurons: [..., d] to [n, T, k] when sparse, to [..., m] when dense.
+    """Projection into neurons: [..., d] to a flat compact tensor when sparse, to [..., m] when dense.
 
     Attributes:
         stacked: gate and up rows are in one matrix [2 m, d].
@@ -347,13 +318,14 @@ class InputProjection(NeuronProjection):
     mlp: SparseMLP
     stacked = False
 
+    @torch._disable_dynamo  # which neurons are chosen is no part of a graph
     def forward(self, x: Tensor) -> Tensor:
         compact = self.mlp.up_project(self, x)
         return self.dense(x) if compact is None else compact
 
 
 class OutputProjection(NeuronProjection):
-    """Projection out of neurons: [n, T, k] back to [..., d] when sparse, [..., m] to [..., d] when dense."""
+    """Projection out of neurons: a flat compact tensor to [..., d] when sparse, [..., m] to [..., d] when dense."""
 
     is_input = False
     mlp: SparseMLP
@@ -362,37 +334,10 @@ class OutputProjection(NeuronProjection):
         """Rebuild the index: an MLP's output projection is loaded behind its input projections."""
         self.mlp.index.rebuild_if_stale()
 
+    @torch._disable_dynamo
     def forward(self, a: Tensor) -> Tensor:
         y = self.mlp.down_project(a)
         return self.dense(a) if y is None else y
-
-
-# For compiled graphs, selecting is one operator: what it reads beside the tokens is found by the MLP's number, at the
-# time when the graph runs.
-
-
-@torch.library.custom_op(
-    "hf_subquad::select",
-    mutates_args=(),
-    schema="(Tensor tokens, int number, int k, int tile_size, bool training) -> Tensor[]",
-)
-def _select(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
-    mlp = _by_number[number]
-    mlp.calls += 1
-    selection = mlp.select(tokens, k, tile_size, training)
-    tiles = selection.tiles
-    return [tiles.entries, tiles.slots, tiles.places, selection.neurons.contiguous()]
-
-
-@_select.register_fake
-def _(tokens: Tensor, number: int, k: int, tile_size: int, training: bool) -> list[Tensor]:
-    count, size = tile_shape(len(tokens), tile_size)
-    active = _by_number[number].index.round_up_k(k)
-
-    def indices(*shape: int) -> Tensor:
-        return tokens.new_empty(shape, dtype=torch.int64)
-
-    return [indices(count, size), indices(count, size), indices(count * size), indices(count, active)]
 
 
 def current_forward(module: nn.Module) -> Any:

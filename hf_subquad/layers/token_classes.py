@@ -73,7 +73,7 @@ class BatchClasses:
     """The classes of one forward of the model, by stack, and the inputs by which its MLPs can be recognised."""
 
     stacks: Mapping[Stack, TokenClasses]
-    _seen: dict[int, list[Tensor]] = field(default_factory=dict)
+    _seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def of(self, name: str, x: Tensor) -> TokenClasses | None:
         """The classes of the tokens x [..., d] of an MLP, by its name in the model; None if it sees other tokens."""
@@ -88,11 +88,11 @@ class BatchClasses:
         stack: Stack = "decoder" if "decoder" in name.split(".") else "encoder"
         return self.stacks.get("only", self.stacks.get(stack))
 
-    def note(self, mlp: int, x: Tensor) -> None:
+    def note(self, mlp: str, x: Tensor) -> None:
         """Remember an MLP's input, by which it is recognised when gradient checkpointing computes it again."""
         self._seen.setdefault(mlp, []).append(_sample(x))
 
-    def distance(self, mlp: int, x: Tensor) -> float:
+    def distance(self, mlp: str, x: Tensor) -> float:
         """From x to the nearest input that the MLP saw in this forward, in some of their values.
 
         It need not be zero for what is computed again: with gradients, attention may run another kernel.

@@ -1,14 +1,16 @@
 """An MLP's two products on parts of a batch, each with a number of neurons of its own.
 
 A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that are grouped into tiles which
-compute k neurons each (gathered rows, `ops.products`). Tokens in no part cost nothing: their output is zero, and so is
-the gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or
-[n, T, k] each; what a model computes between its projections is elementwise and does not depend on the layout.
+compute k neurons each: with R the weight rows by neuron and U V the low-rank update, its scale in V, a tile multiplies
+with the live rows R_S + U_S V of its neurons S. Tokens in no part cost nothing: their output is zero, and so is the
+gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or [n, T, k]
+each; what a model computes between its projections is elementwise and does not depend on the layout.
 
-In the backward pass, gradients pass through the rows that hold a share of the squared output gradient, the largest
-first. `down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose
-products would cost no less without them: these pass, too. `up_project` skips rows of zeros. With a share of 1 only rows
-without any gradient are skipped, which is exact.
+The two products are each the adjoint of the other. Gradients flow to tokens, U and V; base rows and biases are
+constants. They pass through the rows that hold a share of the squared output gradient, the largest first.
+`down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose products
+would cost no less without them: these pass, too. `up_project` skips rows of zeros. With a share of 1 only rows without
+any gradient are skipped, which is exact; on a GPU all pass then, because to count them would wait for the device.
 """
 
 import math
@@ -51,6 +53,12 @@ class Part:
             return self.tokens, neurons
         return *self.selection.tiles.shape, self.selection.neurons.shape[1]
 
+    def compact(self, flat: Tensor, neurons: int, backend: Backend) -> Tensor:
+        """Its flat compact activation as [p, m], or [n, T, k] laid out as the backend likes to write."""
+        if self.selection is None:
+            return flat.view(self.shape(neurons))
+        return backend.compact(flat, self.selection.tiles, self.selection.neurons.shape[1])
+
     def size(self, neurons: int) -> int:
         """Elements of its compact activation."""
         return math.prod(self.shape(neurons))
@@ -65,16 +73,22 @@ class Part:
 
 
 def up_project(
-    x: Tensor, parts: Sequence[Part], matrices: Sequence[MergedWeight], backend: BackendName, joined: bool = False
+    x: Tensor,
+    parts: Sequence[Part],
+    matrices: Sequence[MergedWeight],
+    gradient: float,
+    backend: BackendName,
+    joined: bool = False,
 ) -> tuple[Tensor, ...]:
     """x R^T + (x V^T) U^T + b of every part, by matrix: flat; differentiable in x, U and V.
 
     Args:
         x: [N, d] in the compute dtype.
         matrices: one, or gate and up, [m, d] each, of equal rank.
+        gradient: as in `down_project`.
         joined: return one tensor, that of the first matrix before that of the second.
     """
-    found: tuple[Tensor, ...] = _UpProject.apply(x, parts, backend, joined, *_flat(matrices))
+    found: tuple[Tensor, ...] = _UpProject.apply(x, parts, gradient, backend, joined, *_flat(matrices))
     return found
 
 
@@ -116,7 +130,9 @@ def _matrices(flat: Sequence[Any]) -> list[MergedWeight]:
 
 class _UpProject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: Sequence[Part], name: BackendName, joined: bool, *flat: Any) -> Any:
+    def forward(
+        ctx: Any, x: Tensor, parts: Sequence[Part], gradient: float, name: BackendName, joined: bool, *flat: Any
+    ) -> Any:
         matrices, backend = _matrices(flat), backend_for(name, x.device)
         neurons = len(matrices[0].rows)
         length = sum(part.size(neurons) for part in parts)
@@ -124,13 +140,11 @@ class _UpProject(torch.autograd.Function):
         outs = whole.split(length) if whole is not None else [x.new_empty(length) for _ in matrices]
         lows = []
         with torch.autocast(x.device.type, enabled=False):
-            for part, *views in _by_part(parts, neurons, outs):
+            for part, *views in _by_part(parts, neurons, outs, backend):
                 lows.append(_up(part, part.take(x), matrices, views, backend))
         ctx.save_for_backward(x, *lows, *flat[: 3 * len(matrices)])
-        ctx.parts, ctx.backend, ctx.joined = parts, backend, joined
-        if whole is not None:
-            return (whole,)
-        return tuple(outs)
+        ctx.parts, ctx.gradient, ctx.backend, ctx.joined = parts, gradient, backend, joined
+        return tuple(outs) if whole is None else (whole,)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -141,19 +155,19 @@ class _UpProject(torch.autograd.Function):
         neurons = len(matrices[0].rows)
         # A gradient that came through a sum or a mean may be one number for all.
         grads = gradients[0].contiguous().chunk(count) if ctx.joined else [grad.contiguous() for grad in gradients]
-        grad_x = torch.zeros_like(x)
+        grad_x = None
         factors = _FactorGradients(matrices)
         with torch.autocast(x.device.type, enabled=False):
-            for (part, *views), low in zip(_by_part(parts, neurons, grads), lows, strict=True):
+            for (part, *views), low in zip(_by_part(parts, neurons, grads, ctx.backend), lows, strict=True):
                 if part.idle:
                     continue
                 lows_by_matrix = low.chunk(count, dim=1)
-                kept = _kept(part, neurons, _nonzero_tokens(part, views))
+                kept = None if _all_pass(x, ctx.gradient) else _kept(part, neurons, _nonzero_tokens(part, views))
                 if part.selection is not None and kept is None:
                     grad, grad_low = ctx.backend.gathered_down(
                         views, part.selection.tiles, part.selection.neurons, _plain(matrices)
                     )
-                    _place(grad_x, part, None, grad)
+                    grad_x = _placed(grad_x, len(x), part, None, grad)
                     chunks = zip(views, grad_low.chunk(count, dim=1), lows_by_matrix, strict=True)
                     for i, (view, grad_low_i, low_i) in enumerate(chunks):
                         factors.add_tiled(ctx.backend, i, view, grad_low_i, part.take(x), low_i, part.selection)
@@ -166,9 +180,10 @@ class _UpProject(torch.autograd.Function):
                     grad = row @ matrix.rows if grad is None else grad.addmm_(row, matrix.rows)
                     grad.addmm_(grad_low_i, matrix.v)
                     factors.add(i, row.t() @ (low_i if kept is None else low_i[kept]), grad_low_i.t() @ x_kept)
-                _place(grad_x, part, kept, grad)
+                grad_x = _placed(grad_x, len(x), part, kept, grad)
         grad_us, grad_vs = factors.like(flat)
-        return grad_x, None, None, None, *grad_us, *grad_vs, *(None,) * (2 * count)
+        grad_x = torch.zeros_like(x) if grad_x is None else grad_x
+        return grad_x, *(None,) * 4, *grad_us, *grad_vs, *(None,) * (2 * count)
 
 
 class _DownProject(torch.autograd.Function):
@@ -179,12 +194,13 @@ class _DownProject(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         (matrix,), backend = _matrices(flat), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
-        y = a.new_zeros(tokens, width)
+        y = None
         if elsewhere:
+            y = a.new_empty(tokens, width)
             y[:, ::2], y[:, 1::2] = elsewhere, -elsewhere
         lows = []
         with torch.autocast(a.device.type, enabled=False):
-            for part, view in _by_part(parts, neurons, [a]):
+            for part, view in _by_part(parts, neurons, [a], backend):
                 if part.idle:
                     low, y_part = a.new_empty(0), a.new_zeros(part.tokens, width)
                     if matrix.bias is not None:
@@ -196,10 +212,10 @@ class _DownProject(torch.autograd.Function):
                     y_part = view @ matrix.rows if matrix.bias is None else torch.addmm(matrix.bias, view, matrix.rows)
                     y_part.addmm_(low, matrix.v)
                 lows.append(low)
-                _place(y, part, None, y_part)
+                y = _placed(y, tokens, part, None, y_part)
         ctx.save_for_backward(a, *lows, *flat[:3])
         ctx.parts, ctx.gradient, ctx.backend = parts, gradient, backend
-        return y
+        return a.new_zeros(tokens, width) if y is None else y.data  # no view, so that a residual may be added in place
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
@@ -208,26 +224,25 @@ class _DownProject(torch.autograd.Function):
         matrices = _matrices([*flat, None])
         matrix = matrices[0]
         neurons = len(matrix.rows)
-        passing = rows_that_hold(grad_y, ctx.gradient)
+        passing = None if _all_pass(grad_y, ctx.gradient) else rows_that_hold(grad_y, ctx.gradient)
         grad_a = torch.empty_like(a)
         factors = _FactorGradients(matrices)
         with torch.autocast(a.device.type, enabled=False):
-            pairs = zip(_by_part(parts, neurons, [a]), _by_part(parts, neurons, [grad_a]), lows, strict=True)
-            for (part, view), (_, grad_view), low in pairs:
+            views = _by_part(parts, neurons, [a, grad_a], ctx.backend)
+            for (part, view, grad_view), low in zip(views, lows, strict=True):
                 if part.idle:
                     continue
                 grad = part.take(grad_y)
                 grad_low = grad @ matrix.v.t()
-                kept = _kept(part, neurons, part.take(passing))
+                kept = None if passing is None else _kept(part, neurons, part.take(passing))
                 if part.selection is not None:
                     factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part.selection)
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
                 if part.selection is not None and kept is None:
-                    (found,), _ = ctx.backend.gathered_up(
-                        grad, part.selection.tiles, part.selection.neurons, _plain([matrix])
+                    ctx.backend.gathered_up(
+                        grad, part.selection.tiles, part.selection.neurons, _plain([matrix]), [grad_view]
                     )
-                    grad_view.copy_(found)
                 elif kept is None:
                     torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
                 else:
@@ -295,31 +310,27 @@ def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor]
                 torch.addmm(matrix.bias, x, matrix.rows.t(), out=view)
             view.addmm_(low_i, matrix.u.t())
         return low
-    found, low = backend.gathered_up(x, part.selection.tiles, part.selection.neurons, matrices)
-    for view, compact in zip(views, found, strict=True):
-        view.copy_(compact)
-    return low
+    return backend.gathered_up(x, part.selection.tiles, part.selection.neurons, matrices, views)
 
 
-def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """Each part with its views of flat tensors: [p, m], or [n, T, k] laid out as its backend likes to write."""
+def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor], backend: Backend) -> list[tuple[Any, ...]]:
+    """Each part with its views of flat tensors."""
     found, start = [], 0
     for part in parts:
-        shape = part.shape(neurons)
-        pieces = [flat[start : start + math.prod(shape)] for flat in flats]
-        if part.selection is None:
-            views = [piece.view(shape) for piece in pieces]
-        else:
-            count, slots, k = shape
-            views = [piece.view(count, k, slots).transpose(1, 2) for piece in pieces]
-        found.append((part, *views))
-        start += math.prod(shape)
+        end = start + part.size(neurons)
+        found.append((part, *(part.compact(flat[start:end], neurons, backend) for flat in flats)))
+        start = end
     return found
 
 
 def _plain(matrices: Sequence[MergedWeight]) -> list[MergedWeight]:
     """Without biases, which have no part in gradients."""
     return [MergedWeight(matrix.rows, matrix.u, matrix.v) for matrix in matrices]
+
+
+def _all_pass(gradient: Tensor, share: float) -> bool:
+    """Whether rows without a gradient pass, too, lest the host waits for the device to count the others."""
+    return share >= 1 and gradient.device.type != "cpu"
 
 
 def _kept(part: Part, neurons: int, passing: Tensor) -> Tensor | None:
@@ -365,11 +376,14 @@ def _place_rows(part: Part, view: Tensor, kept: Tensor, rows: Tensor) -> None:
     view[tile, slot] = rows.gather(1, part.selection.neurons.index_select(0, tile))
 
 
-def _place(into: Tensor, part: Part, kept: Tensor | None, values: Tensor) -> None:
-    """Write values [p, c] of a part's tokens, or [r, c] of some of them, to their rows of the batch."""
-    if kept is not None:
-        into.index_copy_(0, part.among(kept), values)
-    elif part.rows is None:
-        into.copy_(values)
-    else:
-        into.index_copy_(0, part.rows, values)
+def _placed(into: Tensor | None, tokens: int, part: Part, kept: Tensor | None, values: Tensor) -> Tensor:
+    """Values [p, c] of a part's tokens, or [r, c] of some of them, in their rows of the batch [N, c].
+
+    Args:
+        into: the batch's rows so far, written to; None: zeros.
+    """
+    if kept is None and part.rows is None:
+        return values
+    if into is None:
+        into = values.new_zeros(tokens, values.shape[1])
+    return into.index_copy_(0, part.among(kept) if kept is not None else part.rows, values)

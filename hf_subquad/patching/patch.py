@@ -134,22 +134,15 @@ def unpatch_model(model: ModelT) -> ModelT:
 
 
 def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
-    """Replace one MLP's projections. What can fail comes before the first replacement, and is undone."""
+    """Replace one MLP's projections. What can fail comes before the first replacement."""
     config = runtime.config
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
     inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
     output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
     inputs[0].stacked = match.gate == "stacked"
-    for projection in (*inputs, output):
-        projection.store_by_neuron()
-    try:
-        index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gate != "none", config)
-        mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
-    except BaseException:
-        for projection in (*inputs, output):
-            projection.store_as_saved()
-        raise
+    index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gate != "none", config)
+    mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
         projection.train(source.training)
         projection.runtime = runtime
@@ -164,7 +157,6 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
 
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
-        projection.store_as_saved()
         for name in ("weight", "bias"):  # which `model.to` may have replaced
             setattr(source, name, getattr(projection, name))
         source.train(projection.training)

@@ -64,10 +64,12 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
         raise _refusal(mlp, "run by itself, it does not call its projections")
     if not (_close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)):
         raise _refusal(mlp, "it is not elementwise between its projections")
+    part, backend = Part(None, _BATCH * _TOKENS, selection), mlp.index.backend(weight.device)
+    compact = part.compact(seen["a"], mlp.index.neurons, backend)
     for activation in activations:
         mlp.index.activation = activation
         exact = exact_activations(mlp.index, seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
-        if _close(mlp, seen["a"], exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
+        if _close(mlp, compact, exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
             return
     if len(activations) == 1:
         found = getattr(activations[0], "__name__", activations[0])

@@ -169,7 +169,7 @@ def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:
         x = args[0].detach()
         if not torch.isfinite(x).all():
             raise CalibrationError(f"the input of {mlp.name} holds NaN or infinite values")
-        classes = mlp.runtime.classes_of(mlp.name, mlp.number, x)
+        classes = mlp.runtime.classes_of(mlp.name, x)
         energy = torch.zeros(x.shape[:-1].numel(), device=x.device)
         calls.append(MLPCall(x.to(compute_dtype(x)), classes, energy))
 

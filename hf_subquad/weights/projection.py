@@ -25,7 +25,7 @@ def compute_dtype(values: Tensor) -> torch.dtype:
 
 
 class NeuronProjection(nn.Module):
-    """A linear projection whose weight keeps its name, shape and values, and is stored row-major by neuron.
+    """A linear projection whose weight keeps its name, shape, values and layout.
 
     `rows()` is [m, d] with row i for neuron i, on both sides of an MLP: for an input projection it is the matrix
     from d inputs to m neurons, for an output projection its transpose. The live rows are rows + scale U V.
@@ -59,7 +59,7 @@ class NeuronProjection(nn.Module):
         self.kept_frozen = False
         self.moments_are_stale = False
         self._handed_out = HandedOut()
-        self._cast_rows: tuple[tuple[Any, ...], Tensor] | None = None
+        self._copied_rows: tuple[tuple[Any, ...], Tensor] | None = None
 
     @property
     def in_features(self) -> int:
@@ -71,35 +71,35 @@ class NeuronProjection(nn.Module):
         """Outputs, as of `nn.Linear`."""
         return self.rows().shape[0 if self.is_input else 1]
 
-    def store_by_neuron(self) -> None:
-        """Make `rows()` contiguous: the weight keeps its shape, over transposed storage if need be."""
-        rows = self.weight.data if self.weight_is_rows else self.weight.data.t()
-        if not rows.is_contiguous():
-            self.weight.data = rows.contiguous() if self.weight_is_rows else rows.contiguous().t()
+    def rows(self, dtype: torch.dtype | None = None, contiguous: bool = False) -> Tensor:
+        """Base rows [m, d], detached.
 
-    def store_as_saved(self) -> None:
-        """Undo `store_by_neuron`."""
-        self.weight.data = self.weight.data.contiguous()
+        Args:
+            dtype: theirs if None.
+            contiguous: row after row, as gathering wants it.
 
-    def rows(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Base rows [m, d], detached. In another `dtype` they are a copy, which is kept until the weight changes."""
-        if self._handed_out and not torch.compiler.is_compiling():
+        In another dtype or layout they are a copy, which is kept until the weight changes or `drop_copy` is called.
+        """
+        if self._handed_out:
             self._handed_out.notice_writes()
         weight = self.weight.detach()
         rows = weight if self.weight_is_rows else weight.t()
-        if dtype is None or dtype == rows.dtype:
+        dtype = dtype or rows.dtype
+        if dtype == rows.dtype and (rows.is_contiguous() or not contiguous):
             return rows
-        if torch.compiler.is_compiling():  # a graph cannot see whether the weight is still the one that was cast
-            return rows.to(dtype)
         version = (dtype, *self.version())
-        if self._cast_rows is None or self._cast_rows[0] != version:
+        if self._copied_rows is None or self._copied_rows[0] != version:
             with torch.inference_mode(False):  # inference tensors could not be used in training later
-                self._cast_rows = (version, rows.to(dtype))
-        return self._cast_rows[1]
+                self._copied_rows = (version, rows.to(dtype).contiguous())
+        return self._copied_rows[1]
 
-    def matrix(self, dtype: torch.dtype) -> MergedWeight:
-        """Base rows in `dtype`, and the update's factors with gradients."""
-        return MergedWeight(self.rows(dtype), *self.update.factors(), self.bias)
+    def drop_copy(self) -> None:
+        """Free the copy that `rows` keeps."""
+        self._copied_rows = None
+
+    def matrix(self, dtype: torch.dtype, contiguous: bool = False) -> MergedWeight:
+        """Base rows as of `rows`, and the update's factors with gradients."""
+        return MergedWeight(self.rows(dtype, contiguous), *self.update.factors(), self.bias)
 
     def merged_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""
@@ -118,8 +118,8 @@ class NeuronProjection(nn.Module):
         return (live if self.weight_is_rows else live.t()).contiguous()
 
     def sample(self, live: bool = False) -> Tensor:
-        """Values spread over the base rows, or the live rows, by which these are recognised: float32 [256 or fewer]."""
-        values = (self.merged_rows() if live else self.rows()).flatten()
+        """Values spread over the base or the merged weight, by which it is recognised: float32 [256 or fewer]."""
+        values = (self.merged_weight() if live else self.weight.detach()).flatten()
         return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
 
     @torch.no_grad()
@@ -185,9 +185,9 @@ class NeuronProjection(nn.Module):
             self.update.U.copy_(known.U)
             self.update.V.copy_(known.V)
             rows = self.update.added_to(self.rows(), sign=-1)
-            self.weight.data = rows.clone() if self.weight_is_rows else rows.clone().t()  # not what was assigned
+            weight = rows if self.weight_is_rows else rows.t()
+            self.weight.data = weight.clone(memory_format=torch.contiguous_format)  # not what was assigned
         self.moments_are_stale = known is None
-        self.store_by_neuron()  # with assign=True it is another tensor
         self.weights_loaded()
 
     def weights_loaded(self) -> None:
@@ -200,4 +200,4 @@ class NeuronProjection(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast_rows": None}
+        return {**self.__dict__, "_copied_rows": None}

@@ -119,13 +119,11 @@ def _kernels(bench: Bench, p: Problem) -> Iterator[Kernel]:
     tokens, (m, rank), value = len(p.x), u.shape, p.x.itemsize
     for count, name in ((1, ""), (2, ", two matrices")):
         flops = 2.0 * count * n * slots * k * p.x.shape[1]
-        up, down = (
-            [
-                partial(getattr(b, f"gathered_{way}"), given, p.tiles, neurons, matrices[:count])
-                for b in (triton, pytorch)
-            ]
-            for way, given, matrices in (("up", p.x, p.inputs), ("down", p.a[:count], p.outputs))
-        )
+        up, down = [], []
+        for backend in (triton, pytorch):
+            out = [backend.compact(torch.empty_like(a).view(-1), p.tiles, k) for a in p.a[:count]]
+            up.append(partial(backend.gathered_up, p.x, p.tiles, neurons, p.inputs[:count], out))
+            down.append(partial(backend.gathered_down, p.a[:count], p.tiles, neurons, p.outputs[:count]))
         yield Kernel(f"gathered_up{name}", *up, flops=flops)
         yield Kernel(f"gathered_down{name}", *down, flops=flops)
     read = (n * slots * k + tokens * rank) * value

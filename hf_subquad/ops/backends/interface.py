@@ -17,7 +17,7 @@ class MergedWeight:
     """One weight matrix by neuron: row j is rows[j] + u[j] v.
 
     Attributes:
-        rows: [m, d] in the compute dtype, each row contiguous.
+        rows: [m, d] in the compute dtype; each row contiguous if tiles gather them.
         u: [m, q], any float dtype.
         v: [q, d], any float dtype; the update's scale is in it.
         bias: [m] into neurons, [d] out of them, or None.
@@ -107,23 +107,24 @@ class Backend(ABC):
         """The largest number of neurons, at least k, that costs about as much as k."""
 
     @abstractmethod
-    def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
-        """An uninitialised [n, T, k] laid out in memory as `gathered_up` returns it."""
+    def compact(self, flat: Tensor, tiles: TokenTiles, active: int) -> Tensor:
+        """A flat tensor of n T k elements as [n, T, k], laid out as suits `gathered_up`."""
 
     @abstractmethod
     def gathered_up(
-        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]
-    ) -> tuple[list[Tensor], Tensor]:
+        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight], out: Sequence[Tensor]
+    ) -> Tensor:
         """h_t = x_t (R_S + U_S V)^T + b_S, for every tile t and its neurons S.
 
         Args:
             x: [N, d] in the compute dtype.
             neurons: int64 [n, k].
             matrices: one, or gate and up, which share x.
+            out: by matrix h [n, T, k] to write to, in the compute dtype, as `compact` makes it. Spare slots get what a
+                token of zeros gives.
 
         Returns:
-            By matrix h [n, T, k], where spare slots hold what a token of zeros gives; and x V^T [N, q], those of two
-            matrices side by side. Both in the compute dtype.
+            x V^T [N, q] in the compute dtype, those of two matrices side by side.
         """
 
     @abstractmethod

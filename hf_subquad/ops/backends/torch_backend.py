@@ -45,12 +45,12 @@ class TorchBackend(Backend):
     def round_up_k(self, k: int) -> int:
         return k
 
-    def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
-        return like.new_empty(tiles, active, size).transpose(1, 2)
+    def compact(self, flat: Tensor, tiles: TokenTiles, active: int) -> Tensor:
+        return flat.view(tiles.shape[0], active, tiles.shape[1]).transpose(1, 2)
 
     def gathered_up(
-        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]
-    ) -> tuple[list[Tensor], Tensor]:
+        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight], out: Sequence[Tensor]
+    ) -> Tensor:
         (count, size), width, active = tiles.shape, x.shape[1], neurons.shape[1]
         low = x @ torch.cat([matrix.v.to(x.dtype) for matrix in matrices]).t()
         per_row, per_token = [matrix.u.to(x.dtype) for matrix in matrices], list(low.chunk(len(matrices), dim=1))
@@ -59,7 +59,6 @@ class TorchBackend(Backend):
             biases = [zeros if matrix.bias is None else matrix.bias.to(x.dtype) for matrix in matrices]
             per_row = [torch.cat([u, bias.unsqueeze(1)], 1) for u, bias in zip(per_row, biases, strict=True)]
             per_token = [torch.cat([part, ones], 1) for part in per_token]
-        compact = [self.new_compact(x, count, size, active) for _ in matrices]
         right = _scratch("rows", x, active, width + per_row[0].shape[1])
         left = _scratch("tile", x, size, width + per_row[0].shape[1])
         for t in range(count):
@@ -68,13 +67,13 @@ class TorchBackend(Backend):
                 torch.index_select(per_token[i], 0, tiles.slots[t], out=left[:, width:])
                 torch.index_select(matrix.rows, 0, neurons[t], out=right[:, :width])
                 torch.index_select(per_row[i], 0, neurons[t], out=right[:, width:])
-                torch.mm(right, left.t(), out=compact[i][t].t())
+                torch.mm(right, left.t(), out=out[i][t].t())
         if count * size > tiles.tokens:
             spare = tiles.spare
-            for matrix, h in zip(matrices, compact, strict=True):
+            for matrix, h in zip(matrices, out, strict=True):
                 bias = x.new_zeros(1) if matrix.bias is None else matrix.bias.to(x.dtype)[neurons[spare // size]]
                 h[spare // size, spare % size] = bias
-        return compact, low
+        return low
 
     def gathered_down(
         self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]

@@ -41,18 +41,19 @@ class TritonBackend(TorchBackend):
     def round_up_k(self, k: int) -> int:
         return -(-k // _STEP) * _STEP
 
-    def new_compact(self, like: Tensor, tiles: int, size: int, active: int) -> Tensor:
-        return like.new_empty(tiles, size, active)
+    def compact(self, flat: Tensor, tiles: TokenTiles, active: int) -> Tensor:
+        return flat.view(*tiles.shape, active)
 
     def gathered_up(
-        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]
-    ) -> tuple[list[Tensor], Tensor]:
+        self, x: Tensor, tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight], out: Sequence[Tensor]
+    ) -> Tensor:
         if x.dtype not in _DTYPES:
-            return super().gathered_up(x, tiles, neurons, matrices)
+            return super().gathered_up(x, tiles, neurons, matrices, out)
         low = x @ torch.cat([matrix.v for matrix in matrices]).to(x.dtype).t()
         rows, biases, us = ([getattr(m, name) for m in matrices] for name in ("rows", "bias", "u"))
         lows = low.chunk(len(matrices), dim=1)
-        return triton_products.gathered_up(x, tiles.entries, neurons, rows, biases, us, lows), low
+        triton_products.gathered_up(x, tiles.entries, neurons, rows, biases, us, lows, out)
+        return low
 
     def gathered_down(
         self, a: Sequence[Tensor], tiles: TokenTiles, neurons: Tensor, matrices: Sequence[MergedWeight]

@@ -276,8 +276,9 @@ def gathered_up(
     biases: Sequence[Tensor | None],
     us: Sequence[Tensor],
     lows: Sequence[Tensor],
+    out: Sequence[Tensor],
     config: Blocks | None = None,
-) -> list[Tensor]:
+) -> None:
     """h_i = x_t R_i[S]^T + low_i[t] U_i[S]^T + b_i[S] for each tile t, S = neurons[t], of one matrix i or two.
 
     Args:
@@ -288,27 +289,23 @@ def gathered_up(
         biases: [m] or None each, any float dtype.
         us: [m, q] each, any float dtype; multiplied in the compute dtype.
         lows: x (s V_i)^T, [N, q] each, in the compute dtype.
-
-    Returns:
-        h_i [n, T, k] each, contiguous, in the compute dtype. Spare slots hold the bias.
+        out: h_i [n, T, k] each to write to, contiguous, in the compute dtype. Spare slots get the bias.
     """
     (count, size), active, (tokens, width) = entries.shape, neurons.shape[1], x.shape
     config = config or _gathered_up_blocks(x, size, active, len(rows))
-    hs = [x.new_empty(count, size, active) for _ in rows]
     x, entries, neurons = unit_stride(x), entries.contiguous(), neurons.contiguous()
     rows, us, lows = (_both([unit_stride(part) for part in parts]) for parts in (rows, us, lows))
     biases = _both([None if bias is None else bias.contiguous() for bias in biases])
     grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(active, config.neurons),)
     with torch.cuda.device_of(x):
         _gathered_up[grid](
-            x, entries, neurons, *rows, *biases, *us, *lows, *_both(hs),
+            x, entries, neurons, *rows, *biases, *us, *lows, *_both(out),
             count, tokens, size, active, width, us[0].shape[1],
             x.stride(0), *_row_strides(rows), *_row_strides(us), *_row_strides(lows),
-            MATRICES=len(hs), BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
+            MATRICES=len(out), BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
             BLOCK_Q=_rank_block(us[0].shape[1]), GROUP=config.group, WHOLE_D=width % config.features == 0,
             PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-    return hs
 
 
 def gathered_down(

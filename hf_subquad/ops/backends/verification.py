@@ -156,8 +156,9 @@ def _operations(products: float, scores: float) -> list[tuple[str, _Operation, _
 
 
 def _gathered_up(backend: Backend, given: _Inputs, matrices: list[MergedWeight]) -> list[Tensor]:
-    compact, low = backend.gathered_up(given.x, given.tiles, given.neurons, matrices)
-    return [*compact, low]
+    out = [backend.compact(given.a.new_empty(given.a.numel()), given.tiles, _ACTIVE) for _ in matrices]
+    low = backend.gathered_up(given.x, given.tiles, given.neurons, matrices, out)
+    return [*out, low]
 
 
 def _gathered_down(backend: Backend, given: _Inputs, matrices: list[MergedWeight]) -> list[Tensor]:
