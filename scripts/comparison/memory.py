@@ -1,8 +1,10 @@
 """Memory of processes, of the GPU and of the machine, in bytes."""
 
+import ctypes
 import os
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -38,6 +40,13 @@ class PeakMemory:
 def resident_bytes() -> int:
     """Resident memory of this process now (on Linux; elsewhere its peak)."""
     return _read("/proc/self/status", "VmRSS") or _peak_of_self()
+
+
+def give_back_freed() -> None:
+    """Return memory that this process has freed to the system (on Linux), so that it does not count as resident."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes_of(pid: int | None) -> int:

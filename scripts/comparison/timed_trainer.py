@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .memory import PeakMemory
+from .memory import PeakMemory, give_back_freed
 from .mlp_time import MlpTimer
 from .settings import RunSettings
 
@@ -132,6 +132,7 @@ class _After(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.setup_seconds = self.trainer.now() - self.trainer._started
         self.trainer.evaluate_if_due(step=0)
+        give_back_freed()  # planning's memory is none of the steps'
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_ends(state.global_step)
