@@ -382,8 +382,9 @@ def _placed(into: Tensor | None, tokens: int, part: Part, kept: Tensor | None, v
     Args:
         into: the batch's rows so far, written to; None: zeros.
     """
-    if kept is None and part.rows is None:
+    rows = part.rows if kept is None else part.among(kept)
+    if rows is None:
         return values
     if into is None:
         into = values.new_zeros(tokens, values.shape[1])
-    return into.index_copy_(0, part.among(kept) if kept is not None else part.rows, values)
+    return into.index_copy_(0, rows, values)
