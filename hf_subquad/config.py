@@ -94,7 +94,7 @@ class SubquadConfig:
         for name in ("alpha", "tolerance"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
-                raise ConfigError(f"{name} must be a positive number that float32 holds, got {value!r}")
+                raise ConfigError(f"{name} must be a positive number that float32 can hold, got {value!r}")
         share = self.dense_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")

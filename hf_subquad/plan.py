@@ -141,17 +141,17 @@ class Plan:
         lines += [
             f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
-            "squared gradient that is passed back, share of the dense time.",
+            "squared gradient that is propagated back, share of the dense time.",
             f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
             f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
-            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats a token "
-            f"and cosine of the gradient {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
+            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats per "
+            f"token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.step_speedup_over_dense < _WORTHWHILE:
             lines.append(
                 "Nothing is gained here. Longer prompts with labels of -100, padded batches or wider MLPs would help; "
-                "else train without the patch (unpatch_model)."
+                "otherwise train without the patch (unpatch_model)."
             )
         return "\n".join(lines)
 

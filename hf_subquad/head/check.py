@@ -26,7 +26,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         raise NotHereError("it has no output embeddings")
     own_forward = model.__dict__.get("forward")
     if (getattr(own_forward, "__module__", None) or "").startswith("liger_kernel"):
-        raise NotHereError("Liger's fused loss is in place, which does without logits already")
+        raise NotHereError("Liger's fused loss is in use, which already avoids logits")
     if hooked := [name or "head" for name, m in head.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
         raise NotHereError(f"hooks on its head ({', '.join(hooked)}) would see the labelled rows only")
     if model.main_input_name != "input_ids":

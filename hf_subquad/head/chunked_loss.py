@@ -107,8 +107,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "the labelled head keeps its gradients for one backward pass: call unpatch_head(model) to go through "
-                "a graph twice (retain_graph=True)"
+                "the labelled head keeps its gradients for one backward pass: call unpatch_head(model) to use "
+                "retain_graph=True"
             )
         scaled = (g if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, None, *scaled

@@ -123,7 +123,7 @@ class ActivationIndex:
         try:
             sketch = build_sketch(stacked, self.rank, self.seed, summary)
         except WeightsError as error:
-            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them anew") from error
+            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them again") from error
         self.sketch = sketch
         self.summary = summary
         self.sketch_is_approximate = False
@@ -294,7 +294,7 @@ class ActivationIndex:
             self._warned = True
             warnings.warn(
                 f"the base weights of {self.name} were changed after its activation index was built, so neurons are "
-                "chosen by the old ones: call sync_model (SubquadCallback does in every step), which rebuilds it",
+                "chosen by the old weights: call sync_model (SubquadCallback does in every step) to rebuild it",
                 stacklevel=2,
             )
 

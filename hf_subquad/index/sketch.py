@@ -58,7 +58,7 @@ def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = N
         span = _orthonormal(weight @ _second_moment(inputs, weight.t() @ span))
     projected = span.t() @ weight
     if not torch.isfinite(projected).all():
-        raise WeightsError("its weights hold NaN or infinite values, or such as are too large to be squared")
+        raise WeightsError("its weights hold NaN or infinite values, or values too large to be squared")
     left = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, :rank]
     return Sketch(left.t() @ projected, span @ left)
 
@@ -103,7 +103,7 @@ def _scaled(tokens: Tensor) -> Tensor:
     tokens = tokens.detach().float()
     size = torch.linalg.vector_norm(tokens) / tokens.shape[1] ** 0.5
     if not torch.isfinite(size):
-        raise CalibrationError("tokens hold NaN or infinite values, or such as are too large to be squared")
+        raise CalibrationError("tokens hold NaN or infinite values, or values too large to be squared")
     return tokens / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 

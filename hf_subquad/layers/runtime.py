@@ -81,9 +81,9 @@ class Runtime:
             return "exact"
         if self.synced_step is None:
             logger.warning_once(
-                "patched MLPs train unplanned, and nothing keeps them in sync: give the Trainer "
-                "callbacks=[SubquadCallback()], or, in a loop of your own, call calibrate, apply_plan and compensate "
-                "before it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
+                "patched MLPs train without a plan, and nothing keeps them in sync: give the Trainer "
+                "callbacks=[SubquadCallback()]; or, in a custom loop, call calibrate, apply_plan and compensate before "
+                "it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
             )
         return "sparse"
 
@@ -100,7 +100,7 @@ class Runtime:
         if off and self.folded:
             raise InactivePatchError(
                 "PEFT's adapters were switched off (disable_adapter) to run the base model, but fold_steps has folded "
-                "updates into its weights: set fold_steps=0, or compare with a reference model of its own"
+                "updates into its weights: set fold_steps=0, or use a separate reference model"
             )
         return off
 
@@ -174,7 +174,7 @@ class Runtime:
                 self.elsewhere = 0.0
                 plain = _loss(model, inputs)
         except Exception as error:  # a model that trains need not run in evaluation mode
-            logger.warning(f"padding is computed like other tokens: to test whether it can be skipped failed ({error})")
+            logger.warning(f"padding is computed like other tokens: testing whether it can be skipped failed ({error})")
             return None
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False

@@ -162,7 +162,7 @@ class SparseMLP:
         if projection.update.U.is_meta:
             raise InactivePatchError(
                 f"{self.name} is on the meta device (offloaded by accelerate?), where its low-rank updates hold no "
-                "values: offload the model that was saved, or call unpatch_model first"
+                "values: offload the saved model instead, or call unpatch_model first"
             )
         if projection is self.opens:
             self._call = self._open(x, projection.training)
@@ -218,8 +218,8 @@ class SparseMLP:
             return _Call(x, None)
         if not x.numel():
             raise EmptyBatchError(
-                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model "
-                "chose no tokens of it for this MLP, leave such MLPs out with exclude_modules"
+                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop empty batches or, if the model routed "
+                "no tokens to this MLP, leave such MLPs out with exclude_modules"
             )
         if self.selection_override is not None:
             self.calls += 1

@@ -188,7 +188,7 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
         hits = [any(_is_named(match.full_name(path), target) for target in targets) for path in match.paths]
         if any(hits) and not all(hits):
             raise NoMatchError(
-                f"target_modules names a part of {match.name or 'the MLP'} only: the projections of an MLP are patched "
+                f"target_modules names only a part of {match.name or 'the MLP'}: the projections of an MLP are patched "
                 f"together, so name all of {list(match.paths)}"
             )
         if all(hits):
@@ -264,10 +264,11 @@ def _why_none(model: nn.Module) -> str:
     if experts := fused_experts(model):
         return f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
     if narrow:
-        return f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
+        paths = " / ".join(narrow[0].paths)
+        return f": {narrow[0].name} ({paths}) does not have more neurons than inputs and as many outputs as inputs"
     if pair := _widening_pair(model):
-        return f": {pair} are no known names of an MLP's projections"
-    return ", nor linear projections side by side that could be one"
+        return f": {pair} are not known names of an MLP's projections"
+    return ", and no pair of linear projections that could be one"
 
 
 def _what_is_there(model: nn.Module) -> str:

@@ -107,7 +107,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise PlanError(
             f"the plan is for {len(wanted)} MLPs, the model is patched at {len(found)}, and they differ in "
             f"{', '.join(f'{name} of {neurons} neurons' for name, neurons in odd) or 'their order'}: calibrate the "
-            "model that is patched, with the same config"
+            "patched model, with the same config"
         )
     config = runtime.config
     if (plan.tile_size, plan.tile_order) != (config.tile_size, config.tile_order):

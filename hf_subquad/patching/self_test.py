@@ -50,7 +50,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
         with _masked(mlp, mixed_mask):
             expected_of_mixture = run(x)
     seen: dict[str, Tensor] = {}
-    otherwise = "what lies between its projections does not run on some of its neurons"
+    otherwise = "the code between its projections does not run on a subset of its neurons"
     with _evaluating(mlp.parent), _forward(mlp, "sparse"):
         with (
             mlp.using(selection=selection),
@@ -73,8 +73,8 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
             return
     if len(activations) == 1:
         found = getattr(activations[0], "__name__", activations[0])
-        raise _refusal(mlp, f"its activation is not the {found} found beside the projections, or not of the first half")
-    raise _refusal(mlp, "it names no activation, and computes none of the common ones")
+        raise _refusal(mlp, f"its activation is not the {found} found beside it, or not applied to its first half")
+    raise _refusal(mlp, "it has no activation under a usual name, and computes none of the common ones")
 
 
 Run = Callable[[Tensor], Tensor]

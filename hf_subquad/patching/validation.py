@@ -29,7 +29,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
         if hasattr(module, "base_layer"):
             raise UnsupportedModuleError(
                 f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
-                "target_modules, or out of the patch; their updates would meet"
+                "target_modules, or out of the patch; both would update the same weight"
             )
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
         if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:

@@ -51,7 +51,7 @@ def calibrate(
     batches = list(batches)
     patched = bool(sparse_mlps(model))
     if patched and config is not None:
-        raise ConfigError("the model is patched already, and planned for with its own settings: leave config out")
+        raise ConfigError("the model is patched already, and calibrate uses its settings: leave config out")
     if not patched:
         patch_model(model, config)
     try:

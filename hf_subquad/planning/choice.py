@@ -70,8 +70,8 @@ def choose(
         skipped = sum(one.backward_cost(option.budget) for one, option in zip(measured, chosen, strict=True))
         used = max(limits.spent(found), backward * skipped)
         logger.info(
-            f"planning: budgets that take {_milliseconds(chosen):.0f} ms diverge "
-            f"by {found.divergence:.4f} nats, gradient cosine {found.cosine:.4f}"
+            f"planning: these budgets take {_milliseconds(chosen):.0f} ms, with a divergence of "
+            f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
         )
         if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
             best, best_found = chosen, found

@@ -101,7 +101,7 @@ def logits_of(model: nn.Module, outputs: Any) -> Tensor:
         return torch.stack([start, end], 1)
     found = ", ".join(map(str, held)) or type(outputs).__name__
     raise CalibrationError(
-        f"{type(model).__name__} returns no logits (but {found}): calibrate a model with a head, or set `active` to a "
+        f"{type(model).__name__} returns no logits (only {found}): calibrate a model with a head, or set `active` to a "
         "fixed share"
     )
 
@@ -137,5 +137,5 @@ def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         counted = torch.ones(shape.numel(), dtype=torch.bool, device=logits.device)
     rows = counted.nonzero().squeeze(1)
     if not len(rows):
-        raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
+        raise CalibrationError("no token of a batch counts for the loss: all are labelled -100, or all are padding")
     return rows

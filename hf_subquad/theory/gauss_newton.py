@@ -87,7 +87,7 @@ class GaussNewton:
     def _forward(self) -> Tensor:
         """Predictions [n, p]."""
         if self._seen != self.network.trained.changes:
-            raise StaleStateError("the trained matrix was changed by others: make a new GaussNewton for these samples")
+            raise StaleStateError("something else changed the trained matrix: make a new GaussNewton for these samples")
         return self.state.predictions()
 
     def _update(self, direction: Tensor) -> None:

@@ -103,7 +103,7 @@ def _give_more(mlp: SparseMLP, token_class: TokenClass, planned: float, found: f
             _set_neurons(mlp, token_class, k)
             return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}", token_class)
     _set_neurons(mlp, token_class, None)
-    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; no fewer neurons mend it", token_class)
+    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; only all neurons bring it back", token_class)
 
 
 def _give_back(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:

@@ -69,14 +69,14 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if frozen := frozen_updates(mlps):
             logger.warning_once(
                 f"updates of {len(frozen)} of {len(mlps)} patched MLPs do not train ({frozen[0]}, ...): they, or their "
-                "layers, were frozen. To train them, set requires_grad on what ends with update.U and update.V before "
-                "the Trainer is made"
+                "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
+                "and update.V before creating the Trainer"
             )
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
             logger.warning_once(
                 f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
-                "model: MLPs compute all neurons, so that the two agree, and train their low-rank updates"
+                "model: so that the two agree, MLPs compute all neurons; their low-rank updates still train"
             )
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
@@ -140,8 +140,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
-            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
-            "write the plain model, all merged, with hf_subquad.save_merged(model, folder)"
+            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without the updates of the MLPs: "
+            "write the plain model, with everything merged, with hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:

@@ -46,16 +46,16 @@ def resume(
     except FileNotFoundError:
         if with_callback:
             whole = last_whole_checkpoint(folder.parent)
-            other = f"resume from {whole}" if whole else "there is no whole checkpoint beside it"
+            other = f"resume from {whole}" if whole else "there is no complete checkpoint beside it"
             raise SidecarError(
                 f"the checkpoint {folder} has no {SIDECAR_NAME}: its saving was interrupted, or the file was lost. "
-                f"Its weights are whole, its low-rank updates are not known: {other}, or load its weights with "
+                f"Its weights are complete, but its low-rank updates are missing: {other}, or load its weights with "
                 "from_pretrained and start a new run"
             ) from None
         made = f"the checkpoint {folder} was made without SubquadCallback and has no {SIDECAR_NAME}"
         if hasattr(model, "peft_config"):
-            raise SidecarError(f"{made}. Beside PEFT adapters it is the only copy of the updates") from None
-        logger.warning(f"{made}. Going on from its weights with fresh low-rank updates.")
+            raise SidecarError(f"{made}, which with PEFT adapters is the only copy of the updates") from None
+        logger.warning(f"{made}. Continuing from its weights with fresh low-rank updates.")
         runtime_of(model).synced_step = step
         if optimizer is not None:
             restart_moments(require_patched(model), optimizer)

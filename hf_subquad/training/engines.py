@@ -26,22 +26,22 @@ def check_engine(args: TrainingArguments) -> None:
         )
     if getattr(args, "sync_ref_model", False):
         raise InactivePatchError(
-            "sync_ref_model=True mixes the model's parameters, one after the other, into those of the reference model, "
-            "and patched MLPs have others: their updates would be lost. Set sync_ref_model=False"
+            "sync_ref_model=True mixes the model's parameters, one after the other, into those of the reference model; "
+            "patched MLPs have different parameters, so their updates would be lost. Set sync_ref_model=False"
         )
     engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
     asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else None
     splitting = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM} & {engine, asked}
     if splitting:
         raise ParallelismError(
-            f"{splitting.pop().value} splits weights, or what the optimizer knows of them, over processes, and "
-            "choosing neurons and folding need whole weights: train with plain data parallelism (DDP), as accelerate "
-            "launch --multi_gpu does without it"
+            f"{splitting.pop().value} splits weights or optimizer states over processes, but choosing neurons and "
+            "folding need whole weights: train with plain data parallelism (DDP), as plain accelerate launch "
+            "--multi_gpu does"
         )
     if args.n_gpu > 1:
         raise ParallelismError(
             f"the Trainer would copy the model to {args.n_gpu} GPUs in every step (torch.nn.DataParallel), and the "
-            "copies would share one selection of neurons: start one process a GPU (accelerate launch, torchrun), or "
+            "copies would share one selection of neurons: start one process per GPU (accelerate launch, torchrun), or "
             "show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
 

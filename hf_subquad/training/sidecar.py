@@ -228,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 _REMEDY = (
-    "resume from another checkpoint (last_whole_checkpoint finds the newest whole one), or load the weights of this "
+    "resume from another checkpoint (last_whole_checkpoint finds the newest complete one), or load the weights of this "
     "one with from_pretrained and start a new run"
 )
 

@@ -148,8 +148,8 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         for path, projection in zip(mlp.sources, mlp.projections, strict=True):
             if mlp.parent.get_submodule(path) is not projection:
                 raise InactivePatchError(
-                    f"{mlp.name}.{path} was replaced after patch_model (by PEFT?): leave the patched projections out "
-                    "of what replaces modules, or out of target_modules"
+                    f"{mlp.name}.{path} was replaced after patch_model (by PEFT?): exclude the patched projections "
+                    "from whatever replaces modules, such as PEFT's target_modules"
                 )
             _check_base(f"{mlp.name}.{path}", projection)
         if current_forward(mlp.parent) is not mlp.parent_forward:
@@ -280,8 +280,8 @@ def _check_finite(mlps: list[SparseMLP], step: int) -> None:
             if not torch.isfinite(projection.update.norm_squared()):
                 raise WeightsError(
                     f"the low-rank update of {mlp.name}.{path} holds NaN or infinite values at step {step}, so it is "
-                    "not folded into the base weights: training has diverged. Go on from an earlier checkpoint, with a "
-                    "lower learning rate or with gradient clipping"
+                    "not folded into the base weights: training has diverged. Continue from an earlier checkpoint, "
+                    "with a lower learning rate or with gradient clipping"
                 )
 
 

@@ -58,7 +58,7 @@ def _items(dataset: Any, count: int) -> list[Any]:
     """So many items of a dataset, or all of a shorter one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if not hasattr(dataset, "take"):  # as those of Hugging Face have
-            raise CalibrationError("the dataset can only be iterated, and might not start again")
+            raise CalibrationError("the dataset can only be iterated, and may not be restartable")
         return list(islice(dataset.take(count), count))
     return [dataset[i] for i in _spread(len(dataset), count)]
 

@@ -54,8 +54,8 @@ def _variable(name: str) -> tuple[Trainer, Any] | None:
         if isinstance(owner, Trainer) and name in variables:
             return owner, variables[name]
     logger.warning_once(
-        f"no Trainer with a variable {name!r} calls SubquadCallback: is it called by something else, or by a version "
-        "of transformers that is not known? Checkpoints are looked for in output_dir"
+        f"no Trainer with a variable {name!r} calls SubquadCallback: is it called by something else, or by an "
+        "unsupported version of transformers? Checkpoints are looked for in output_dir"
     )
     return None
 

@@ -26,11 +26,11 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
         except UnsupportedModuleError as error:
             reason = str(error)
         else:
-            at_a_time = f"{megabytes} MB of them at a time" if way == "chunks" else "all of them at once"
+            at_a_time = f"in chunks of {megabytes} MB" if way == "chunks" else "all of them at once"
             _say(
                 trainer,
                 f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
-                "same (head_megabytes=0 switches it off)",
+                "same (head_megabytes=0 switches this off)",
             )
             return
     _say(trainer, f"logits are computed at all positions: {reason}")

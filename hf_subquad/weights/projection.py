@@ -196,7 +196,7 @@ class NeuronProjection(nn.Module):
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(
             "torch.nn.DataParallel copies a model in every step, and the copies would share one selection of neurons: "
-            "start one process a GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+            "start one process per GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def __getstate__(self) -> dict[str, Any]:

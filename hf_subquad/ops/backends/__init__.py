@@ -46,7 +46,7 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
     if name == "triton":
         raise BackendError(
             f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. Leave backend at 'auto', which "
-            "takes PyTorch there, and please report this with the output of `hf-subquad env`"
+            "uses PyTorch there, and please report this with the output of `hf-subquad env`"
         )
     _warn(device, wrong)
     return _torch()
