@@ -1,4 +1,4 @@
-"""The settings: one dataclass, with the same names in Python, on the command line and in YAML."""
+"""The settings, as one dataclass, with the same names in Python, on the command line and in YAML."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SubquadConfig:
-    """Settings of the sparse layers, their index and their low-rank updates.
+    """Settings of the sparse layers, their index, their low-rank updates and the head.
 
     Raises:
         ConfigError: a field is out of range; the message names the field and the value it got.
@@ -143,7 +143,7 @@ class SubquadConfig:
         return self.alpha / self.rank
 
     def active_neurons(self, neurons: int) -> int:
-        """Number k of neurons that a token computes in a layer of `neurons` neurons.
+        """Number k of neurons computed for each token in a layer of `neurons` neurons.
 
         Raises:
             ConfigError: `active` asks for more neurons than the layer has.

@@ -1,4 +1,4 @@
-"""The sparse MLPs of a model, and what they share."""
+"""Finds the sparse MLPs of a model, and the runtime that they share."""
 
 from torch import nn
 
@@ -37,7 +37,7 @@ def runtime_of(model: nn.Module) -> Runtime:
 
     Raises:
         NotPatchedError: the model is not patched.
-        PatchError: its parts were patched one by one, so they have no common schedule.
+        PatchError: its parts were patched separately, so they have no common schedule.
     """
     return _shared_runtime(model, require_patched(model))
 

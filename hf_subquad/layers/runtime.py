@@ -31,20 +31,20 @@ class Runtime:
     """What all sparse MLPs of a model share.
 
     Attributes:
-        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
-            others force what they say.
+        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; 'dense'
+            and 'sparse' force that mode.
         surroundings: the model around the MLPs.
         exact_forward: the loss compares this model with a reference, so a sparse forward would bias it.
         dense_step: the next training step uses all neurons and the whole gradient (`dense_share`).
-        folded: updates were folded into base weights, so that there is no base model left to switch to.
+        folded: updates were folded into the base weights, so the original base model is no longer available.
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
-        seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
+        seen_calls: number of sparse forward passes of all MLPs at the last check for them.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
-        plan: where the budgets come from, if they were planned; kept up to date as they change.
-        skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: size of what MLPs return for tokens that they skip.
+        plan: the plan that the budgets come from, if any; updated when they change.
+        skips_padding: whether the loss is independent of padding, so that it is skipped; None: not tested yet.
+        elsewhere: magnitude of what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -105,7 +105,7 @@ class Runtime:
         return off
 
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """A forward of the model starts with these inputs, by name."""
+        """Called at the start of each forward pass of the model, with its inputs by name."""
         if self._trying:
             return
         classes = classify(model, inputs)
@@ -162,8 +162,8 @@ class Runtime:
     def _padding_is_out_of_reach(
         self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
     ) -> bool | None:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if that did not
-        show."""
+        """Whether the model's loss is unchanged if MLPs return extreme values for padding; None if the test was
+        inconclusive."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):

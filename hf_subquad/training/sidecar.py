@@ -35,7 +35,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     Write it last: a checkpoint is complete if it has this file and the other files are unchanged since.
 
     Raises:
-        OutputError: the file could not be written; nothing is left of it.
+        OutputError: the file could not be written; no partial file is left.
     """
     merged = not hasattr(model, "peft_config")
     config = runtime_of(model).config
