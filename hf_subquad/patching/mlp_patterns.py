@@ -1,4 +1,4 @@
-"""Where the MLPs are: one table of projection names, and the search for them in a model."""
+"""Finds the MLPs of a model by the names of their projections, from one table."""
 
 import difflib
 import itertools
@@ -82,8 +82,8 @@ class Match:
 
     @property
     def gate(self) -> Gate:
-        """Neurons are activation(input); or activation(gate) * up with two projections ('separate'), or with gate
-        rows over up rows in one ('stacked')."""
+        """'none': neurons are activation(input). Otherwise they are activation(gate) * up, with two projections
+        ('separate') or one that stacks the gate rows above the up rows ('stacked')."""
         if len(self.family.inputs) == 2:
             return "separate"
         rows = linear_sizes(self.projection(self.family.inputs[0]))[1]
@@ -102,10 +102,10 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
-    """The MLPs that `config` asks for, in the model's order.
+    """The MLPs that `config` selects, in the model's order.
 
     Raises:
-        NoMatchError: none, or a name or layer number in `config` that the model does not have.
+        NoMatchError: there are none, or `config` has a name or layer number that the model does not have.
     """
     model = bare_model(model)
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
@@ -125,14 +125,14 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, so that names do not depend on which came first; else the model itself."""
+    """The model inside PEFT's wrapper, if any, so that names do not depend on which was applied first."""
     unwrap = getattr(model, "get_base_model", None)
     bare = unwrap() if callable(unwrap) else model
     return bare if isinstance(bare, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
-    """Candidates for the elementwise activation: the one with a usual name beside the projections, else common ones."""
+    """Candidates for the activation: an attribute with a usual name beside the projections, else common ones."""
     holders = [match.parent] + [
         match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
     ]
@@ -158,7 +158,7 @@ def _match(name: str, module: nn.Module) -> Match | None:
 
 
 def _may_be_wide(match: Match) -> bool:
-    """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
+    """Whether inputs and outputs have the same width and there are more neurons; True if a projection is not plain."""
     projections = [match.projection(path) for path in match.paths]
     if not all(map(_is_plain, projections)):
         return True

@@ -1,4 +1,4 @@
-"""Proof, at patch time, that an MLP computes the same on compact activations."""
+"""Checks, at patch time, that an MLP computes the same on compact activations."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
 
 @torch.no_grad()
 def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
-    """Run an MLP compact, and dense with a mask on the same neurons, other ones in each tile. Results must agree.
+    """Run an MLP on some neurons only, and dense with the other neurons masked. The results must agree.
 
-    Half of the neurons are left out, which exposes anything between the projections that mixes neurons (a norm over
-    them, a top-k among them). The activation that scores neurons is compared with what the model computed: the index
-    keeps the first of the given candidates that agrees.
+    Each tile leaves out a different half of the neurons, which exposes anything between the projections that mixes
+    neurons (a norm over them, a top-k among them). The candidates for the activation that scores neurons are compared
+    with what the model computed: the index keeps the first one that agrees.
 
-    Some parents cannot be run alone, because their attention needs more than hidden states. Where their projections
-    are in two modules of their own, as in BERT, these are run one after the other.
+    Some parents cannot be run alone, because their attention needs more than hidden states. If their projections are
+    in two separate modules, as in BERT, these are run one after the other.
 
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.

@@ -1,4 +1,4 @@
-"""Which projections can be patched: plain, unsplit, linear and finite ones. All others are refused by name."""
+"""Checks that projections can be patched: plain, unsplit, linear and finite. Errors name the ones that cannot."""
 
 from collections.abc import Sequence
 
@@ -73,8 +73,8 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
 def check_not_shared(model: nn.Module, matches: Sequence[Match]) -> None:
     """
     Raises:
-        UnsupportedModuleError: a weight that would be patched belongs to another module as well (a module that is
-            called several times is one). Their updates would meet in it when they are folded or saved.
+        UnsupportedModuleError: a weight that would be patched also belongs to another module (a module that is called
+            several times counts as one). Their updates would both change it when they are folded or saved.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Which budgets a model's MLPs get: as fast as possible, and together faithful enough on a held-out batch."""
+"""Chooses the budgets of a model's MLPs: as fast as possible within the tolerance on a held-out batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Limits:
 def choose(
     measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float
 ) -> tuple[list[Option], Fidelity]:
-    """An option for each MLP that together are faithful enough, and their measured fidelity."""
+    """An option for each MLP, which together stay within the tolerance, and their measured fidelity."""
     limits = Limits.of(tolerance)
 
     def run(budgets: Sequence[Budget]) -> Fidelity:
@@ -88,8 +88,8 @@ def choose(
 
 
 def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float]) -> list[float]:
-    """By MLP, what a unit of forward cost spends: found for each band of layers by running it alone, with fewer and
-    fewer neurons until that is felt. Context of the last layer alone would tell nothing, say."""
+    """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
+    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
     for start in range(0, len(measured), size):
@@ -112,7 +112,7 @@ def _price(
     budgets: Sequence[Budget],
     spent: Callable[[Sequence[Budget]], float],
 ) -> float:
-    """What a unit of a cost spends of what may be lost, found by running with some budgets."""
+    """The share of the limits that a unit of a cost uses, measured by running with some budgets."""
     total = sum(cost(one, budget) for one, budget in zip(measured, budgets, strict=True))
     return spent(budgets) / total if total > 0 else 0.0
 

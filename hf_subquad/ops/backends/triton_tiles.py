@@ -1,4 +1,4 @@
-"""Which tokens share a tile, in Triton: recursive bisection by content, see `tiling.py`.
+"""Which tokens share a tile, in Triton: recursive bisection by content, see `token_tiles.py`.
 
 A round halves every group of entries at the median along its leading principal direction. Groups lie one after the
 other in `order`, so a round is: find each group's direction, project its entries on it, write every entry to the
