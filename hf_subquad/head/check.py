@@ -1,4 +1,4 @@
-"""Finds by trial how a model can run on labelled rows: on a few tokens, compared with its stock loss."""
+"""Finds a method by which a model can run on labelled rows, by comparing losses with the stock forward."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -16,7 +16,7 @@ _LENGTH, _TARGETS = 12, 8
 
 
 def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
-    """The cheapest way that gives the model's own loss, in evaluation mode.
+    """The cheapest method that reproduces the model's own loss on a few tokens, in evaluation mode.
 
     Raises:
         NotHereError: there is none; the message says why.
@@ -71,7 +71,7 @@ def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
-    """Chunks collect gradients of the head's own parameters; there must be no others that its output depends on."""
+    """Chunks collect gradients for the head's own parameters, so its output must not depend on any others."""
     with torch.enable_grad():
         hidden = torch.zeros(1, _width(head), dtype=model.dtype, device=model.device, requires_grad=True)
         found = _leaves(head.forward(hidden))

@@ -17,8 +17,8 @@ class Fidelity:
     """The effect of sparse MLPs on a model, on one batch.
 
     Attributes:
-        divergence: mean Kullback-Leibler divergence of its predictions, in nats a prediction; 0 where the outputs have
-            no logits.
+        divergence: mean Kullback-Leibler divergence of its predictions, in nats per prediction; 0 where the outputs
+            have no logits.
         cosine: of the gradient of all trained parameters with the exact one.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
     """

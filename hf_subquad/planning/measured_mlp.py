@@ -120,7 +120,7 @@ class MeasuredMLP:
 
 
 def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, float]:
-    """Measure every MLP of a patched model. Indices stay fitted; budgets are unchanged.
+    """Measure every MLP of a patched model. Indices stay fitted, and corrections are overwritten.
 
     Returns:
         The MLPs; predictions and gradient of the dense model on the last batch, on which what is fitted to the others

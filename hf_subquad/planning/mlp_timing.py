@@ -38,8 +38,8 @@ class MLPTiming:
 def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
     """Time an MLP on the tokens of a call, in their dtype or, under autocast, autocast's.
 
-    Only the projections and the activation are run, without the model around them. Gradients have the same norms as in
-    the call.
+    Only the projections and the activation are run, without the model around them. Gradients have the same relative
+    norms by token as in the call.
     """
     x = call.x.detach().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)

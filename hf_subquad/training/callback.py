@@ -1,4 +1,4 @@
-"""The Trainer callback: passes every event to the function that does the work. It has no state of its own."""
+"""The Trainer callback: passes every event to the function that handles it. It has no state of its own."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +27,13 @@ logger = get_logger(__name__)
 class SubquadCallback(TrainerCallback, ExportableState):
     """Keeps a patched model in sync during `Trainer.train()`.
 
-    There is nothing to configure: settings belong to `SubquadConfig`. The callback
+    There is nothing to configure: all settings are in `SubquadConfig`. The callback
 
-    - raises a typed error if the patch would not take effect, or does not support the engine (FSDP, DeepSpeed,
-      `torch.nn.DataParallel`);
+    - raises a typed error if the patch would not take effect, or if the patch does not support the engine (FSDP,
+      DeepSpeed, `torch.nn.DataParallel`);
     - plans budgets on batches of the training data, unless there is a plan or a fixed `active`, and fits indices and
       corrections;
-    - limits logits to labelled positions where nothing reads the others;
+    - limits logits to labelled positions if nothing reads the others;
     - folds, audits and adjusts budgets on schedule, and adds `subquad/...` to the Trainer's logs;
     - writes and reads the sidecar of each checkpoint.
     """
@@ -145,12 +145,12 @@ class SubquadCallback(TrainerCallback, ExportableState):
         )
 
     def state(self) -> dict[str, Any]:
-        """An empty state. It marks checkpoints of runs with this callback, whose sidecar must not be missing."""
+        """An empty state. It marks the checkpoints of runs with this callback, which must have a sidecar."""
         return {"args": {}, "attributes": {}}
 
     def _move_first(self) -> None:
-        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them: the Trainer
-        appends the user's callbacks after TensorBoard, W&B and the like."""
+        """Move this callback before the reporting ones, so that they see what it adds to `logs`: the Trainer puts the
+        user's callbacks after TensorBoard, W&B and the like."""
         handler = calling_handler()
         if handler is not None and self in handler.callbacks:
             handler.callbacks.remove(self)

@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to resume from, and resuming from it."""
+"""Finds the checkpoint of a run to resume from, and resumes from it."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint that a Trainer with `SubquadCallback` wrote to `output_dir`, or None.
 
-    Made for `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after a
-    crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
+    For use in `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after
+    a crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
     """
     by_step = {
         int(step): folder
@@ -36,10 +36,10 @@ def resume(
     """Continue with the factors of the checkpoint that the Trainer has just loaded.
 
     Args:
-        with_callback: the run that wrote it had a `SubquadCallback`.
+        with_callback: whether the run that wrote it had a `SubquadCallback`.
 
     Raises:
-        SidecarError: the sidecar is missing where there must be one, or cannot be used.
+        SidecarError: a required sidecar is missing, or cannot be used.
     """
     try:
         load_sidecar(model, folder)

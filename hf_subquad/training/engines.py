@@ -1,4 +1,4 @@
-"""The Trainer's engines that patched layers do not support: they are refused before training."""
+"""Rejects, before training, the Trainer's engines that patched layers do not support."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -49,8 +49,8 @@ def check_engine(args: TrainingArguments) -> None:
 def compares_with_reference(args: TrainingArguments) -> bool:
     """Whether the loss compares the trained model's log-probabilities with others that are computed without gradients.
 
-    The latter come from a dense model. A sparse model would differ from it at the start, and the loss would train that
-    difference away.
+    Those come from a dense model. A sparse model would differ from it from the start, and training would reduce that
+    difference instead of the intended loss.
     """
     of_trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
     return bool(of_trl) and not set(of_trl) & set(_ONE_PASS)

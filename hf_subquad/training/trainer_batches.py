@@ -14,9 +14,9 @@ from ..errors import CalibrationError
 
 
 def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device) -> list[Mapping[str, Any]]:
-    """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if it is that short.
+    """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if the dataset is short.
 
-    Of an iterable dataset of Hugging Face's they are the first rows: it starts again in training.
+    Of Hugging Face's iterable datasets they are the first rows, because training restarts them.
 
     Args:
         dataloader: a `DataLoader`, or a sequence of batches.

@@ -1,4 +1,4 @@
-"""Budgets, indices and corrections from the Trainer's own data, the same on every rank."""
+"""Plans budgets and fits indices and corrections on the Trainer's own data, with the same result on every rank."""
 
 import time
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Fitted:
 
 
 def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
-    """Plan budgets and fit corrections on batches of `rows` rows, unless that was done before.
+    """Plan budgets and fit indices and corrections on batches of `rows` rows, unless that is done already.
 
     Only rank 0 does it, and all ranks use its result, because each would measure different times and may draw different
     batches. Any failure becomes a warning and does not stop training: MLPs then run dense, or with the budgets that
