@@ -27,7 +27,7 @@ def require_patched(model: nn.Module) -> list[SparseMLP]:
     mlps = sparse_mlps(model)
     if not mlps:
         raise NotPatchedError(
-            f"{type(model).__name__} is not patched: call patch_model(model) before the Trainer is made"
+            f"{type(model).__name__} is not patched: call patch_model(model) before creating the Trainer"
         )
     return mlps
 

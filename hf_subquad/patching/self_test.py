@@ -73,7 +73,11 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
             return
     if len(activations) == 1:
         found = getattr(activations[0], "__name__", activations[0])
-        raise _refusal(mlp, f"its activation is not the {found} found beside it, or not applied to its first half")
+        raise _refusal(
+            mlp,
+            f"its activation is not the {found} found beside the projections, or its gate is the second half of a "
+            "stacked projection",
+        )
     raise _refusal(mlp, "it has no activation under a usual name, and computes none of the common ones")
 
 

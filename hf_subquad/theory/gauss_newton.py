@@ -91,11 +91,11 @@ class GaussNewton:
         return self.state.predictions()
 
     def _update(self, direction: Tensor) -> None:
-        """What the next iteration needs of W -= D^T H."""
+        """Update what the next iteration needs, for W -= D^T H."""
         self.state.move(direction)
 
     def _maintain(self, direction: Tensor) -> None:
-        """The step itself, for whoever reads W later."""
+        """Store the step itself, for later reads of W."""
         self.network.trained.append(self._left, direction)
         self._seen = self.network.trained.changes
 

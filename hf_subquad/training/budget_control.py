@@ -123,7 +123,7 @@ def _neurons(mlp: SparseMLP, token_class: TokenClass) -> int:
 
 
 def _set_neurons(mlp: SparseMLP, token_class: TokenClass, k: int | None) -> None:
-    """Classes that shared their tiles go on to share them."""
+    """Set the number of neurons; classes that share their tiles continue to share them."""
     shared = mlp.budget.predicted == mlp.budget.context
     names = get_args(TokenClass) if shared else (token_class,)
     mlp.set_budget(replace(mlp.budget, **dict.fromkeys(names, k)))

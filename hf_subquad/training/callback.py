@@ -140,8 +140,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
-            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without the updates of the MLPs: "
-            "write the plain model, with everything merged, with hf_subquad.save_merged(model, folder)"
+            "with PEFT, save_model and save_pretrained write PEFT's adapters only, not the updates of the MLPs: to "
+            "write the plain model with everything merged, call hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:

@@ -35,8 +35,7 @@ def check_engine(args: TrainingArguments) -> None:
     if splitting:
         raise ParallelismError(
             f"{splitting.pop().value} splits weights or optimizer states over processes, but choosing neurons and "
-            "folding need whole weights: train with plain data parallelism (DDP), as plain accelerate launch "
-            "--multi_gpu does"
+            "folding need whole weights: train with plain data parallelism (DDP), as with accelerate launch --multi_gpu"
         )
     if args.n_gpu > 1:
         raise ParallelismError(

@@ -69,8 +69,8 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def _copied(collate: Any) -> Any:
-    """A copy of a collator, which may hold a random state of its own; a model that it holds is not copied. The
-    collator itself, if it cannot be copied (it holds a lock, a file, ...)."""
+    """A copy of a collator, which may hold its own random state, but not of a model that it holds. The collator itself,
+    if it cannot be copied (it holds a lock, a file, ...)."""
     memo: dict[int, Any] = {}
     held = [collate]
     for _ in range(3):  # the Trainer may wrap the user's collator

@@ -42,7 +42,7 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Set the update to zero, with a new random factor from a seed of its own."""
+        """Set the update to zero, with a new random factor from a new seed."""
         self.restarts += 1
         generator = torch.Generator().manual_seed(self.seed + self.restarts)
         zero, drawn = (self.U, self.V) if self.zero == "U" else (self.V, self.U)

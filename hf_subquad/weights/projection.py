@@ -107,13 +107,13 @@ class NeuronProjection(nn.Module):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """Squared norms of the live rows, float32 [m]."""
+        """Squared norms of the current rows, float32 [m]."""
         rows = self.merged_rows()
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
 
     def merged_weight(self) -> Tensor:
-        """The weight in a plain checkpoint: the live rows in the weight's own shape, contiguous."""
+        """The weight in a plain checkpoint: the current rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
 

@@ -1,4 +1,4 @@
-"""Triton kernels for 16 and 32-bit floats; what they do not cover (float64, other activations) is left to PyTorch."""
+"""Triton kernels for 16 and 32-bit floats; PyTorch computes what they do not cover (float64, other activations)."""
 
 from collections.abc import Sequence
 from functools import reduce
