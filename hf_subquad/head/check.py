@@ -37,7 +37,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         try:
             expected = stock(**inputs).loss
         except Exception as error:
-            raise NotHereError(f"it does not run on a few tokens ({type(error).__name__}: {error})") from error
+            raise NotHereError(f"it does not run on a few test tokens ({type(error).__name__}: {error})") from error
         ways: tuple[Way, ...] = ("chunks", "rows") if supported_loss(model) else ()
         for way in (*ways, "labels"):
             try:
@@ -52,7 +52,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
                 if _same(loss, expected, model.dtype):
                     return way
                 reasons.append(f"{way}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
-    raise NotHereError("labelled rows alone do not give its loss (" + "; ".join(reasons) + ")")
+    raise NotHereError("labelled rows alone do not reproduce its loss (" + "; ".join(reasons) + ")")
 
 
 def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
 def _width(head: nn.Module) -> int:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
-        raise NotHereError(f"the head is a {type(head).__name__}, no linear layer")
+        raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
     return width
 
 

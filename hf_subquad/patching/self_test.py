@@ -94,7 +94,7 @@ def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
         if all(holders):
             into, out_of = map(mlp.parent.get_submodule, holders)
             run = lambda x: _call(out_of, _call(into, x), residual=x)  # noqa: E731
-    return run, _attempt(mlp, run, x, "it does not run by itself, on random hidden states")
+    return run, _attempt(mlp, run, x, "it does not run by itself on random hidden states")
 
 
 def _call(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones
 @dataclass(frozen=True)
 class MLPTiming:
     """Milliseconds of one forward and backward pass: the minimum over interleaved rounds, which other load affects
-    least, rounded to two digits so that plans are reproducible.
+    least, rounded to two digits to make plans more reproducible.
 
     Attributes:
         full: the projections as they were before the patch, with gradients for weights that were trainable.
