@@ -31,9 +31,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of blocks spread over it: enough to recognise other weights or half a file.
+    """SHA-256 of a file's size and of blocks spread over it: enough to detect other weights or a truncated file.
 
-    Small files are read in full, checkpoints of gigabytes are not.
+    Small files are read in full, large checkpoints are not.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

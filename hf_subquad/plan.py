@@ -1,4 +1,4 @@
-"""The plan: the budget of each MLP, and what it is predicted to cost and to gain. Pure data."""
+"""The plan: the budget of each MLP, with its predicted error and speed. Pure data."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ class LayerPlan:
 
     @property
     def dense(self) -> bool:
-        """All neurons for all tokens, and the whole gradient."""
+        """Whether it computes all neurons for all tokens and propagates the whole gradient."""
         return self.predicted == self.context == self.neurons and self.gradient == 1
 
 

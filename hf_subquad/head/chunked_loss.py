@@ -46,7 +46,7 @@ def chunked_cross_entropy(
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Logits and log-probabilities; in other dtypes than float32 also the logits in float32 and their gradient."""
+    """Logits and log-probabilities in float32; in other dtypes, also the logits and their gradient in that dtype."""
     return 8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""Limit a model's head to the labelled positions, and undo that."""
+"""Limits a model's head to the labelled positions, and undoes that."""
 
 from typing import TypeVar
 

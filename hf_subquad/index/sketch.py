@@ -17,7 +17,7 @@ class Sketch:
     """W ~ B A.
 
     Attributes:
-        basis: A, float32 [r, d]; r directions of the input space, the one that moves pre-activations most first.
+        basis: A, float32 [r, d]; r directions of the input space, sorted by their effect on pre-activations.
         codes: B, float32 [rows, r], orthonormal columns; row i is weight row i.
     """
 

@@ -38,5 +38,5 @@ class Budget:
 
     @property
     def exact(self) -> bool:
-        """All neurons for every token, and the whole gradient."""
+        """Whether it has all neurons for every token, and the whole gradient."""
         return self.predicted is None and self.context is None and self.gradient >= 1

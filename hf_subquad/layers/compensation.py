@@ -66,7 +66,7 @@ class CompensationFit:
 
     @torch.no_grad()
     def solve(self) -> Compensation:
-        """The compensation that fits what was added; all zero if there were too few tokens.
+        """The compensation fitted to all added tokens; all zero if there were too few.
 
         Raises:
             CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.

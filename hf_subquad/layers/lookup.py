@@ -8,7 +8,7 @@ from .sparse_mlp import OutputProjection, SparseMLP
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
-    """The sparse MLPs of a model, also of one wrapped by PEFT or DDP, in the model's order; empty if unpatched."""
+    """The sparse MLPs of a model (also if wrapped by PEFT or DDP), in the model's order; empty if it is unpatched."""
     # Runs in every step: `model.modules()`, which makes names too, takes several times as long.
     found, waiting, seen = [], [model], set()
     while waiting:

@@ -67,9 +67,9 @@ class Runtime:
     _vain_tries: int = field(default=0, repr=False)
 
     def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
-        """How a forward runs now.
+        """The mode of a forward pass that starts now.
 
-        Passes without gradients in training mode (rollouts, log-probabilities to compare with) are evaluation.
+        Passes without gradients in training mode (rollouts, log-probabilities to compare with) count as evaluation.
         """
         if self.updates_off():
             return "dense"
@@ -91,7 +91,7 @@ class Runtime:
         return self.mode(training) == "sparse"
 
     def updates_off(self) -> bool:
-        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` asks for.
+        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` requires.
 
         Raises:
             InactivePatchError: folds have changed the base model.

@@ -300,7 +300,7 @@ class _Call:
 
     @property
     def tiled(self) -> bool:
-        """Some part gathers weight rows."""
+        """Whether some part gathers weight rows."""
         return any(part.selection is not None for part in self.parts or ())
 
 
@@ -332,7 +332,7 @@ class OutputProjection(NeuronProjection):
     mlp: SparseMLP
 
     def weights_loaded(self) -> None:
-        """Rebuild the index: an MLP's output projection is loaded behind its input projections."""
+        """Rebuild the index: an MLP's output projection is loaded after its input projections."""
         self.mlp.index.rebuild_if_stale()
 
     @torch.compiler.disable
@@ -342,5 +342,5 @@ class OutputProjection(NeuronProjection):
 
 
 def current_forward(module: nn.Module) -> Any:
-    """The function that a module runs as its forward, also if it was rebound on the instance or its class."""
+    """The function that a module runs as its forward, even if it was rebound on the instance or its class."""
     return getattr(module.forward, "__func__", module.forward)

@@ -45,7 +45,7 @@ class Surroundings:
         )
 
     def recomputed_without_gradients(self) -> bool:
-        """Whether a training pass without gradients may be the first one of reentrant gradient checkpointing."""
+        """Whether a training pass without gradients may be the first pass of reentrant gradient checkpointing."""
         return any(
             getattr(holder, "gradient_checkpointing", False)
             and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get(
@@ -64,7 +64,7 @@ class Surroundings:
 
 
 def holders(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules on the way to those of the given paths that know gradient checkpointing."""
+    """The modules with a `gradient_checkpointing` flag on the paths to the given modules."""
     found: dict[int, nn.Module] = {}
     for name in names:
         parts = name.split(".") if name else []

@@ -70,7 +70,7 @@ class TokenClasses:
 
 @dataclass
 class BatchClasses:
-    """The classes of one forward of the model, by stack, and the inputs by which its MLPs can be recognised."""
+    """The token classes of one forward of the model, by stack, and samples of its MLPs' inputs to recognise it by."""
 
     stacks: Mapping[Stack, TokenClasses]
     _seen: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -46,7 +46,7 @@ class Part:
     idle: bool = False
 
     def shape(self, neurons: int) -> tuple[int, ...]:
-        """Of its compact activation, of an MLP of m neurons."""
+        """Shape of its compact activation in an MLP of m neurons."""
         if self.idle:
             return (0,)
         if self.selection is None:
@@ -54,13 +54,13 @@ class Part:
         return *self.selection.tiles.shape, self.selection.neurons.shape[1]
 
     def compact(self, flat: Tensor, neurons: int, backend: Backend) -> Tensor:
-        """Its flat compact activation as [p, m], or [n, T, k] laid out as the backend likes to write."""
+        """Its flat compact activation as [p, m], or [n, T, k] in the backend's preferred layout."""
         if self.selection is None:
             return flat.view(self.shape(neurons))
         return backend.compact(flat, self.selection.tiles, self.selection.neurons.shape[1])
 
     def size(self, neurons: int) -> int:
-        """Elements of its compact activation."""
+        """Number of elements of its compact activation."""
         return math.prod(self.shape(neurons))
 
     def take(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ Gate = Literal["none", "separate", "stacked"]
 
 @dataclass(frozen=True)
 class Family:
-    """Names of an MLP's projections below the module that calls them.
+    """Paths of an MLP's projections, relative to the module that calls them.
 
     Attributes:
         inputs: the projection(s) into neurons, the activated one first.

@@ -1,4 +1,4 @@
-"""Replace a model's MLP projections by sparse ones, and back."""
+"""Replaces a model's MLP projections by sparse ones, and restores them."""
 
 import hashlib
 from typing import TypeVar

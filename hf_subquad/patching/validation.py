@@ -22,7 +22,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
         UnsupportedModuleError: a projection of the MLP is wrapped, hooked, quantised, split, not linear or has no
             weights yet.
         WeightsError: it holds NaN or infinite values.
-        ConfigError: rank or `active` ask for more than it has.
+        ConfigError: `rank` or `active` exceeds its size.
     """
     for path in match.paths:
         module, name = match.projection(path), match.full_name(path)

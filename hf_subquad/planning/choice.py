@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be lost."""
+    """How far predictions and gradient may move."""
 
     divergence: float
     cosine: float
@@ -35,7 +35,7 @@ class Limits:
         return cls(DIVERGENCE_PER_TOLERANCE * tolerance, max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance))
 
     def spent(self, found: Fidelity) -> float:
-        """Share of the limits that is used; above 1 is too much."""
+        """Share of the limits that is used; above 1, a limit is exceeded."""
         return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
 
 

@@ -66,11 +66,11 @@ class MeasuredMLP:
         return sum(0.0 if k is None else measured.costs[k] for measured, k in found)
 
     def backward_cost(self, budget: Budget) -> float:
-        """Squared effect on the gradient of the rows that the backward skips, up to a common factor."""
+        """Squared effect on the gradient of the rows that the backward pass skips, up to a common factor."""
         return (1 - budget.gradient) * self.energy
 
     def ms(self, budget: Budget) -> float:
-        """Milliseconds of any budget, from those that were timed: the savings of its parts are added."""
+        """Milliseconds of any budget: the exact time less the savings of its parts, estimated from timed budgets."""
         exact = self.timing.budgets[Budget()]
         if budget.exact:
             return exact

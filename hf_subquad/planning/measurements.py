@@ -76,7 +76,7 @@ class ClassMeasurements:
                 fit.add(x, missed[k])
 
     def solve(self) -> None:
-        """Find the corrections that fit best.
+        """Fit the corrections.
 
         Raises:
             CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
@@ -106,13 +106,13 @@ class ClassMeasurements:
 
 
 def neuron_counts(neurons: int) -> list[int]:
-    """The numbers k of neurons at which an MLP of m is measured and may run: its `SHARES`, in multiples of 8."""
+    """The numbers k of neurons that are measured and may be planned: `SHARES` of m, in multiples of 8."""
     counts = {-(-round(neurons * share) // _MULTIPLE) * _MULTIPLE for share in SHARES}
     return sorted(k for k in counts if 0 < k < neurons)
 
 
 def tokens_by_class(calls: Sequence[MLPCall]) -> dict[TokenClass, Tensor]:
-    """Tokens [N, d] of each class that some calls hold, spread evenly where there are many."""
+    """Tokens [N, d] of each class in some calls, subsampled evenly if there are many."""
     found: dict[TokenClass, list[Tensor]] = {}
     for call in calls:
         for token_class, rows in call.rows().items():

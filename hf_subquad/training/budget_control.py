@@ -26,8 +26,8 @@ class Audit:
 
     Attributes:
         recall: share of the truly most important neurons that were chosen.
-        error: norm of what is missing from the MLP's output, over the norm of what all neurons add; NaN if that is
-            not finite.
+        error: norm of what is missing from the MLP's output, divided by the norm of what all neurons add; NaN if that
+            is not finite.
     """
 
     recall: float

@@ -178,7 +178,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
     """After a training step: check that sparse MLPs take part in training.
 
-    A single step may run none of them (LayerDrop, a bad batch that was skipped), but not several from the start.
+    A single step may run none of them (LayerDrop, a skipped batch), but not the first several steps.
 
     Raises:
         InactivePatchError: they never ran.

@@ -82,7 +82,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
         self._written = weakref.WeakMethod(written)
 
     def pass_on(self, thoroughly: bool = False) -> None:
-        """Thoroughly: also what was written around PyTorch's version counter (`.data`)."""
+        """Write changes into the model; `thoroughly`: also those that bypass PyTorch's version counter (`.data`)."""
         changed = self._shared._version != self._version
         if changed or (thoroughly and fingerprint(self._shared) != self._content):
             self._version, self._content = self._shared._version, fingerprint(self._shared)
@@ -97,7 +97,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 
 @torch.no_grad()
 def fingerprint(values: Tensor) -> tuple[int, int]:
-    """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
+    """A hash of the bits of a matrix and their positions: equal for equal matrices, whatever their memory layout."""
     values = values.contiguous()
     whole = values.shape[1] * values.dtype.itemsize % 8 == 0  # a row in words of 64 bits, which add up fastest
     words = values.view(torch.int64 if whole else _INTEGERS[values.dtype.itemsize])

@@ -1,4 +1,4 @@
-"""One weight matrix of an MLP, seen as rows by neuron, with its low-rank update."""
+"""One weight matrix of an MLP, as one row per neuron, with its low-rank update."""
 
 from typing import Any, Literal
 

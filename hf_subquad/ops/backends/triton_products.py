@@ -344,7 +344,7 @@ def per_token(
     Args:
         a: [n, T, k] in the compute dtype.
         u: [m, q], any float dtype; multiplied in the compute dtype.
-        tokens: N, which `entries` cannot tell without a look at its values.
+        tokens: N, which the shape of `entries` does not give.
 
     Returns:
         [N, q] in the compute dtype.
