@@ -1,4 +1,4 @@
-"""Writing files completely or not at all, and recognising files that have changed since."""
+"""Writes files completely or not at all, and recognises files that have changed since."""
 
 import hashlib
 import os
@@ -11,10 +11,10 @@ _BLOCK, _BLOCKS = 4096, 64  # of a file's bytes that its fingerprint looks at
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then move it there.
+    """Write a temporary file in the same folder, then move it into place.
 
     Raises:
-        OutputError: it could not be written. A former file is as it was, and nothing is left of the new one.
+        OutputError: it could not be written. An existing file is unchanged, and nothing is left of the new one.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,9 +31,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 of a file's size and of blocks spread over it: enough to recognise other weights or half a file.
+    """SHA-256 of a file's size and of blocks spread over it: enough to detect other weights or a truncated file.
 
-    Small files are read in full, checkpoints of gigabytes are not.
+    Small files are read in full, large checkpoints are not.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

@@ -1,4 +1,4 @@
-"""The command `hf-subquad`: what a patch would do to a model, and what is installed here."""
+"""The command `hf-subquad`: shows what a patch would do to a model, and what is installed here."""
 
 import argparse
 import importlib.metadata
@@ -27,16 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser(
         "plan",
-        help="what would be patched; with --data also how many neurons at what speed and loss",
+        help="show what would be patched; with --data, also the budgets and the predicted speed",
         description="Without --data, list the MLPs that would be patched; no weights are loaded. With --data, load the "
-        "model and plan: measure on this machine what each MLP may skip, and what that saves.",
+        "model and plan: measure on this machine what each MLP can skip, and what that saves.",
     )
     plan.add_argument("model", help="hub name or local folder")
     plan.add_argument("--config", help="JSON file of SubquadConfig settings")
     plan.add_argument("--data", type=Path, help="text to calibrate on: .txt, or .jsonl with --column")
     plan.add_argument("--column", default="text", help="text column of a .jsonl file (default: text)")
-    plan.add_argument("--batch-size", type=int, default=8, help="rows of a training batch (default: 8)")
-    plan.add_argument("--length", type=int, default=256, help="tokens of a row (default: 256)")
+    plan.add_argument("--batch-size", type=int, default=8, help="sequences per training batch (default: 8)")
+    plan.add_argument("--length", type=int, default=256, help="tokens per sequence (default: 256)")
     plan.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     plan.add_argument("--device", default=_device(), help="default: %(default)s")
     plan.add_argument("--save", type=Path, help="write the plan as JSON, for patch_model(model, config, plan=...)")
@@ -77,7 +77,7 @@ def print_mlps(name: str, config: SubquadConfig) -> None:
         neurons, width = linear_sizes(match.projection(match.family.output))
         active = config.active_neurons(neurons)
         print(f"{match.name:<40} {neurons:>8} {active:>8} {active / neurons:>7.1%} {width:>7}")
-    print("Budgets are those before planning: add --data FILE to plan them.")
+    print("These are the budgets before planning: add --data FILE to plan them.")
 
 
 def print_plan(options: argparse.Namespace, config: SubquadConfig) -> None:

@@ -1,4 +1,4 @@
-"""The settings: one dataclass, with the same names in Python, on the command line and in YAML."""
+"""The settings, as one dataclass, with the same names in Python, on the command line and in YAML."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def _setting(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True)
 class SubquadConfig:
-    """Settings of the sparse layers, their index and their low-rank updates.
+    """Settings of the sparse layers, their index, their low-rank updates and the head.
 
     Raises:
         ConfigError: a field is out of range; the message names the field and the value it got.
@@ -32,8 +32,8 @@ class SubquadConfig:
     alpha: float = _setting(16.0, "The update is scaled by alpha / rank, as in LoRA.")
     active: int | float | None = _setting(
         None,
-        "Neurons that a token computes: a number (int), a share in (0, 1] (float), or null to plan it. Until there is "
-        "a plan, null means ceil(m ** 0.8) of m neurons, the sparsity of the paper.",
+        "Neurons computed for each token: a number (int), a share in (0, 1] (float), or null to plan it. Until there "
+        "is a plan, null means ceil(m ** 0.8) of m neurons, the sparsity of the paper.",
     )
     tolerance: float = _setting(
         0.003,
@@ -47,7 +47,7 @@ class SubquadConfig:
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
         "Layer numbers to patch, or 'all', or 'all_but_first'. The first layer of a stack is far less sparse than the "
-        "rest: a plan gives it what it needs, a fixed `active` does not, so choose 'all_but_first' with it.",
+        "rest: a plan accounts for that, a fixed `active` does not, so combine it with 'all_but_first'.",
     )
     target_modules: list[str] | None = _setting(
         None,
@@ -55,13 +55,15 @@ class SubquadConfig:
     )
     exclude_modules: list[str] | None = _setting(
         None,
-        "Modules to leave out with all that they hold, by name or end of path (e.g. ['vision_tower']), or null.",
+        "Modules to leave out with everything inside them, by name or end of path (e.g. ['vision_tower']), or null.",
     )
     sketch_rank: int = _setting(64, "Rank r of the activation index.")
-    seed: int = _setting(0, "Seed of the index and of the factors; the global random state is left alone.")
+    seed: int = _setting(0, "Seed of the index and of the factors; the global random state is not touched.")
     fold_steps: int = _setting(0, "Number of steps between folds of U V into the base weights; 0: never.")
     refresh_steps: int = _setting(
-        100, "Number of steps between audits of live tiles, after which planned budgets are adjusted; 0: never."
+        100,
+        "Number of steps between audits of a few tiles of the current batch, after which planned budgets are adjusted; "
+        "0: never.",
     )
     dense_share: float = _setting(
         0.0, "Share of the training steps, spread evenly, that compute all neurons: 0.1 is every tenth."
@@ -71,12 +73,12 @@ class SubquadConfig:
     backend: BackendName = _setting(
         "auto",
         "What computes the sparse layers on a CUDA device: 'torch', 'triton', or 'auto' (Triton if it is installed). "
-        "Elsewhere it is PyTorch.",
+        "Other devices use PyTorch.",
     )
     head_megabytes: int = _setting(
         64,
-        "In training, compute logits at labelled positions only, this many MB of them at a time; 0: at all positions, "
-        "as in plain training. Exact.",
+        "In training, compute logits at labelled positions only, in chunks of at most this many MB; 0: at all "
+        "positions, as in plain training. Exact.",
     )
 
     def __post_init__(self) -> None:
@@ -92,7 +94,7 @@ class SubquadConfig:
         for name in ("alpha", "tolerance"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
-                raise ConfigError(f"{name} must be a positive number that float32 holds, got {value!r}")
+                raise ConfigError(f"{name} must be a positive number that float32 can hold, got {value!r}")
         share = self.dense_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")
@@ -141,7 +143,7 @@ class SubquadConfig:
         return self.alpha / self.rank
 
     def active_neurons(self, neurons: int) -> int:
-        """Number k of neurons that a token computes in a layer of `neurons` neurons.
+        """Number k of neurons computed for each token in a layer of `neurons` neurons.
 
         Raises:
             ConfigError: `active` asks for more neurons than the layer has.

@@ -1,4 +1,4 @@
-"""Typed errors. Each message names the place and the fix; the model is left as it was."""
+"""Typed errors. Each message names the place and the fix; the model is left unchanged."""
 
 
 class SubquadError(Exception):
@@ -74,8 +74,8 @@ class NotFittedError(SubquadError, ValueError, AttributeError):
 
 
 class DivergedError(SubquadError, ArithmeticError):
-    """Training left the finite numbers, or its linear system cannot be solved in them."""
+    """Values in training are no longer finite, or its linear system cannot be solved."""
 
 
 class StaleStateError(SubquadError, RuntimeError):
-    """A matrix was changed behind the back of what is maintained about it."""
+    """Something else changed a matrix, so what is maintained about it is out of date."""

@@ -1,4 +1,4 @@
-"""The library's logger, `hf_subquad`: visible by default, silenced or redirected like any other."""
+"""The library's logger, `hf_subquad`: visible by default; silence or redirect it like any other logger."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""The plan: the budget of each MLP, and what it is predicted to cost and to gain. Pure data."""
+"""The plan: the budget of each MLP, with its predicted error and speed. Pure data."""
 
 import dataclasses
 import json
@@ -24,10 +24,10 @@ class LayerPlan:
     Attributes:
         name: path of the MLP in the model.
         neurons: m.
-        predicted: k, the number of neurons for tokens at which the loss looks, or for all tokens where classes are not
-            known; m: all.
+        predicted: k, the number of neurons for tokens at which the loss is computed, or for all tokens where classes
+            are not known; m: all.
         context: the number of neurons for the other tokens that are not padding, 0 to m.
-        gradient: share of the squared output gradient that passes back through the MLP.
+        gradient: share of the squared output gradient that is propagated back through the MLP.
         error: relative error of the MLP's output at predicted tokens, after correction; 0 if they compute all neurons.
         context_error: the same at context tokens.
         full_ms: the MLP as it was before the patch, its weights trained if they were trainable.
@@ -53,7 +53,7 @@ class LayerPlan:
 
     @property
     def dense(self) -> bool:
-        """All neurons for all tokens, and the whole gradient."""
+        """Whether it computes all neurons for all tokens and propagates the whole gradient."""
         return self.predicted == self.context == self.neurons and self.gradient == 1
 
 
@@ -69,9 +69,9 @@ class Plan:
         gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
         planning_seconds: time that planning took.
-        padding_share, context_share: shares of the tokens of the last batch, which was timed.
+        padding_share, context_share: shares of the tokens of the last batch, on which times were measured.
         tokens, dtype, device: of that batch.
-        tile_size, tile_order: the settings that were measured with.
+        tile_size, tile_order: the settings used for the measurements.
         layers: in the model's order.
     """
 
@@ -115,8 +115,8 @@ class Plan:
         return self.step_ms + sum(layer.sparse_ms - layer.dense_ms for layer in self.layers)
 
     def with_neurons(self, neurons: Sequence[tuple[int, int]]) -> "Plan":
-        """The plan with other numbers of neurons (predicted, context), as after changes during training. What was
-        measured stays as it is."""
+        """The plan with other numbers of neurons (predicted, context), as changed during training. The measurements
+        are kept."""
         layers = (
             dataclasses.replace(layer, predicted=predicted, context=context)
             for layer, (predicted, context) in zip(self.layers, neurons, strict=True)
@@ -141,17 +141,17 @@ class Plan:
         lines += [
             f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
-            "squared gradient that is passed back, share of the dense time.",
+            "squared gradient that is propagated back, share of the dense time.",
             f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
             f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
-            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats a token "
-            f"and cosine of the gradient {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
+            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats per "
+            f"token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.step_speedup_over_dense < _WORTHWHILE:
             lines.append(
                 "Nothing is gained here. Longer prompts with labels of -100, padded batches or wider MLPs would help; "
-                "else train without the patch (unpatch_model)."
+                "otherwise train without the patch (unpatch_model)."
             )
         return "\n".join(lines)
 
@@ -183,7 +183,7 @@ class Plan:
         """Write the plan as JSON, atomically.
 
         Raises:
-            OutputError: the file could not be written; nothing is left of it.
+            OutputError: the file could not be written; no partial file is left.
         """
         write_atomically(Path(path), (json.dumps(self.to_dict(), indent=2) + "\n").encode())
 

@@ -168,7 +168,7 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = patched_opt()
     with pytest.raises(ParallelismError, match="CUDA_VISIBLE_DEVICES"):
         Trainer(model=model, args=args, train_dataset=Texts(), callbacks=[SubquadCallback()])
-    with pytest.raises(ParallelismError, match="one process a GPU"):
+    with pytest.raises(ParallelismError, match="one process per GPU"):
         replicate = sys.modules["torch.nn.parallel.replicate"]
         monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda values, *_, **__: [list(values)])
         replicate.replicate(model, [torch.device("cuda", 0)])

@@ -381,7 +381,7 @@ def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = LabelledRows.of.__func__
     monkeypatch.setattr(LabelledRows, "of", classmethod(lambda cls, labels, shifted: right(cls, labels, not shifted)))
     for family in ("llama", "gemma2", "bert"):
-        with pytest.raises(UnsupportedModuleError, match="do not give its loss"):
+        with pytest.raises(UnsupportedModuleError, match="do not reproduce its loss"):
             patch_head(model_of(family))
 
 

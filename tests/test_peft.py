@@ -100,7 +100,7 @@ def test_resumes_in_the_other_order(tmp_path: Path, method: str, first: str) -> 
 
 
 def test_adapters_alone_are_not_what_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`save_model` beside PEFT writes adapters; the end of training says what to do instead."""
+    """`save_model` with PEFT writes adapters; the end of training says what to do instead."""
     said: list[str] = []
     monkeypatch.setattr(logging.get_logger("hf_subquad.training.callback"), "warning_once", said.append)
     trainer(both("patch first", METHODS["LoRA"]()), tmp_path, max_steps=1).train()

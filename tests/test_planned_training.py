@@ -295,7 +295,7 @@ def test_a_model_without_logits_or_loss_to_plan_with(tmp_path: Path, warnings: p
     run = trainer(model, tmp_path, max_steps=2)
     run.train()
     assert run.state.global_step == 2 and budgets_of(model) == [NEURONS] * 2 and runtime_of(model).plan is None
-    assert "Bare returns no logits (but hidden_states)" in warnings.text and "MLPs run dense" in warnings.text
+    assert "Bare returns no logits (only hidden_states)" in warnings.text and "MLPs run dense" in warnings.text
 
 
 def test_the_warning_says_what_runs(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:

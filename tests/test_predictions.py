@@ -140,7 +140,7 @@ def test_logits_are_found_by_name(outputs: Any, name: str) -> None:
 
 @pytest.mark.parametrize("outputs", [{"loss": torch.zeros(())}, {"logits": None, "start_logits": noise(2)}, (1, 2)])
 def test_outputs_without_logits_are_an_error_that_says_what_there_is(outputs: Any) -> None:
-    with pytest.raises(CalibrationError, match=r"Bare returns no logits \(but (loss|logits, start_logits|tuple)\)"):
+    with pytest.raises(CalibrationError, match=r"Bare returns no logits \(only (loss|logits, start_logits|tuple)\)"):
         logits_of(Bare(), outputs)
 
 

@@ -165,7 +165,7 @@ def test_a_lost_sidecar_is_an_error_that_names_the_newest_whole_checkpoint(tmp_p
             run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{number}"))
         assert not any(mlp.calls for mlp in sparse_mlps(run.model))
     (tmp_path / "checkpoint-1" / SIDECAR).unlink()
-    with pytest.raises(SidecarError, match="no whole checkpoint"):
+    with pytest.raises(SidecarError, match="no complete checkpoint"):
         trainer(make(), tmp_path, **SAVING).train(resume_from_checkpoint=True)
 
 

@@ -161,8 +161,8 @@ def test_index_scores_by_the_activation_that_is_written_inline(activation: str) 
 @pytest.mark.parametrize(
     ("into", "out_of", "why"),
     [
-        (nn.Linear(D, D), nn.Linear(D, D), "no more neurons"),
-        (nn.Linear(D, M), nn.Linear(M, 2), "other outputs"),
+        (nn.Linear(D, D), nn.Linear(D, D), "not have more neurons"),
+        (nn.Linear(D, M), nn.Linear(M, 2), "not have .* as many outputs"),
         (nn.Linear(D, M), nn.Linear(M + 1, D), "fc1 / fc2"),
     ],
     ids=["not wide", "head", "no MLP"],

@@ -137,7 +137,7 @@ def test_what_no_budget_mends_is_dense() -> None:
     mlp.corrections["predicted"] = Compensation(mlp.index.sketch.basis, torch.ones(D, D), torch.ones(D))  # hopeless
     change = reviewed(mlp, planned(0.1), live(mlp))
     assert mlp.dense and mlp.active == change.after == M and change.before == 24
-    assert "no fewer neurons mend it" in change.reason
+    assert "only all neurons bring it back" in change.reason
     assert reviewed(mlp, planned(0.1), Audit(1.0, 9.0)) is None and mlp.dense
 
 

@@ -1,1 +1,1 @@
-"""The language-model head and its loss on the labelled positions only. Exact."""
+"""Computes the language-model head and its loss at labelled positions only, which is exact."""

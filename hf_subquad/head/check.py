@@ -1,4 +1,4 @@
-"""Finds by trial how a model can run on labelled rows: on a few tokens, compared with its stock loss."""
+"""Finds a method by which a model can run on labelled rows, by comparing losses with the stock forward."""
 
 from collections.abc import Callable
 from inspect import signature
@@ -16,7 +16,7 @@ _LENGTH, _TARGETS = 12, 8
 
 
 def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
-    """The cheapest way that gives the model's own loss, in evaluation mode.
+    """The cheapest method that reproduces the model's own loss on a few tokens, in evaluation mode.
 
     Raises:
         NotHereError: there is none; the message says why.
@@ -26,7 +26,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         raise NotHereError("it has no output embeddings")
     own_forward = model.__dict__.get("forward")
     if (getattr(own_forward, "__module__", None) or "").startswith("liger_kernel"):
-        raise NotHereError("Liger's fused loss is in place, which does without logits already")
+        raise NotHereError("Liger's fused loss is in use, which already avoids logits")
     if hooked := [name or "head" for name, m in head.named_modules() if m._forward_hooks or m._forward_pre_hooks]:
         raise NotHereError(f"hooks on its head ({', '.join(hooked)}) would see the labelled rows only")
     if model.main_input_name != "input_ids":
@@ -37,7 +37,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         try:
             expected = stock(**inputs).loss
         except Exception as error:
-            raise NotHereError(f"it does not run on a few tokens ({type(error).__name__}: {error})") from error
+            raise NotHereError(f"it does not run on a few test tokens ({type(error).__name__}: {error})") from error
         ways: tuple[Way, ...] = ("chunks", "rows") if supported_loss(model) else ()
         for way in (*ways, "labels"):
             try:
@@ -52,7 +52,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
                 if _same(loss, expected, model.dtype):
                     return way
                 reasons.append(f"{way}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
-    raise NotHereError("labelled rows alone do not give its loss (" + "; ".join(reasons) + ")")
+    raise NotHereError("labelled rows alone do not reproduce its loss (" + "; ".join(reasons) + ")")
 
 
 def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
-    """Chunks collect gradients of the head's own parameters; there must be no others that its output depends on."""
+    """Chunks collect gradients for the head's own parameters, so its output must not depend on any others."""
     with torch.enable_grad():
         hidden = torch.zeros(1, _width(head), dtype=model.dtype, device=model.device, requires_grad=True)
         found = _leaves(head.forward(hidden))
@@ -82,7 +82,7 @@ def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
 def _width(head: nn.Module) -> int:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
-        raise NotHereError(f"the head is a {type(head).__name__}, no linear layer")
+        raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
     return width
 
 

@@ -1,8 +1,8 @@
-"""Cross-entropy behind a head, chunk by chunk of rows, so that logits of a few rows exist at a time.
+"""A head and its cross-entropy in chunks of rows, so that logits exist for only a few rows at a time.
 
 The gradient of the logits, softmax minus one-hot, follows from the logits alone. So the forward pass computes it and
-passes it on to the hidden states and the head's parameters, where it is small. A chunk's logits are freed before those
-of the next chunk are computed.
+propagates it to the hidden states and the head's parameters, whose gradients are small. A chunk's logits are freed
+before those of the next chunk are computed.
 """
 
 from collections.abc import Callable
@@ -25,16 +25,16 @@ def chunked_cross_entropy(
     megabytes: int,
     weight: nn.Parameter | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of head(hidden) against labels, over a denominator; float32, as in transformers.
+    """Sum of the cross-entropies of head(hidden) with labels, divided by a denominator; float32, as in transformers.
 
     Args:
         head: maps (rows, width) to (rows, vocabulary), each row by itself.
         parameters: all parameters that the head's output depends on and that take gradients.
         hidden: shape (rows, width), at least one row.
         labels: ids in [0, vocabulary); shape (rows,).
-        megabytes: limit on the memory for logits and their gradient at a time; at least one row is computed.
-        weight: one of the parameters, if the head is a linear layer of it and nothing else but a bias: its gradient is
-            then summed in place, without a matrix of its size for every chunk.
+        megabytes: limit on the memory for the logits of a chunk and their gradient; at least one row is computed.
+        weight: the weight, if the head is a plain linear layer with or without a bias: its gradient is then summed in
+            place, without a matrix of its size for every chunk.
 
     Raises:
         IndexError: a label lies outside the vocabulary (PyTorch's own error).
@@ -46,7 +46,7 @@ def chunked_cross_entropy(
 
 
 def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Logits and log-probabilities; in other dtypes than float32 also the logits in float32 and their gradient."""
+    """Logits and log-probabilities in float32; in other dtypes, also the logits and their gradient in that dtype."""
     return 8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize
 
 
@@ -107,8 +107,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "the labelled head keeps its gradients for one backward pass: call unpatch_head(model) to go through "
-                "a graph twice (retain_graph=True)"
+                "the labelled head keeps its gradients for one backward pass: call unpatch_head(model) to use "
+                "retain_graph=True"
             )
         scaled = (g if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, None, *scaled

@@ -1,4 +1,4 @@
-"""One forward pass of a model whose head gets the labelled rows only, and whose loss gets their labels."""
+"""One forward pass of a model in which the head sees only the labelled rows, and the loss only their labels."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ Way = Literal["chunks", "rows", "labels"]
 class NotHereError(Exception):
     """A call cannot run on labelled rows. Internal: the stock forward runs instead.
 
-    It has a message if the reason is in the model rather than in one call.
+    It has a message if the reason is the model rather than this call.
     """
 
 

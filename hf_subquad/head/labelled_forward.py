@@ -1,4 +1,4 @@
-"""A model's forward that computes logits at the labelled positions only, in training."""
+"""Replaces a model's forward by one that, in training, computes logits at the labelled positions only."""
 
 import inspect
 from types import MethodType
@@ -15,13 +15,13 @@ logger = logging.get_logger(__name__)
 
 
 class LabelledForward:
-    """Replaces `model.forward`, as an attribute of this one model; survives `deepcopy` and `pickle`.
+    """Replaces `model.forward` on this model instance only; survives `deepcopy` and `pickle`.
 
     Attributes:
         model: the model whose forward it is.
         megabytes: limit on the logits of a chunk of rows.
-        automatic: the callback installed it, and removes it.
-        replaced: the attribute `forward` that was there before, if any.
+        automatic: whether the callback installed it, and so removes it.
+        replaced: the model's earlier instance attribute `forward`, if any.
         active: False once it was removed, perhaps while something still wraps it.
         way: how the labelled rows reach the loss; None: the stock forward runs.
     """
@@ -60,7 +60,7 @@ class LabelledForward:
         return self.stock(*args, **kwargs)
 
     def find_way(self) -> Way | None:
-        """The way to run on labelled rows; found again after the head or the loss function was replaced (by PEFT, say).
+        """The method to run on labelled rows; found again if the head or the loss function is replaced (by PEFT, say).
 
         Raises:
             NotHereError: there is none. Raised the first time only.

@@ -1,4 +1,4 @@
-"""The rows of the hidden states at which the loss looks, and their labels."""
+"""The rows of the hidden states that have a label, and their labels."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Limit a model's head to the labelled positions, and undo that."""
+"""Limits a model's head to the labelled positions, and undoes that."""
 
 from typing import TypeVar
 
@@ -15,18 +15,18 @@ HEAD_MEGABYTES = 64
 
 
 def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
-    """In training, compute logits and loss at the positions with a label only, in chunks of rows; in place.
+    """Patch a model, in place, to compute logits and loss in training only at labelled positions, in chunks of rows.
 
-    Loss and gradients equal those of the stock forward up to rounding. `outputs.logits` is None, so code that reads
-    logits in training needs the model without this. Calls without labels, in evaluation mode, without gradients or
-    under `torch.compile`, and batches without any label, run the stock forward.
+    Loss and gradients equal those of the stock forward up to rounding. `outputs.logits` is None, so do not use this if
+    your code reads logits in training. Calls without labels, in evaluation mode, without gradients or under
+    `torch.compile`, and batches without any label, run the stock forward.
 
     It does not need sparse MLPs, and works before or after `get_peft_model`.
 
     Args:
         model: a causal or masked language model, or an encoder-decoder; also wrapped by PEFT or DDP.
-        megabytes: limit on the memory for logits and their gradient at a time, where the model's loss follows its head
-            directly. Elsewhere (soft-capped or scaled logits) logits of all labelled rows exist at once.
+        megabytes: limit on the memory for the logits of a chunk and their gradient, if the model's loss follows its
+            head directly. Otherwise (soft-capped or scaled logits) the logits of all labelled rows exist at once.
 
     Returns:
         The same model.
@@ -35,7 +35,7 @@ def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
         AlreadyPatchedError: the head is patched.
         UnsupportedModuleError: the model's loss cannot be computed on labelled rows; the message says why.
         ConfigError: `megabytes` is out of range.
-        In each case the model is as it was.
+        In each case the model is unchanged.
     """
     install(model, megabytes)
     return model

@@ -1,1 +1,1 @@
-"""Which neurons matter to which tokens: the sketch of the weights, and the queries on it."""
+"""Which neurons matter to which tokens: the sketch of the weights, and the queries that use it."""

@@ -1,9 +1,9 @@
-"""The activation index: which neurons matter for which tokens, without computing them all.
+"""The activation index: finds which neurons matter for which tokens, without computing them all.
 
-It is built once per MLP from its weights, then fitted to the tokens that the MLP sees. There are two queries: `select`
-(the k most important neurons of each tile of tokens) and `report` (for each token, every neuron whose pre-activation
-reaches a threshold: half-space reporting). Both approximate the base weights by a sketch; the live low-rank updates
-enter exactly.
+It is built once per MLP from its weights, then fitted to the MLP's inputs. There are two queries: `select` (the k most
+important neurons of each tile of tokens) and `report` (for each token, every neuron whose pre-activation reaches a
+threshold: half-space reporting). Both approximate the base weights by a sketch; the current low-rank updates are
+included exactly.
 """
 
 import warnings
@@ -39,15 +39,15 @@ class ActivationIndex:
         activation: the MLP's own elementwise activation.
         gated: neurons are activation(gate) * up, with gate and up in two projections or stacked in one.
 
-    `build`, `fit` and `fold` rebuild it, and so does `rebuild_if_stale` after base weights were changed from outside. A
-    query never does.
+    `build`, `fit` and `fold` rebuild it, and so does `rebuild_if_stale` after something else changed the base weights.
+    A query never does.
 
     Attributes:
         sketch: of the base input rows of all input projections, stacked.
         output_norms: ||v_j||^2 of the output rows, float32 [m].
-        summary: summary of the tokens that the sketch is fitted to, float32 [s, d]; None while it is made from the
-            weights alone. Summary and weights determine the sketch, so the same one can be built again from them.
-        sketch_is_approximate: updates were folded into the sketch since it was built from the weights.
+        summary: summary of the tokens that the sketch is fitted to, float32 [s, d]; None if it is built from the
+            weights alone. Summary and weights determine the sketch, so it can be rebuilt from them.
+        sketch_is_approximate: whether updates were folded into the sketch since it was built from the weights.
     """
 
     def __init__(
@@ -82,23 +82,23 @@ class ActivationIndex:
 
     @torch.no_grad()
     def build(self) -> None:
-        """Sketch the base input rows again, for the tokens of the last fit, and measure the output rows.
+        """Rebuild the sketch of the base input rows, for the tokens of the last fit, and the norms of the output rows.
 
         Raises:
             WeightsError: an input weight holds NaN or infinite values, which may come from a checkpoint loaded after
-                the patch. The index is as it was.
+                the patch. The index is unchanged.
         """
         self._build(self.summary)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
-        """Fit the sketch to the inputs that the MLP sees: it then predicts their pre-activations best.
+        """Fit the sketch to the MLP's inputs, so that it predicts their pre-activations as well as its rank allows.
 
         Args:
             tokens: [N, d], any float dtype; at most 2048 of them are used.
 
         Raises:
-            CalibrationError: a token holds NaN or infinite values. The index is as it was.
+            CalibrationError: a token holds NaN or infinite values. The index is unchanged.
             WeightsError: an input weight does.
         """
         tokens = tokens.detach().reshape(-1, tokens.shape[-1])
@@ -115,7 +115,7 @@ class ActivationIndex:
         self._build(summary)
 
     def adopt(self, summary: Tensor | None) -> None:
-        """Fit the sketch to the tokens behind a `summary`, which came from an index of the same MLP."""
+        """Fit the sketch to the tokens of a `summary` from another index of the same MLP."""
         self._build(summary)
 
     def _build(self, summary: Tensor | None) -> None:
@@ -123,7 +123,7 @@ class ActivationIndex:
         try:
             sketch = build_sketch(stacked, self.rank, self.seed, summary)
         except WeightsError as error:
-            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them anew") from error
+            raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them again") from error
         self.sketch = sketch
         self.summary = summary
         self.sketch_is_approximate = False
@@ -131,11 +131,11 @@ class ActivationIndex:
         self.output_norms = self.output.row_norms()
 
     def snapshot(self) -> dict[str, Any]:
-        """What `restore` goes back to."""
+        """The state that `restore` returns to."""
         return dict(vars(self))
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Undo what was fitted since a snapshot. Base weights are to be as they were then."""
+        """Undo what was fitted since a snapshot. The base weights must not have changed since."""
         vars(self).update(snapshot)
 
     def rebuild_if_stale(self) -> bool:
@@ -147,14 +147,14 @@ class ActivationIndex:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Measure ||v_j||^2 of the live output rows; `build` if base weights were changed without PyTorch noticing."""
+        """Recompute ||v_j||^2 of the current output rows; `build` if base weights changed without PyTorch noticing."""
         if not all(map(_same, self._samples, self._projections)):
             return self.build()
         self.output_norms = self.output.row_norms()
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold the live updates into the base weights, and into the sketch without reading those weights."""
+        """Fold the current updates into the base weights, and into the sketch without reading those weights."""
         self.rebuild_if_stale()
         blocks = [p.update.factors() for p in self.inputs]
         left = torch.block_diag(*[u for u, _ in blocks])
@@ -171,8 +171,8 @@ class ActivationIndex:
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
         """Tiles of the tokens x [N, d], and the k most important neurons of each.
 
-        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over `scored_tokens` of it, plus what a
-        small change of its pre-activations would do to that.
+        A neuron's importance in a tile is |activation|^2 ||v_j||^2, summed over `scored_tokens` of the tile's tokens,
+        plus a term for what a small change of its pre-activations would do to it.
         """
         tiles = self.tile(x, tile_size, order)
         return Selection(tiles, self.choose(x[self._sampled(tiles.slots)], k))
@@ -196,7 +196,7 @@ class ActivationIndex:
         return self.backend(tile_tokens.device).top_neurons(self.tile_scores(self._sampled(tile_tokens)), k)
 
     def round_up_k(self, k: int) -> int:
-        """The number of neurons that is computed for k: rounded up to what costs the same on the device, at most m."""
+        """The number of neurons actually computed: k, rounded up to what costs the same on the device, at most m."""
         return min(self.backend(self.output.weight.device).round_up_k(k), self.neurons)
 
     @torch.no_grad()
@@ -206,7 +206,7 @@ class ActivationIndex:
 
     @torch.no_grad()
     def tile_scores(self, sample: Tensor) -> Tensor:
-        """Importance of every neuron to tiles of which some tokens are given, [n, t, d]: float32 [n, m]."""
+        """Importance of every neuron to every tile, from a sample of its tokens [n, t, d]: float32 [n, m]."""
         self._place()
         inputs, first = [], 0
         for projection in self.inputs:
@@ -227,8 +227,8 @@ class ActivationIndex:
     def report(self, x: Tensor, threshold: float) -> Report:
         """Half-space reporting: for each token of x [N, d], the neurons with pre-activation >= threshold.
 
-        The pre-activation is the index's estimate (sketch, live update and bias; of the gate in gated MLPs). A flat
-        faiss index reports all of these neurons, an inverted file or a graph only those it visits.
+        The pre-activation is the index's estimate (sketch, current update and bias; of the gate in gated MLPs). A flat
+        faiss index reports all of these neurons, an inverted file or a graph only those that it visits.
         """
         self._place()
         gate = self.inputs[0]
@@ -248,8 +248,8 @@ class ActivationIndex:
     def scored_tokens(self, size: int) -> int:
         """How many tokens of a tile of `size` are scored, evenly spread.
 
-        All of them, if scoring takes at most a twentieth of the products of a forward and backward pass through half
-        of the neurons; otherwise as many as take a twentieth, but at least 16.
+        All of them, if scoring them costs at most a twentieth of a forward and backward pass through half of the
+        neurons; otherwise as many as cost a twentieth, but at least 16.
         """
         rank, width = self.sketch.basis.shape
         rows = len(self.sketch.codes)
@@ -294,7 +294,7 @@ class ActivationIndex:
             self._warned = True
             warnings.warn(
                 f"the base weights of {self.name} were changed after its activation index was built, so neurons are "
-                "chosen by the old ones: call sync_model (SubquadCallback does in every step), which rebuilds it",
+                "chosen by the old weights: call sync_model (SubquadCallback does in every step) to rebuild it",
                 stacklevel=2,
             )
 

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class Report:
-    """Neurons reported for N tokens, in compressed rows.
+    """Neurons reported for N tokens, in compressed sparse row (CSR) form.
 
     Attributes:
         starts: int64 [N + 1]; token i has entries starts[i] to starts[i + 1].
@@ -34,7 +34,7 @@ def empty_index(columns: int, factory: str) -> Any:
     """A faiss inner-product index that holds nothing yet.
 
     Raises:
-        ConfigError: faiss does not know such an index, or none with this number of columns.
+        ConfigError: faiss does not support this index, or not with this number of columns.
     """
     try:
         return faiss.index_factory(columns, factory, faiss.METRIC_INNER_PRODUCT)

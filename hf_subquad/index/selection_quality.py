@@ -1,4 +1,4 @@
-"""How good a selection is: compared with all neurons, computed from the live weights."""
+"""Measures a selection of neurons against all neurons, computed from the current weights."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class SelectionQuality:
 
 @torch.no_grad()
 def evaluate_selection(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> SelectionQuality:
-    """What a selection finds and what it misses.
+    """Compare a selection with all neurons.
 
     Args:
         tile_tokens: [n, T, d].
@@ -46,7 +46,7 @@ def evaluate_selection(index: ActivationIndex, tile_tokens: Tensor, neurons: Ten
 
 
 def recall(index: ActivationIndex, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
-    """Share of the truly k most important neurons of each tile of x [N, d] that `select` finds."""
+    """Share of the truly most important k neurons of each tile of x [N, d] that `select` finds."""
     selection = index.select(x, k, tile_size, order)
     return evaluate_selection(index, x[selection.tiles.slots], selection.neurons).recall
 

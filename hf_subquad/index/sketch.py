@@ -1,4 +1,4 @@
-"""A low-rank factorisation W ~ B A of weight rows: fitted to the inputs that the weights see, or to none."""
+"""A low-rank factorisation W ~ B A of weight rows, fitted to the inputs of the weights, or to none."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Sketch:
     """W ~ B A.
 
     Attributes:
-        basis: A, float32 [r, d]; r directions of the input space, the one that moves pre-activations most first.
+        basis: A, float32 [r, d]; r directions of the input space, sorted by their effect on pre-activations.
         codes: B, float32 [rows, r], orthonormal columns; row i is weight row i.
     """
 
@@ -33,15 +33,14 @@ def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = N
 
     With C the inputs' second moment, B holds the leading left singular vectors of W C^(1/2), and A = B^T W. They are
     found by a randomised range finder with power iterations (Halko, Martinsson and Tropp 2011, algorithms 4.4 and
-    5.1) on W C W^T, of which no matrix is formed. Without tokens C is the identity, and B A the truncated SVD of W.
+    5.1) on W C W^T, without forming C or W C W^T. Without tokens, C is the identity and B A the truncated SVD of W.
 
     The same arguments give the same sketch on every process; the global random state is not touched.
 
     Args:
         weight: [rows, d], any float dtype.
         rank: r wanted; at most min(rows, d) is used.
-        tokens: [N, d], inputs to fit to, any float dtype; however few, a ridge towards the plain weights keeps the
-            fit defined.
+        tokens: [N, d], inputs to fit to, any float dtype; a ridge term keeps the fit well defined however few they are.
 
     Raises:
         WeightsError: the weight holds NaN or infinite values, or its squares leave the range of float32.
@@ -58,16 +57,16 @@ def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = N
         span = _orthonormal(weight @ _second_moment(inputs, weight.t() @ span))
     projected = span.t() @ weight
     if not torch.isfinite(projected).all():
-        raise WeightsError("its weights hold NaN or infinite values, or such as are too large to be squared")
+        raise WeightsError("its weights hold NaN or infinite values, or values too large to be squared")
     left = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, :rank]
     return Sketch(left.t() @ projected, span @ left)
 
 
 def summary_of(tokens: Tensor, count: int, seed: int) -> Tensor:
-    """A few rows in place of many tokens: float32 [count or N, d], with about their second moment up to its size.
+    """A few rows that replace many tokens: float32 [count or N, d], with about the same second moment up to scale.
 
-    What is lost lies outside of the leading directions of the tokens, which are found as those of a sketch are. With
-    twice a sketch's rank of rows the sketch serves other tokens as well as one that is fitted to all (measured).
+    Only directions outside the leading ones of the tokens are lost; these are found as in a sketch. With twice as many
+    rows as the sketch's rank, the sketch generalises as well as one fitted to all tokens (measured).
 
     Raises:
         CalibrationError: the tokens hold NaN or infinite values, or their squares leave the range of float32.
@@ -103,7 +102,7 @@ def _scaled(tokens: Tensor) -> Tensor:
     tokens = tokens.detach().float()
     size = torch.linalg.vector_norm(tokens) / tokens.shape[1] ** 0.5
     if not torch.isfinite(size):
-        raise CalibrationError("tokens hold NaN or infinite values, or such as are too large to be squared")
+        raise CalibrationError("tokens hold NaN or infinite values, or values too large to be squared")
     return tokens / size.clamp_min(torch.finfo(torch.float32).tiny)
 
 

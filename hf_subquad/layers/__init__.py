@@ -1,1 +1,1 @@
-"""The sparse MLP that stands in a patched model, and what all MLPs of a model share."""
+"""The sparse MLP that a patched model uses, and what all MLPs of a model share."""

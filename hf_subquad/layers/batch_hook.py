@@ -10,7 +10,7 @@ from .runtime import Runtime
 
 
 class BatchHook:
-    """A forward pre-hook; copies of the model have copies of it."""
+    """A forward pre-hook; copying the model copies the hook."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -21,11 +21,11 @@ class BatchHook:
 
 
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
-    """Show every batch that a model is called with to a runtime. A second call for the same model changes nothing.
+    """Pass every batch that a model is called with to a runtime. A second call for the same model changes nothing.
 
-    Of what DDP or `torch.compile` wraps, it is the inner model that is watched: they call it with its hooks. A wrapper
-    of a patched model (PEFT's) calls the `forward` of what it wraps, not its hooks, or calls it with more tokens: both
-    are watched, and the last one to be called counts.
+    Inside DDP or `torch.compile`, the inner model is watched, because they call it with its hooks. PEFT's wrapper may
+    call the inner model's `forward` without its hooks, or with more tokens: wrapper and inner model are both watched,
+    and the last one to be called counts.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""What one MLP may spend on the tokens of a batch. Pure data."""
+"""How much one MLP may compute for the tokens of a batch. Pure data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,14 @@ TokenClass = Literal["predicted", "context"]
 
 @dataclass(frozen=True)
 class Budget:
-    """Neurons for each class of tokens, and how much of the gradient passes back.
+    """Neurons for each class of tokens, and how much of the gradient is propagated back.
 
     Attributes:
-        predicted: number of neurons for tokens at which the loss looks, and for all tokens where classes are not
-            known; None: all neurons.
+        predicted: number of neurons for tokens at which the loss is computed, and for all tokens where classes are
+            not known; None: all neurons.
         context: number of neurons for the other tokens that are not padding, 0 or more; None: all neurons.
-        gradient: share, in (0, 1], of the squared output gradient that passes back into the MLP, through the rows with
-            the largest norms. With 1 only rows without any gradient are skipped, which is exact.
+        gradient: share, in (0, 1], of the squared output gradient that is propagated back into the MLP, through the
+            rows with the largest norms. With 1, at most rows with zero gradient are skipped, which is exact.
     """
 
     predicted: int | None = None
@@ -38,5 +38,5 @@ class Budget:
 
     @property
     def exact(self) -> bool:
-        """All neurons for every token, and the whole gradient."""
+        """Whether it has all neurons for every token, and the whole gradient."""
         return self.predicted is None and self.context is None and self.gradient >= 1

@@ -1,4 +1,4 @@
-"""A linear correction for what skipped neurons would have added to an MLP's output."""
+"""A linear correction that predicts what skipped neurons would have added to an MLP's output."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ _RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not 
 
 @dataclass(frozen=True)
 class Compensation:
-    """x -> weight (basis x) + bias, fitted to what selections miss of the output. It costs as much as the sketch.
+    """x -> weight (basis x) + bias, fitted to the part of the output that selections miss. As cheap as the sketch.
 
     Attributes:
         basis: float32 [r, d], the sketch's directions when it was fitted.
@@ -41,7 +41,7 @@ class Compensation:
 
 
 class CompensationFit:
-    """Ridge regression of what selections miss on the sketch of the tokens, over any number of batches.
+    """Ridge regression from the sketch of the tokens to what selections miss, over any number of batches.
 
     Args:
         basis: [r, d].
@@ -66,7 +66,7 @@ class CompensationFit:
 
     @torch.no_grad()
     def solve(self) -> Compensation:
-        """The compensation that fits what was added; all zero if there were too few tokens.
+        """The compensation fitted to all added tokens; all zero if there were too few.
 
         Raises:
             CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.

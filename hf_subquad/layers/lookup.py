@@ -1,4 +1,4 @@
-"""The sparse MLPs of a model, and what they share."""
+"""Finds the sparse MLPs of a model, and the runtime that they share."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from .sparse_mlp import OutputProjection, SparseMLP
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
-    """The sparse MLPs of a model, also of one wrapped by PEFT or DDP, in the model's order; empty if unpatched."""
+    """The sparse MLPs of a model (also if wrapped by PEFT or DDP), in the model's order; empty if it is unpatched."""
     # Runs in every step: `model.modules()`, which makes names too, takes several times as long.
     found, waiting, seen = [], [model], set()
     while waiting:
@@ -27,7 +27,7 @@ def require_patched(model: nn.Module) -> list[SparseMLP]:
     mlps = sparse_mlps(model)
     if not mlps:
         raise NotPatchedError(
-            f"{type(model).__name__} is not patched: call patch_model(model) before the Trainer is made"
+            f"{type(model).__name__} is not patched: call patch_model(model) before creating the Trainer"
         )
     return mlps
 
@@ -37,7 +37,7 @@ def runtime_of(model: nn.Module) -> Runtime:
 
     Raises:
         NotPatchedError: the model is not patched.
-        PatchError: its parts were patched one by one, so they have no common schedule.
+        PatchError: its parts were patched separately, so they have no common schedule.
     """
     return _shared_runtime(model, require_patched(model))
 

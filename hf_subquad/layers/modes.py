@@ -10,7 +10,7 @@ from .runtime import Forward
 
 
 def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: all MLPs run dense (base weights and live updates), in training mode too."""
+    """Context manager: all MLPs run dense (base weights and current updates), in training mode too."""
     return _forced(model, "dense")
 
 

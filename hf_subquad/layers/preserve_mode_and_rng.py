@@ -1,4 +1,4 @@
-"""Run a model beside its training without the training noticing."""
+"""Run a model in the middle of training without affecting the training."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def preserve_mode_and_rng(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; afterwards modes and the global random states are as they were."""
+    """Evaluation mode and no gradients inside; on exit, modes and the global random states are restored."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), numpy.random.get_state()
     try:

@@ -31,20 +31,20 @@ class Runtime:
     """What all sparse MLPs of a model share.
 
     Attributes:
-        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; the
-            others force what they say.
+        forward: 'auto' is sparse in training (and in evaluation if `sparse_eval`); 'exact' skips padding only; 'dense'
+            and 'sparse' force that mode.
         surroundings: the model around the MLPs.
         exact_forward: the loss compares this model with a reference, so a sparse forward would bias it.
         dense_step: the next training step uses all neurons and the whole gradient (`dense_share`).
-        folded: updates were folded into base weights, so that there is no base model left to switch to.
+        folded: updates were folded into the base weights, so the original base model is no longer available.
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
-        seen_calls: sparse forward passes of all MLPs when a training step was last checked for some.
+        seen_calls: number of sparse forward passes of all MLPs at the last check for them.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
         last_report: what the latest sync measured, for logs.
-        plan: where the budgets come from, if they were planned; kept up to date as they change.
-        skips_padding: whether nothing that counts depends on padding, so that it is skipped; None: not tried yet.
-        elsewhere: size of what MLPs return for tokens that they skip.
+        plan: the plan that the budgets come from, if any; updated when they change.
+        skips_padding: whether the loss is independent of padding, so that it is skipped; None: not tested yet.
+        elsewhere: magnitude of what MLPs return for tokens that they skip.
     """
 
     config: SubquadConfig
@@ -67,9 +67,9 @@ class Runtime:
     _vain_tries: int = field(default=0, repr=False)
 
     def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
-        """How a forward runs now.
+        """The mode of a forward pass that starts now.
 
-        Passes without gradients in training mode (rollouts, log-probabilities to compare with) are evaluation.
+        Passes without gradients in training mode (rollouts, log-probabilities to compare with) count as evaluation.
         """
         if self.updates_off():
             return "dense"
@@ -81,9 +81,9 @@ class Runtime:
             return "exact"
         if self.synced_step is None:
             logger.warning_once(
-                "patched MLPs train unplanned, and nothing keeps them in sync: give the Trainer "
-                "callbacks=[SubquadCallback()], or, in a loop of your own, call calibrate, apply_plan and compensate "
-                "before it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
+                "patched MLPs train without a plan, and nothing keeps them in sync: give the Trainer "
+                "callbacks=[SubquadCallback()]; or, in a custom loop, call calibrate, apply_plan and compensate before "
+                "it, sync_model(model, 0) at its start and sync_model(model, step, optimizer) after each step"
             )
         return "sparse"
 
@@ -91,7 +91,7 @@ class Runtime:
         return self.mode(training) == "sparse"
 
     def updates_off(self) -> bool:
-        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` asks for.
+        """Whether this pass must run the base model alone, as PEFT's `disable_adapter` requires.
 
         Raises:
             InactivePatchError: folds have changed the base model.
@@ -100,12 +100,12 @@ class Runtime:
         if off and self.folded:
             raise InactivePatchError(
                 "PEFT's adapters were switched off (disable_adapter) to run the base model, but fold_steps has folded "
-                "updates into its weights: set fold_steps=0, or compare with a reference model of its own"
+                "updates into its weights: set fold_steps=0, or use a separate reference model"
             )
         return off
 
     def begin(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """A forward of the model starts with these inputs, by name."""
+        """Called at the start of each forward pass of the model, with its inputs by name."""
         if self._trying:
             return
         classes = classify(model, inputs)
@@ -162,8 +162,8 @@ class Runtime:
     def _padding_is_out_of_reach(
         self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
     ) -> bool | None:
-        """Whether the model's loss stays as it is if MLPs return far-off values for padding; None if that did not
-        show."""
+        """Whether the model's loss is unchanged if MLPs return extreme values for padding; None if the test was
+        inconclusive."""
         before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
             with preserve_mode_and_rng(model):
@@ -174,7 +174,7 @@ class Runtime:
                 self.elsewhere = 0.0
                 plain = _loss(model, inputs)
         except Exception as error:  # a model that trains need not run in evaluation mode
-            logger.warning(f"padding is computed like other tokens: to test whether it can be skipped failed ({error})")
+            logger.warning(f"padding is computed like other tokens: testing whether it can be skipped failed ({error})")
             return None
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False

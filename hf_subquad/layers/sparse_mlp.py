@@ -1,6 +1,6 @@
-"""The sparse MLP: leaf projections that hand a compact tensor through the model's own middle.
+"""The sparse MLP: projections that pass a compact tensor through the model's own code between them.
 
-The input projections return the activations of the chosen neurons only, part by part; the model applies its own
+The input projections return the pre-activations of the chosen neurons only, part by part; the model applies its own
 activation, gate product and dropout; the output projection consumes the result and restores token order.
 """
 
@@ -32,17 +32,18 @@ class SparseMLP:
     """One MLP: its projections, its index, its budget, and the current forward pass.
 
     Attributes:
-        name: path of the MLP in the model, that of the bare one if it was patched inside PEFT's wrapper.
+        name: path of the MLP in the model (in the inner model, if PEFT wraps it).
         parent: the module whose forward calls the projections; its own code runs unchanged.
         sources: the modules that the projections replaced, by path below the parent.
         trainable: which of their parameters were trainable.
-        parent_forward: the forward that called the projections when they were patched in.
-        budget: what it spends on a token of each class. Change it with `set_budget`, or temporarily with `using`.
-        corrections: corrections for skipped neurons, by class, once they were fitted.
-        calls: forward passes so far that spent less than all neurons and the whole gradient.
+        parent_forward: the parent's forward at the time of the patch.
+        budget: how much it computes for a token of each class. Change it with `set_budget`, or temporarily with
+            `using`.
+        corrections: corrections for skipped neurons, by class, once they are fitted.
+        calls: number of forward passes so far with fewer than all neurons or less than the whole gradient.
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
-        selection_override: if set, the selection that is used in place of the index's for all tokens, or the parts.
+        selection_override: if set, a selection for all tokens, or a list of parts, to use instead of the index's.
         opens: the input projection that the model calls first.
         shares_input: all input projections are called on the same tensor.
     """
@@ -89,22 +90,21 @@ class SparseMLP:
 
     @property
     def k(self) -> int:
-        """Neurons that a predicted token asks for."""
+        """The budget's number of neurons for predicted tokens."""
         return self.index.neurons if self.budget.predicted is None else self.budget.predicted
 
     @property
     def dense(self) -> bool:
-        """All neurons are computed for all tokens."""
+        """Whether all neurons are computed for all tokens."""
         return self.budget.predicted is None and self.budget.context is None
 
     @property
     def active(self) -> int:
-        """Neurons that a predicted token computes in training: k as the device rounds it up, or all m."""
+        """Neurons computed for predicted tokens in training: k as rounded up for the device, or all m."""
         return self.index.neurons if self.budget.predicted is None else self.index.round_up_k(self.budget.predicted)
 
     def work_share(self) -> float:
-        """Share of the products of all tokens with all neurons that a sparse forward computes, for the classes of the
-        latest batch."""
+        """Share of all token-neuron products that a sparse forward computes, for the classes of the latest batch."""
         predicted, context = (
             self.index.round_up_k(k) / self.index.neurons if k else 0.0 for k in self.budget.counts(self.index.neurons)
         )
@@ -123,7 +123,7 @@ class SparseMLP:
                 projection.drop_copy()
 
     def set_active(self, k: int) -> None:
-        """Compute k neurons a tile for tokens of any class from now on; all m of them: run dense."""
+        """From now on compute k neurons per tile for tokens of any class; with k = m, run dense."""
         self.set_budget(Budget.uniform(k))
 
     @contextmanager
@@ -133,8 +133,8 @@ class SparseMLP:
         corrections: Corrections | None = None,
         selection: Selection | Sequence[Part] | None = None,
     ) -> Iterator[None]:
-        """Context manager: inside, run with another budget, other corrections or a given selection. Afterwards all is
-        as before, also `calls` and `audited`."""
+        """Context manager: inside, run with another budget, other corrections or a given selection. On exit everything
+        is restored, including `calls` and `audited`."""
         before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
         try:
             if budget is not None:
@@ -152,17 +152,18 @@ class SparseMLP:
 
         They are one flat tensor, part by part (see `ops.parts`).
 
-        The input projection that the model calls first selects, a second one (up beside gate) follows it. Selection
-        depends on x and the weights alone, so a recomputed forward (gradient checkpointing) selects the same.
+        The input projection that the model calls first makes the selection, and a second one (up, in a gated MLP) uses
+        it. The selection depends only on x and the weights, so a recomputed forward (gradient checkpointing) makes the
+        same one.
 
         Raises:
             EmptyBatchError: x holds no tokens.
-            InactivePatchError: the update has no values, and PyTorch would compute garbage with it.
+            InactivePatchError: the update is on the meta device and has no values.
         """
         if projection.update.U.is_meta:
             raise InactivePatchError(
                 f"{self.name} is on the meta device (offloaded by accelerate?), where its low-rank updates hold no "
-                "values: offload the model that was saved, or call unpatch_model first"
+                "values: offload the saved model instead, or call unpatch_model first"
             )
         if projection is self.opens:
             self._call = self._open(x, projection.training)
@@ -199,7 +200,7 @@ class SparseMLP:
         return y.view(*leading, -1)
 
     def forget_call(self) -> None:
-        """Drop a forward pass that did not finish, and its graph."""
+        """Discard an unfinished forward pass and its graph."""
         self._call = None
 
     def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
@@ -218,8 +219,8 @@ class SparseMLP:
             return _Call(x, None)
         if not x.numel():
             raise EmptyBatchError(
-                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop it before the model or, if the model "
-                "chose no tokens of it for this MLP, leave such MLPs out with exclude_modules"
+                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop empty batches or, if the model routed "
+                "no tokens to this MLP, leave such MLPs out with exclude_modules"
             )
         if self.selection_override is not None:
             self.calls += 1
@@ -265,7 +266,7 @@ class SparseMLP:
     def select(
         self, tokens: Tensor, k: int, tile_size: int, training: bool, token_class: TokenClass = "predicted"
     ) -> Selection:
-        """Select for tokens [N, d], and keep what an audit of it needs."""
+        """Select neurons for tokens [N, d], and keep what an audit needs."""
         with torch.autocast(
             tokens.device.type, enabled=False
         ):  # so that the audit, made outside of it, judges the same
@@ -299,7 +300,7 @@ class _Call:
 
     @property
     def tiled(self) -> bool:
-        """Some part gathers weight rows."""
+        """Whether some part gathers weight rows."""
         return any(part.selection is not None for part in self.parts or ())
 
 
@@ -331,7 +332,7 @@ class OutputProjection(NeuronProjection):
     mlp: SparseMLP
 
     def weights_loaded(self) -> None:
-        """Rebuild the index: an MLP's output projection is loaded behind its input projections."""
+        """Rebuild the index: an MLP's output projection is loaded after its input projections."""
         self.mlp.index.rebuild_if_stale()
 
     @torch.compiler.disable
@@ -341,5 +342,5 @@ class OutputProjection(NeuronProjection):
 
 
 def current_forward(module: nn.Module) -> Any:
-    """The function that a module runs as its forward, also if it was rebound on the instance or its class."""
+    """The function that a module runs as its forward, even if it was rebound on the instance or its class."""
     return getattr(module.forward, "__func__", module.forward)

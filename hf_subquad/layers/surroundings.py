@@ -1,4 +1,4 @@
-"""How the model around patched MLPs decides how they run: PEFT's adapter switch, and gradient checkpointing."""
+"""What in the surrounding model affects how patched MLPs run: PEFT's adapter switch and gradient checkpointing."""
 
 import copy
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ _REFERENCE = "ref"  # the name that TRL gives a frozen copy of the adapters, whi
 
 
 class Surroundings:
-    """The model around its patched MLPs, as these see it.
+    """The model that contains the patched MLPs.
 
-    In a copy of the whole model it is that copy; in a copy of a part it is still the original model.
+    In a copy of the whole model this refers to the copy; in a copy of a part, still to the original model.
 
     Args:
         model: without PEFT's or other wrappers.
@@ -29,8 +29,8 @@ class Surroundings:
         return self._model
 
     def adapters_off(self) -> bool:
-        """Whether PEFT's adapters are switched off now (`disable_adapter`), or TRL's reference ones are on: what was
-        trained is to have no effect then. The state of one adapter layer is that of all."""
+        """Whether PEFT's adapters are switched off (`disable_adapter`), or TRL's reference adapters are on; trained
+        updates must then have no effect. All adapter layers share one state, so one is checked."""
         if self._adapter is None and "peft_config" in vars(self._model or self):
             self.find_adapter()
         if self._adapter is None:
@@ -45,7 +45,7 @@ class Surroundings:
         )
 
     def recomputed_without_gradients(self) -> bool:
-        """Whether a training pass without gradients may be the first one of reentrant gradient checkpointing."""
+        """Whether a training pass without gradients may be the first pass of reentrant gradient checkpointing."""
         return any(
             getattr(holder, "gradient_checkpointing", False)
             and getattr(getattr(holder, "_gradient_checkpointing_func", None), "keywords", {}).get(
@@ -64,7 +64,7 @@ class Surroundings:
 
 
 def holders(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The modules on the way to those of the given paths that know gradient checkpointing."""
+    """The modules with a `gradient_checkpointing` flag on the paths to the given modules."""
     found: dict[int, nn.Module] = {}
     for name in names:
         parts = name.split(".") if name else []

@@ -1,6 +1,6 @@
-"""Which tokens of a batch are padding, which are context, and at which the loss looks.
+"""Classifies the tokens of a batch: padding, context, or predicted (the loss is computed at them).
 
-Classes are found once per forward of the model, from its inputs. Where they cannot be known there is one class.
+Classes are determined once per forward of the model, from its inputs. Where that is impossible, there is one class.
 """
 
 import math
@@ -33,8 +33,8 @@ class TokenClasses:
 
     Attributes:
         shape: (B, S).
-        predicted: int64, flat positions of tokens at which the loss looks, ascending.
-        context: int64, flat positions of real tokens at which it does not.
+        predicted: int64, flat positions of tokens at which the loss is computed, ascending.
+        context: int64, flat positions of the other real tokens, ascending.
     """
 
     shape: tuple[int, int]
@@ -70,7 +70,7 @@ class TokenClasses:
 
 @dataclass
 class BatchClasses:
-    """The classes of one forward of the model, by stack, and the inputs by which its MLPs can be recognised."""
+    """The token classes of one forward of the model, by stack, and samples of its MLPs' inputs to recognise it by."""
 
     stacks: Mapping[Stack, TokenClasses]
     _seen: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -89,13 +89,13 @@ class BatchClasses:
         return self.stacks.get("only", self.stacks.get(stack))
 
     def note(self, mlp: str, x: Tensor) -> None:
-        """Remember an MLP's input, by which it is recognised when gradient checkpointing computes it again."""
+        """Remember an MLP's input, to recognise this forward when gradient checkpointing recomputes it."""
         self._seen.setdefault(mlp, []).append(_sample(x))
 
     def distance(self, mlp: str, x: Tensor) -> float:
-        """From x to the nearest input that the MLP saw in this forward, in some of their values.
+        """Distance from x to the nearest input that the MLP saw in this forward, on a sample of their values.
 
-        It need not be zero for what is computed again: with gradients, attention may run another kernel.
+        It need not be zero for a recomputed input: with gradients, attention may use another kernel.
         """
         sample = _sample(x)
         return min(((sample - seen).abs().max().item() for seen in self._seen.get(mlp, [])), default=math.inf)
@@ -107,7 +107,7 @@ def _sample(x: Tensor) -> Tensor:
 
 
 def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
-    """The classes of a batch, by stack; without stacks whose classes cannot be known.
+    """The classes of a batch, by stack; stacks whose classes cannot be determined are left out.
 
     Args:
         inputs: the arguments that the model is called with, by name.
@@ -123,7 +123,7 @@ def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
 
 
 def predicts_next_token(model: nn.Module) -> bool | None:
-    """Whether the label at position t is predicted at position t - 1, as in causal LMs; None if that is not known."""
+    """Whether the label at position t is predicted at position t - 1, as in causal LMs; None if unknown."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     loss_type = getattr(model, "loss_type", None)

@@ -1,4 +1,4 @@
-"""How much a neuron matters to a token: by its activation, and by what a small change would do to it."""
+"""How much a neuron matters to a token: by its activation, and by how much a small change would move it."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,8 @@ MOVE = 0.1
 def importance(pre: list[Tensor], activation: Activation, gated: bool) -> Tensor:
     """Squared activation plus its squared change for a small change of the pre-activations, [S, m].
 
-    The second term keeps neurons that matter little now but could be trained to matter, because gradients reach a
-    neuron through that change. It also covers errors of the estimated pre-activations.
+    The second term keeps neurons that matter little now but could be trained to matter, because their gradient depends
+    on that change. It also allows for errors of the estimated pre-activations.
 
     Args:
         pre: pre-activations [S, m] of one input projection or of gate and up, or both stacked in one [S, 2m].
@@ -47,7 +47,7 @@ def gate_and_up(pre: list[Tensor]) -> list[Tensor]:
 
 
 def activate(activation: Activation, pre: Tensor) -> Tensor:
-    """The MLP's activation; one that has parameters runs in their dtype, as some cannot mix."""
+    """The MLP's activation; one with parameters runs in their dtype, as some cannot mix dtypes."""
     own = next(activation.parameters(), pre) if isinstance(activation, nn.Module) else pre
     return activation(pre.to(own.dtype)).to(pre.dtype)
 

@@ -1,16 +1,16 @@
-"""An MLP's two products on parts of a batch, each with a number of neurons of its own.
+"""An MLP's two products on parts of a batch; each part has its own number of neurons.
 
-A part is a set of tokens that all compute all neurons (plain GEMMs on those rows), or that are grouped into tiles which
-compute k neurons each: with R the weight rows by neuron and U V the low-rank update, its scale in V, a tile multiplies
-with the live rows R_S + U_S V of its neurons S. Tokens in no part cost nothing: their output is zero, and so is the
-gradient that they pass back. The compact activation is one flat tensor, parts one after the other, [p, m] or [n, T, k]
-each; what a model computes between its projections is elementwise and does not depend on the layout.
+The tokens of a part either all compute all neurons (plain GEMMs on those rows), or are grouped into tiles that compute
+k neurons each, or compute none. With R the weight rows by neuron and U V the low-rank update, its scale in V, a tile
+multiplies by the current rows R_S + U_S V of its neurons S. Tokens in no part cost nothing: their output is zero, and
+so is their input gradient. The compact activation is one flat tensor that concatenates the parts, each [p, m] or
+[n, T, k]; what a model computes between its projections is elementwise and does not depend on the layout.
 
-The two products are each the adjoint of the other. Gradients flow to tokens, U and V; base rows and biases are
-constants. They pass through the rows that hold a share of the squared output gradient, the largest first.
-`down_project` knows the output gradient and writes zeros for all other rows, but for those of a part whose products
-would cost no less without them: these pass, too. `up_project` skips rows of zeros. With a share of 1 only rows without
-any gradient are skipped, which is exact; on a GPU all pass then, because to count them would wait for the device.
+The two products are adjoints of each other. Gradients flow to tokens, U and V; base rows and biases are constants.
+They flow only through the rows with the largest output gradients, until these make up a share of its squared norm.
+`down_project` knows the output gradient and writes zeros for all other rows, except in a part whose products would cost
+no less without them. `up_project` skips rows of zeros. With a share of 1 only rows with zero gradient are skipped,
+which is exact; on a GPU none are skipped then, because counting them would wait for the device.
 """
 
 import math
@@ -46,7 +46,7 @@ class Part:
     idle: bool = False
 
     def shape(self, neurons: int) -> tuple[int, ...]:
-        """Of its compact activation, of an MLP of m neurons."""
+        """Shape of its compact activation in an MLP of m neurons."""
         if self.idle:
             return (0,)
         if self.selection is None:
@@ -54,13 +54,13 @@ class Part:
         return *self.selection.tiles.shape, self.selection.neurons.shape[1]
 
     def compact(self, flat: Tensor, neurons: int, backend: Backend) -> Tensor:
-        """Its flat compact activation as [p, m], or [n, T, k] laid out as the backend likes to write."""
+        """Its flat compact activation as [p, m], or [n, T, k] in the backend's preferred layout."""
         if self.selection is None:
             return flat.view(self.shape(neurons))
         return backend.compact(flat, self.selection.tiles, self.selection.neurons.shape[1])
 
     def size(self, neurons: int) -> int:
-        """Elements of its compact activation."""
+        """Number of elements of its compact activation."""
         return math.prod(self.shape(neurons))
 
     def take(self, x: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ def down_project(
     Args:
         a: flat, as `up_project` returns it, in the compute dtype.
         tokens: N.
-        gradient: least share of the squared gradient of the result that the rows hold which pass it back to `a`. The
-            gradients of U and V take all rows, which costs next to nothing.
-        elsewhere: size of the output of tokens in no part; its signs alternate, so that no norm takes it out.
+        gradient: the rows that propagate gradients to `a` make up at least this share of the squared gradient of the
+            result. The gradients of U and V use all rows, which costs next to nothing.
+        elsewhere: magnitude of the output of tokens in no part; its signs alternate, so that no norm removes it.
     """
     y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
     return y
@@ -254,7 +254,7 @@ class _DownProject(torch.autograd.Function):
 
 
 def rows_that_hold(gradient: Tensor, share: float) -> Tensor:
-    """bool [N]: the rows of a gradient [N, d] with the largest norms that together hold a share of its squared norm;
+    """bool [N]: the rows of a gradient [N, d] with the largest norms, as many as make up a share of its squared norm;
     never a row of zeros."""
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     squares = torch.linalg.vector_norm(gradient, dim=1, dtype=dtype).square_()
@@ -329,7 +329,7 @@ def _plain(matrices: Sequence[MergedWeight]) -> list[MergedWeight]:
 
 
 def _all_pass(gradient: Tensor, share: float) -> bool:
-    """Whether rows without a gradient pass, too, lest the host waits for the device to count the others."""
+    """Whether no rows are skipped, so that the host need not wait for the device to count them."""
     return share >= 1 and gradient.device.type != "cpu"
 
 

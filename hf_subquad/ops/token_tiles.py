@@ -79,7 +79,7 @@ class Selection:
 def tile_shape(tokens: int, tile_size: int) -> tuple[int, int]:
     """Number n of tiles (a power of two) and tokens T of each, T within a factor sqrt(2) of `tile_size`.
 
-    Tiles of one token are as many as there are tokens.
+    With a `tile_size` of 1, every token is its own tile.
     """
     if tile_size == 1:
         return tokens, 1
@@ -89,7 +89,7 @@ def tile_shape(tokens: int, tile_size: int) -> tuple[int, int]:
 
 
 def bisect(features: Tensor, count: int, size: int) -> Tensor:
-    """Halve every group across its leading principal direction until there are `count` groups.
+    """Split every group in half along its leading principal direction until there are `count` groups.
 
     Args:
         features: float32 [N, r] by token; entry e stands for token e mod N.

@@ -1,1 +1,1 @@
-"""From a plain model to a patched one and back: where MLPs are, whether they can be patched, and the patch."""
+"""From a plain model to a patched one and back: finds MLPs, checks that they can be patched, and patches them."""

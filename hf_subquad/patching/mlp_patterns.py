@@ -1,4 +1,4 @@
-"""Where the MLPs are: one table of projection names, and the search for them in a model."""
+"""Finds the MLPs of a model by the names of their projections, from one table."""
 
 import difflib
 import itertools
@@ -19,7 +19,7 @@ Gate = Literal["none", "separate", "stacked"]
 
 @dataclass(frozen=True)
 class Family:
-    """Names of an MLP's projections below the module that calls them.
+    """Paths of an MLP's projections, relative to the module that calls them.
 
     Attributes:
         inputs: the projection(s) into neurons, the activated one first.
@@ -82,8 +82,8 @@ class Match:
 
     @property
     def gate(self) -> Gate:
-        """Neurons are activation(input); or activation(gate) * up with two projections ('separate'), or with gate
-        rows over up rows in one ('stacked')."""
+        """'none': neurons are activation(input). Otherwise they are activation(gate) * up, with two projections
+        ('separate') or one that stacks the gate rows above the up rows ('stacked')."""
         if len(self.family.inputs) == 2:
             return "separate"
         rows = linear_sizes(self.projection(self.family.inputs[0]))[1]
@@ -102,10 +102,10 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
-    """The MLPs that `config` asks for, in the model's order.
+    """The MLPs that `config` selects, in the model's order.
 
     Raises:
-        NoMatchError: none, or a name or layer number in `config` that the model does not have.
+        NoMatchError: there are none, or `config` has a name or layer number that the model does not have.
     """
     model = bare_model(model)
     found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
@@ -125,14 +125,14 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, so that names do not depend on which came first; else the model itself."""
+    """The model inside PEFT's wrapper, if any, so that names do not depend on which was applied first."""
     unwrap = getattr(model, "get_base_model", None)
     bare = unwrap() if callable(unwrap) else model
     return bare if isinstance(bare, nn.Module) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
-    """Candidates for the elementwise activation: the one with a usual name beside the projections, else common ones."""
+    """Candidates for the activation: an attribute with a usual name beside the projections, else common ones."""
     holders = [match.parent] + [
         match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
     ]
@@ -158,7 +158,7 @@ def _match(name: str, module: nn.Module) -> Match | None:
 
 
 def _may_be_wide(match: Match) -> bool:
-    """Between inputs and outputs of one width are more neurons; unknown where a projection is no plain one."""
+    """Whether inputs and outputs have the same width and there are more neurons; True if a projection is not plain."""
     projections = [match.projection(path) for path in match.paths]
     if not all(map(_is_plain, projections)):
         return True
@@ -188,7 +188,7 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
         hits = [any(_is_named(match.full_name(path), target) for target in targets) for path in match.paths]
         if any(hits) and not all(hits):
             raise NoMatchError(
-                f"target_modules names a part of {match.name or 'the MLP'} only: the projections of an MLP are patched "
+                f"target_modules names only a part of {match.name or 'the MLP'}: the projections of an MLP are patched "
                 f"together, so name all of {list(match.paths)}"
             )
         if all(hits):
@@ -264,10 +264,11 @@ def _why_none(model: nn.Module) -> str:
     if experts := fused_experts(model):
         return f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
     if narrow:
-        return f": {narrow[0].name} ({' / '.join(narrow[0].paths)}) has no more neurons than inputs, or other outputs"
+        paths = " / ".join(narrow[0].paths)
+        return f": {narrow[0].name} ({paths}) does not have more neurons than inputs and as many outputs as inputs"
     if pair := _widening_pair(model):
-        return f": {pair} are no known names of an MLP's projections"
-    return ", nor linear projections side by side that could be one"
+        return f": {pair} are not known names of an MLP's projections"
+    return ", and no pair of linear projections that could be one"
 
 
 def _what_is_there(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Replace a model's MLP projections by sparse ones, and back."""
+"""Replaces a model's MLP projections by sparse ones, and restores them."""
 
 import hashlib
 from typing import TypeVar
@@ -30,15 +30,15 @@ _SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
 
 
 def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
-    """Make a model's wide MLPs sparse, in place. Call it before the `Trainer` or the optimizer is made.
+    """Make a model's wide MLPs sparse, in place. Call it before creating the `Trainer` or the optimizer.
 
     The patched base weights and biases are frozen, and their low-rank updates are trainable. Every other parameter
-    stays as it is, and saved checkpoints stay plain. The update of a weight that was frozen before is frozen, too,
-    unless PEFT froze it or the whole model was frozen.
+    is unchanged, and saved checkpoints are plain. If a weight was frozen before the patch, its update is frozen, too,
+    unless PEFT froze the weight or the whole model was frozen.
 
     Args:
-        plan: budgets by MLP, from `calibrate` with the same config. Without one, `SubquadCallback` makes a plan at the
-            start of training, unless the config fixes `active`.
+        plan: the budget of each MLP, from `calibrate` with the same config. Without a plan, `SubquadCallback` makes one
+            at the start of training, unless the config fixes `active`.
 
     Returns:
         The same model.
@@ -46,12 +46,12 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     Raises:
         AlreadyPatchedError: the model is patched.
         NoMatchError: no MLP matches the config.
-        UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise in its middle.
+        UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise between its projections.
         WeightsError: weights hold NaN or infinite values.
         ConfigError: `active` or `rank` exceeds a layer.
         BackendError: the config asks for a backend that is not installed.
         PlanError: the plan is for other MLPs or other tiles.
-        In each case the model is as it was.
+        In each case the model is unchanged.
     """
     config = config or SubquadConfig()
     if sparse_mlps(model):
@@ -88,7 +88,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
 
     Raises:
         NotPatchedError: the model is not patched.
-        PlanError: the plan is for other MLPs or other tiles. Budgets are as they were.
+        PlanError: the plan is for other MLPs or other tiles. Budgets are unchanged.
     """
     check_plan(model, plan)
     runtime, mlps = patched_parts(model)
@@ -107,7 +107,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         raise PlanError(
             f"the plan is for {len(wanted)} MLPs, the model is patched at {len(found)}, and they differ in "
             f"{', '.join(f'{name} of {neurons} neurons' for name, neurons in odd) or 'their order'}: calibrate the "
-            "model that is patched, with the same config"
+            "patched model, with the same config"
         )
     config = runtime.config
     if (plan.tile_size, plan.tile_order) != (config.tile_size, config.tile_order):
@@ -118,9 +118,9 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def unpatch_model(model: ModelT) -> ModelT:
-    """Undo `patch_model`, in place: restore the original modules, with live updates merged into their weights.
+    """Undo `patch_model`, in place: restore the original modules, with the updates merged into their weights.
 
-    Where no update was trained, the weights are bit-equal to those before the patch.
+    Where no update was trained, the weights are bit-identical to those before the patch.
 
     Raises:
         NotPatchedError: the model is not patched.

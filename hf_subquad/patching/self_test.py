@@ -1,4 +1,4 @@
-"""Proof, at patch time, that an MLP computes the same on compact activations."""
+"""Checks, at patch time, that an MLP computes the same on compact activations."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -22,14 +22,14 @@ _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
 
 @torch.no_grad()
 def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
-    """Run an MLP compact, and dense with a mask on the same neurons, other ones in each tile. Results must agree.
+    """Run an MLP on some neurons only, and dense with the other neurons masked. The results must agree.
 
-    Half of the neurons are left out, which exposes anything between the projections that mixes neurons (a norm over
-    them, a top-k among them). The activation that scores neurons is compared with what the model computed: the index
-    keeps the first of the given candidates that agrees.
+    Each tile leaves out a different half of the neurons, which exposes anything between the projections that mixes
+    neurons (a norm over them, a top-k among them). The candidates for the activation that scores neurons are compared
+    with what the model computed: the index keeps the first one that agrees.
 
-    Some parents cannot be run alone, because their attention needs more than hidden states. Where their projections
-    are in two modules of their own, as in BERT, these are run one after the other.
+    Some parents cannot be run alone, because their attention needs more than hidden states. If their projections are
+    in two separate modules, as in BERT, these are run one after the other.
 
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
@@ -50,7 +50,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
         with _masked(mlp, mixed_mask):
             expected_of_mixture = run(x)
     seen: dict[str, Tensor] = {}
-    otherwise = "what lies between its projections does not run on some of its neurons"
+    otherwise = "the code between its projections does not run on a subset of its neurons"
     with _evaluating(mlp.parent), _forward(mlp, "sparse"):
         with (
             mlp.using(selection=selection),
@@ -73,8 +73,12 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
             return
     if len(activations) == 1:
         found = getattr(activations[0], "__name__", activations[0])
-        raise _refusal(mlp, f"its activation is not the {found} found beside the projections, or not of the first half")
-    raise _refusal(mlp, "it names no activation, and computes none of the common ones")
+        raise _refusal(
+            mlp,
+            f"its activation is not the {found} found beside the projections, or its gate is the second half of a "
+            "stacked projection",
+        )
+    raise _refusal(mlp, "it has no activation under a usual name, and computes none of the common ones")
 
 
 Run = Callable[[Tensor], Tensor]
@@ -90,7 +94,7 @@ def _runnable(mlp: SparseMLP, x: Tensor) -> tuple[Run, Tensor]:
         if all(holders):
             into, out_of = map(mlp.parent.get_submodule, holders)
             run = lambda x: _call(out_of, _call(into, x), residual=x)  # noqa: E731
-    return run, _attempt(mlp, run, x, "it does not run by itself, on random hidden states")
+    return run, _attempt(mlp, run, x, "it does not run by itself on random hidden states")
 
 
 def _call(module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

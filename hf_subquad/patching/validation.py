@@ -1,4 +1,4 @@
-"""Which projections can be patched: plain, unsplit, linear and finite ones. All others are refused by name."""
+"""Checks that projections can be patched: plain, unsplit, linear and finite. Errors name the ones that cannot."""
 
 from collections.abc import Sequence
 
@@ -22,14 +22,14 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
         UnsupportedModuleError: a projection of the MLP is wrapped, hooked, quantised, split, not linear or has no
             weights yet.
         WeightsError: it holds NaN or infinite values.
-        ConfigError: rank or `active` ask for more than it has.
+        ConfigError: `rank` or `active` exceeds its size.
     """
     for path in match.paths:
         module, name = match.projection(path), match.full_name(path)
         if hasattr(module, "base_layer"):
             raise UnsupportedModuleError(
                 f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
-                "target_modules, or out of the patch; their updates would meet"
+                "target_modules, or out of the patch; both would update the same weight"
             )
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
         if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
@@ -73,8 +73,8 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
 def check_not_shared(model: nn.Module, matches: Sequence[Match]) -> None:
     """
     Raises:
-        UnsupportedModuleError: a weight that would be patched belongs to another module as well (a module that is
-            called several times is one). Their updates would meet in it when they are folded or saved.
+        UnsupportedModuleError: a weight that would be patched also belongs to another module (a module that is called
+            several times counts as one). Their updates would both change it when they are folded or saved.
     """
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():

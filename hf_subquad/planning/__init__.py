@@ -1,1 +1,1 @@
-"""What each MLP may skip: measured on real batches, then chosen."""
+"""Decides what each MLP may skip, from measurements on real batches."""

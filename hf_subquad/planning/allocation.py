@@ -1,4 +1,4 @@
-"""How to spend a budget of fidelity so that it saves most time, over all MLPs. Pure functions."""
+"""Chooses one option per MLP that together save the most time within an error budget. Pure functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ _BISECTIONS = 60
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run one MLP: its budget, the milliseconds that takes and what it costs in fidelity."""
+    """One way to run one MLP: its budget, the milliseconds it takes and what it costs in fidelity."""
 
     budget: Budget
     ms: float
@@ -18,7 +18,7 @@ class Option:
 
 
 def undominated(options: Sequence[Option]) -> list[Option]:
-    """Those that no other option beats in both time and cost, the fastest first."""
+    """The Pareto-optimal options by time and cost, the fastest first."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.ms, option.cost)):
         if not kept or option.cost < kept[-1].cost:
@@ -27,10 +27,10 @@ def undominated(options: Sequence[Option]) -> list[Option]:
 
 
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
-    """One option for each MLP, together about as fast as can be with a sum of costs of at most `budget`.
+    """One option for each MLP, close to the fastest whose costs sum to at most `budget`.
 
-    A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), bisected on the price of a cost, leaves a
-    part of the budget unspent, which is then spent greedily. The result is optimal up to that last part.
+    A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), solved by bisection on the multiplier, leaves
+    a part of the budget unspent, which is then spent greedily. The result is optimal up to that last part.
 
     Args:
         options: for each MLP; at least one option must cost nothing.
@@ -59,7 +59,7 @@ def _at_price(options: Sequence[Sequence[Option]], price: float) -> list[Option]
 def _best_swap(
     options: Sequence[Sequence[Option]], chosen: Sequence[Option], budget: float
 ) -> tuple[int, Option] | None:
-    """The one change that saves most time for its cost within the budget, if any does."""
+    """The change that saves the most time per cost within the budget, if any."""
     left = budget - sum(option.cost for option in chosen)
     swaps = [
         ((now.ms - option.ms) / max(option.cost - now.cost, 1e-30), layer, option)

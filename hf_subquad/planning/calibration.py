@@ -1,10 +1,10 @@
-"""Measure a patched model on a few real batches, and plan the budget of each MLP.
+"""Measures a model on a few real batches, and plans the budget of each MLP.
 
-Two findings make this cheap (`docs/planning.md` has the numbers). The effect of a small error of an MLP's output on the
-loss is its product with the gradient there, so one backward pass weighs the errors of all budgets of all MLPs. And the
-effects of several MLPs add up except for a common factor, which a few passes measure. A plan is accepted only if the
-predictions and the gradient of the whole model, with all budgets together, are faithful enough on a batch to which
-nothing was fitted.
+Two findings make this cheap (`docs/planning.md` has the numbers). To first order, a small error of an MLP's output
+changes the loss by its product with the gradient there, so one backward pass is enough to compare all budgets of all
+MLPs. And the effects of several MLPs add up, up to a common factor, which a few passes measure. A plan is accepted only
+if the predictions and the gradient of the whole model, with all budgets together, are close enough to the dense ones
+on a batch to which nothing was fitted.
 """
 
 import time
@@ -33,15 +33,15 @@ from .predictions import Batch
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], config: SubquadConfig | None = None, tolerance: float | None = None
 ) -> Plan:
-    """Measure, and allocate budgets. The model is left as it was, patched or not, random states included.
+    """Measure a model, patched or not, and plan a budget for each MLP. The model and random states are restored.
 
     Args:
         model: a model whose outputs have logits or a loss.
-        batches: keyword arguments of the model, labels included, on its device and of the size to train with. The last
-            one judges what is fitted to the others. Two or three are enough; from a single one the plan is too
-            optimistic.
-        config: settings of the patch to plan for, if the model is not patched; a patched one has its own.
-        tolerance: instead of the config's.
+        batches: keyword arguments of the model, labels included, on its device and of the size to train with. What is
+            fitted to the others is evaluated on the last one. Two or three are enough; with a single one the plan is
+            too optimistic.
+        config: settings of the patch to plan for, if the model is not patched; a patched model has its own.
+        tolerance: overrides the config's.
 
     Raises:
         CalibrationError: no batches, outputs with neither logits nor a loss, or values that are not finite.
@@ -51,7 +51,7 @@ def calibrate(
     batches = list(batches)
     patched = bool(sparse_mlps(model))
     if patched and config is not None:
-        raise ConfigError("the model is patched already, and planned for with its own settings: leave config out")
+        raise ConfigError("the model is patched already, and calibrate uses its settings: leave config out")
     if not patched:
         patch_model(model, config)
     try:
@@ -69,7 +69,7 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
     """`calibrate` a patched model, and leave it with the plan's budgets, a fitted index and corrections.
 
     Raises:
-        CalibrationError: as `calibrate`. The model is as it was.
+        CalibrationError: as `calibrate`. The model is unchanged.
     """
     before = Snapshot(require_patched(model))
     try:
@@ -85,12 +85,11 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
 def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit the index of every MLP of a patched model to its inputs, and corrections for the neurons that budgets skip.
 
-    `SubquadCallback` does this at the start of training; a custom loop does it after `patch_model` or `apply_plan`.
+    `SubquadCallback` does this at the start of training; in a custom loop, call it after `patch_model` or `apply_plan`.
     Without it the sparse forward is less accurate than the plan says.
 
     Raises:
-        CalibrationError: no batches, or tokens that are not finite or too large to be fitted. What was fitted before
-            stays.
+        CalibrationError: no batches, or tokens that are not finite or too large to be fitted. Earlier fits are kept.
     """
     batches = list(batches)
     if not batches:
@@ -114,13 +113,13 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 class Snapshot:
-    """Budgets, corrections and indices of some MLPs as they are now, to be restored later."""
+    """The current budgets, corrections and indices of some MLPs, to be restored later."""
 
     def __init__(self, mlps: Sequence[SparseMLP]) -> None:
         self._states = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]
 
     def restore_calls(self) -> None:
-        """Count passes as they were counted then."""
+        """Restore only the counts of forward passes."""
         for mlp, _, _, calls, _ in self._states:
             mlp.calls = calls
 

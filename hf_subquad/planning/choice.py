@@ -1,4 +1,4 @@
-"""Which budgets a model's MLPs get: as fast as possible, and together faithful enough on a held-out batch."""
+"""Chooses the budgets of a model's MLPs: as fast as possible within the tolerance on a held-out batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be lost."""
+    """How far predictions and gradient may move."""
 
     divergence: float
     cosine: float
@@ -35,14 +35,14 @@ class Limits:
         return cls(DIVERGENCE_PER_TOLERANCE * tolerance, max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance))
 
     def spent(self, found: Fidelity) -> float:
-        """Share of the limits that is used; above 1 is too much."""
+        """Share of the limits that is used; above 1, a limit is exceeded."""
         return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
 
 
 def choose(
     measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float
 ) -> tuple[list[Option], Fidelity]:
-    """An option for each MLP that together are faithful enough, and their measured fidelity."""
+    """An option for each MLP, which together stay within the tolerance, and their measured fidelity."""
     limits = Limits.of(tolerance)
 
     def run(budgets: Sequence[Budget]) -> Fidelity:
@@ -70,8 +70,8 @@ def choose(
         skipped = sum(one.backward_cost(option.budget) for one, option in zip(measured, chosen, strict=True))
         used = max(limits.spent(found), backward * skipped)
         logger.info(
-            f"planning: budgets that take {_milliseconds(chosen):.0f} ms diverge "
-            f"by {found.divergence:.4f} nats, gradient cosine {found.cosine:.4f}"
+            f"planning: these budgets take {_milliseconds(chosen):.0f} ms, with a divergence of "
+            f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
         )
         if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
             best, best_found = chosen, found
@@ -88,8 +88,8 @@ def choose(
 
 
 def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float]) -> list[float]:
-    """By MLP, what a unit of forward cost spends: found for each band of layers by running it alone, with fewer and
-    fewer neurons until that is felt. Context of the last layer alone would tell nothing, say."""
+    """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
+    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
     for start in range(0, len(measured), size):
@@ -112,7 +112,7 @@ def _price(
     budgets: Sequence[Budget],
     spent: Callable[[Sequence[Budget]], float],
 ) -> float:
-    """What a unit of a cost spends of what may be lost, found by running with some budgets."""
+    """The share of the limits that a unit of a cost uses, measured by running with some budgets."""
     total = sum(cost(one, budget) for one, budget in zip(measured, budgets, strict=True))
     return spent(budgets) / total if total > 0 else 0.0
 

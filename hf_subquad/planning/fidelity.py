@@ -1,4 +1,4 @@
-"""How faithful sparse MLPs are to the predictions of the dense model and to the gradient of what is trained."""
+"""How close a model with sparse MLPs is to the dense one, in its predictions and in the gradient of what is trained."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ class Fidelity:
     """The effect of sparse MLPs on a model, on one batch.
 
     Attributes:
-        divergence: mean Kullback-Leibler divergence of its predictions, in nats a prediction; 0 where the outputs have
-            no logits.
+        divergence: mean Kullback-Leibler divergence of its predictions, in nats per prediction; 0 where the outputs
+            have no logits.
         cosine: of the gradient of all trained parameters with the exact one.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
     """
@@ -34,7 +34,7 @@ class Fidelity:
 
 
 class DenseReference:
-    """Predictions and gradient that a model has on a batch now, with which later ones are compared.
+    """A model's current predictions and gradient on a batch, to compare later ones with.
 
     Args:
         batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
@@ -62,7 +62,7 @@ class DenseReference:
         return (_norm(found) / self._norm) ** 2 if self._norm else 0.0
 
     def fidelity(self) -> Fidelity:
-        """Fidelity of the model as it runs now.
+        """Fidelity of the model with its current budgets.
 
         Raises:
             CalibrationError: predictions or gradients are not finite.

@@ -61,16 +61,16 @@ class MeasuredMLP:
             yield Budget(predicted, by_class.get("context", predicted), gradient)
 
     def forward_cost(self, budget: Budget) -> float:
-        """Squared effect on the loss of what the forward skips, up to a common factor."""
+        """Squared effect on the loss of what the forward pass skips, up to a common factor."""
         found = ((measured, budget.neurons(name)) for name, measured in self.classes.items())
         return sum(0.0 if k is None else measured.costs[k] for measured, k in found)
 
     def backward_cost(self, budget: Budget) -> float:
-        """Squared effect on the gradient of the rows that the backward skips, up to a common factor."""
+        """Squared effect on the gradient of the rows that the backward pass skips, up to a common factor."""
         return (1 - budget.gradient) * self.energy
 
     def ms(self, budget: Budget) -> float:
-        """Milliseconds of any budget, from those that were timed: the savings of its parts are added."""
+        """Milliseconds of any budget: the exact time less the savings of its parts, estimated from timed budgets."""
         exact = self.timing.budgets[Budget()]
         if budget.exact:
             return exact
@@ -120,11 +120,11 @@ class MeasuredMLP:
 
 
 def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, float]:
-    """Measure every MLP of a patched model. Indices stay fitted; budgets stay as last tried.
+    """Measure every MLP of a patched model. Indices stay fitted, and corrections are overwritten.
 
     Returns:
-        The MLPs; predictions and gradient of the dense model on the last batch, which judges what is fitted to the
-        others; and the seconds of a dense step on it.
+        The MLPs; predictions and gradient of the dense model on the last batch, on which what is fitted to the others
+        is evaluated; and the seconds of a dense step on it.
     """
     runtime, mlps = patched_parts(model)
     watch_batches(model, runtime)
@@ -168,7 +168,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
 def recorded(
     model: nn.Module, runtime: Runtime, mlps: Sequence[SparseMLP], batches: Sequence[Batch]
 ) -> dict[str, list[MLPCall]]:
-    """What every MLP sees of some batches, in dense passes without gradients."""
+    """Every MLP's inputs on some batches, in dense passes without gradients."""
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
     if runtime.skips_padding is None:

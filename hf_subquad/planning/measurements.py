@@ -1,4 +1,4 @@
-"""What is measured of every MLP besides a dense step: output errors by budget, their corrections, and gradients."""
+"""What is recorded of every MLP in a dense step, and from it: output errors by budget, corrections, and gradients."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ _FITTED_TOKENS = 2048  # of a class, to which an index and corrections are fitte
 
 @dataclass
 class MLPCall:
-    """What an MLP saw in one pass.
+    """An MLP's input in one pass, and the gradient of its output.
 
     Attributes:
         x: its input [..., d], in the dtype that it computes in.
@@ -57,8 +57,8 @@ class ClassMeasurements:
     Attributes:
         ks: numbers of neurons that are measured.
         errors: by k, the relative error of the MLP's output, corrected.
-        costs: by k, the squared error of each token times the squared gradient there, summed: the square of what the
-            error does to the loss, to first order and up to a common factor.
+        costs: by k, the squared error of each token times the squared gradient there, summed: to first order and up to
+            a common factor, the squared effect of the error on the loss.
     """
 
     def __init__(self, mlp: SparseMLP, ks: Sequence[int]) -> None:
@@ -76,7 +76,7 @@ class ClassMeasurements:
                 fit.add(x, missed[k])
 
     def solve(self) -> None:
-        """Find the corrections that fit best.
+        """Fit the corrections.
 
         Raises:
             CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
@@ -84,7 +84,7 @@ class ClassMeasurements:
         self.corrections = {k: fit.solve() for k, fit in self._fits.items()}
 
     def judge(self, tokens: Tensor, energy: Tensor) -> None:
-        """Measure what remains on tokens [N, d] of another batch, with gradients of squared norm `energy` [N].
+        """Measure the remaining error on tokens [N, d] of another batch, with gradients of squared norm `energy` [N].
 
         Raises:
             CalibrationError: the MLP's output is too large to be squared in float32.
@@ -106,13 +106,13 @@ class ClassMeasurements:
 
 
 def neuron_counts(neurons: int) -> list[int]:
-    """The numbers k of neurons at which an MLP of m is measured and may run: its `SHARES`, in multiples of 8."""
+    """The numbers k of neurons that are measured and may be planned: `SHARES` of m, in multiples of 8."""
     counts = {-(-round(neurons * share) // _MULTIPLE) * _MULTIPLE for share in SHARES}
     return sorted(k for k in counts if 0 < k < neurons)
 
 
 def tokens_by_class(calls: Sequence[MLPCall]) -> dict[TokenClass, Tensor]:
-    """Tokens [N, d] of each class that some calls hold, spread evenly where there are many."""
+    """Tokens [N, d] of each class in some calls, subsampled evenly if there are many."""
     found: dict[TokenClass, list[Tensor]] = {}
     for call in calls:
         for token_class, rows in call.rows().items():
@@ -124,10 +124,11 @@ def tokens_by_class(calls: Sequence[MLPCall]) -> dict[TokenClass, Tensor]:
 def outputs_by_tiles(
     mlp: SparseMLP, tokens: Tensor, ks: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]]:
-    """By some tiles at a time: rows [S] of tokens [N, d]; those tokens [S, d]; what all neurons add to the MLP's output
-    on them, [S, d_out]; and by k what those do that a selection of k skips, [S, d_out], both float32.
+    """Yield, for a few tiles at a time: rows [S] of tokens [N, d]; those tokens [S, d]; what all neurons add to the
+    MLP's output on them, [S, d_out]; and, by k, what the neurons add that a selection of k skips, [S, d_out]. The last
+    two are float32.
 
-    Each neuron is computed once a tile: with the others between two consecutive k.
+    Each neuron is computed once per tile, together with the others between two consecutive k.
     """
     config, ks = mlp.runtime.config, sorted(ks)
     tiles = mlp.index.tile(tokens, config.tile_size, config.tile_order)
@@ -143,7 +144,7 @@ def outputs_by_tiles(
 
 @contextmanager
 def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[str, list[MLPCall]]]:
-    """Inside, the model runs dense, and what every MLP sees is recorded, by the MLP's name.
+    """Context manager: inside, the model runs dense, and every MLP's calls are recorded, by the MLP's name.
 
     Raises:
         CalibrationError: tokens are not finite, or an MLP did not run.

@@ -20,8 +20,8 @@ _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones
 
 @dataclass(frozen=True)
 class MLPTiming:
-    """Milliseconds of one forward and backward pass, to two digits, which repeat better than all of them would: the
-    least of interleaved rounds, which other load disturbs least.
+    """Milliseconds of one forward and backward pass: the minimum over interleaved rounds, which other load affects
+    least, rounded to two digits to make plans more reproducible.
 
     Attributes:
         full: the projections as they were before the patch, with gradients for weights that were trainable.
@@ -38,8 +38,8 @@ class MLPTiming:
 def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
     """Time an MLP on the tokens of a call, in their dtype or, under autocast, autocast's.
 
-    The projections and the activation are run by themselves, without what the model computes around them. Gradients
-    have the sizes that the call's had.
+    Only the projections and the activation are run, without the model around them. Gradients have the same relative
+    norms by token as in the call.
     """
     x = call.x.detach().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTim
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes, the device's queue included."""
+    """Seconds that `work` takes, including work queued on the device."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
     started = time.perf_counter()

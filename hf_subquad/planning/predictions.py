@@ -19,10 +19,10 @@ _NAMES = ("logits", "prediction_logits")
 
 
 class Predictions:
-    """Predictions that a model made on a batch, to compare later ones with.
+    """A model's predictions on a batch, to compare later ones with.
 
-    One of several classes is a categorical distribution, multi-label outputs are a Bernoulli distribution each, and
-    regression is a Gaussian of unit variance; which it is follows from the config's `problem_type`, or from the labels.
+    They are categorical distributions for classification, one Bernoulli distribution per label for multi-label
+    outputs, and Gaussians of unit variance for regression; `problem_type` in the config or the labels decide which.
 
     Args:
         batch: keyword arguments of the model.
@@ -43,10 +43,10 @@ class Predictions:
         self._scale = max(1.0, 1 / max(self._information(), _LEAST))
 
     def divergence(self, logits: Tensor) -> float:
-        """Mean Kullback-Leibler divergence, in nats a prediction, of these logits' predictions from the former ones.
+        """Mean Kullback-Leibler divergence, in nats per prediction, of these predictions from the earlier ones.
 
-        A head that was not trained yet hardly distinguishes inputs, so its predictions hardly diverge. Both grow as the
-        square of its weights: the divergence is scaled to a head that has learned to distinguish them.
+        An untrained head hardly distinguishes inputs, so its predictions hardly diverge. Both effects grow as the
+        square of its weights, so the divergence is scaled up to that of a trained head.
 
         Raises:
             CalibrationError: predictions are not finite.
@@ -87,7 +87,7 @@ class Predictions:
 
 
 def logits_of(model: nn.Module, outputs: Any) -> Tensor:
-    """The scores in a model's outputs; of question answering, those of start and end, [B, 2, S].
+    """The logits in a model's outputs; for question answering, those of start and end, [B, 2, S].
 
     Raises:
         CalibrationError: there are none.
@@ -101,7 +101,7 @@ def logits_of(model: nn.Module, outputs: Any) -> Tensor:
         return torch.stack([start, end], 1)
     found = ", ".join(map(str, held)) or type(outputs).__name__
     raise CalibrationError(
-        f"{type(model).__name__} returns no logits (but {found}): calibrate a model with a head, or set `active` to a "
+        f"{type(model).__name__} returns no logits (only {found}): calibrate a model with a head, or set `active` to a "
         "fixed share"
     )
 
@@ -137,5 +137,5 @@ def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
         counted = torch.ones(shape.numel(), dtype=torch.bool, device=logits.device)
     rows = counted.nonzero().squeeze(1)
     if not len(rows):
-        raise CalibrationError("no token of a batch counts for the loss: all labels are -100, or all is padding")
+        raise CalibrationError("no token of a batch counts for the loss: all are labelled -100, or all are padding")
     return rows

@@ -1,4 +1,4 @@
-"""The training loop of Song, Zhang and Zhang (ITCS 2024, arXiv 2112.07628): wide nets trained without reading weights.
+"""The training loop of Song, Zhang and Zhang (ITCS 2024, arXiv 2112.07628): steps that do not read the m x m weights.
 
 `GaussNewton(WideNet(...), x, y).step()` is the algorithm; `WideNetRegressor` fits and predicts. docs/paper.md says
 which pieces are the paper's and which were replaced.

@@ -30,19 +30,19 @@ class Step:
 class GaussNewton:
     """Trains the matrix W of a network on fixed samples: W -= D^T H with D = diag(z) B and (G + damping I) z = f - y.
 
-    That is a full Gauss-Newton (Levenberg-Marquardt) step of W, all m^2 entries of it: the step lies in the span of the
-    Jacobian's n rows. Making the optimizer costs the one pass over W; an iteration does not read W.
+    That is a full Gauss-Newton (Levenberg-Marquardt) step of all m^2 entries of W: the step lies in the span of the
+    Jacobian's n rows. Creating the optimizer costs the one pass over W; an iteration does not read W.
 
     Args:
-        network: whose `trained` matrix is to be trained, in place and lazily.
+        network: its `trained` matrix is trained, in place and lazily.
         x: samples [n, d] in the dtype of the network.
         y: targets [n, p].
         solver: 'cholesky', 'tensor_sketch', 'tensor_srht', or an object with a method `solve`.
-        damping: as a share of the mean diagonal of G; not for a solver of one's own.
+        damping: as a share of the mean diagonal of G; ignored if `solver` is an object.
 
     Attributes:
         state: pre-activations and fired sets.
-        seconds: what making it took.
+        seconds: the time that creating it took.
 
     Raises:
         DataError: shapes or values of x or y do not fit.
@@ -68,7 +68,7 @@ class GaussNewton:
 
         Raises:
             DivergedError: predictions are not finite, or the solve failed; the network is as before the call.
-            StaleStateError: the matrix was changed by others since, as by an optimizer for other samples.
+            StaleStateError: something else has changed the matrix, such as an optimizer for other samples.
         """
         clock = _Clock(self.y.device)
         residual = self._forward() - self.y
@@ -87,15 +87,15 @@ class GaussNewton:
     def _forward(self) -> Tensor:
         """Predictions [n, p]."""
         if self._seen != self.network.trained.changes:
-            raise StaleStateError("the trained matrix was changed by others: make a new GaussNewton for these samples")
+            raise StaleStateError("something else changed the trained matrix: make a new GaussNewton for these samples")
         return self.state.predictions()
 
     def _update(self, direction: Tensor) -> None:
-        """What the next iteration needs of W -= D^T H."""
+        """Update what the next iteration needs, for W -= D^T H."""
         self.state.move(direction)
 
     def _maintain(self, direction: Tensor) -> None:
-        """The step itself, for whoever reads W later."""
+        """Store the step itself, for later reads of W."""
         self.network.trained.append(self._left, direction)
         self._seen = self.network.trained.changes
 

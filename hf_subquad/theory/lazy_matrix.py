@@ -1,4 +1,4 @@
-"""Lazy low-rank maintenance: a matrix whose updates wait as factors until their rank budget is spent."""
+"""Lazy low-rank maintenance: a matrix whose updates stay factored until their total rank exceeds a budget."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,21 +11,21 @@ from ..errors import ConfigError
 
 
 class LazyMatrix(nn.Module):
-    """M = weight + sum of left_i right_i, of which only the first is stored as a whole.
+    """M = weight + sum of left_i right_i; the products are not formed.
 
-    Updates with the very same factor on one side (the tensor itself, not its values, is compared) share a block: their
-    other factors are added, and the rank does not grow. So Gauss-Newton on a fixed training set, whose updates all
-    have the features H for left factor, never spends its budget; mini-batches of other samples do.
+    Updates with the same left factor (the same tensor, not just the same values) share a block: their right factors are
+    added, and the rank does not grow. So Gauss-Newton on a fixed training set, whose updates all have the features H as
+    left factor, never uses up its budget; mini-batches of other samples do.
 
     `torch.optim` can train `weight`; pending updates are constants to autograd.
 
     Args:
-        weight: [r, c], taken over, not copied.
-        rank_budget: most columns that pending left factors have together.
+        weight: [r, c], used without copying.
+        rank_budget: the largest total number of columns of the pending left factors.
 
     Attributes:
-        merges: times that factors were merged into `weight`, r c multiply-adds for each rank.
-        changes: updates and loads so far; merges do not change M.
+        merges: how often factors were merged into `weight`, at r c multiply-adds per rank.
+        changes: number of updates and loads so far; merges do not count, as they do not change M.
     """
 
     def __init__(self, weight: Tensor, rank_budget: int) -> None:
@@ -46,7 +46,8 @@ class LazyMatrix(nn.Module):
     def append(self, left: Tensor, right: Tensor) -> None:
         """M += left [r, q] right [q, c]. `left` is kept as it is and must not be changed later; `right` is copied.
 
-        What waits is merged first if the update does not fit beside it, and so is an update over the budget by itself.
+        Pending updates are merged first if the new one would exceed the budget; a new one that exceeds it alone is
+        merged at once.
 
         Raises:
             ConfigError: the shapes do not fit.
@@ -70,7 +71,7 @@ class LazyMatrix(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add what waits to `weight`, in r c multiply-adds for each rank."""
+        """Add the pending updates to `weight`, at r c multiply-adds per rank."""
         for left, right in self._blocks:
             self.weight.addmm_(left, right)
         self.merges += bool(self._blocks)

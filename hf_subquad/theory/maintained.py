@@ -1,4 +1,4 @@
-"""What is known of the training set at every iteration: margins and fired sets, without reading weights."""
+"""The state of the training samples at every iteration: margins and fired sets, without reading weights."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .network import WideNet
 
 
 class MaintainedState:
-    """By how much pre-activations of n fixed samples exceed their shifts, kept exact while the trained matrix moves.
+    """How far pre-activations of n fixed samples exceed their shifts, maintained exactly as the trained matrix changes.
 
     The features h_i do not change in training, so one pass over the m x m matrix gives Z = H W^T, and K = H H^T. From
     then on a step W -= D^T H moves Z by -K D: n^2 m multiply-adds as one dense product (n^2 nnz(d) if zeros were

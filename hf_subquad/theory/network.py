@@ -27,7 +27,7 @@ def gain(c: float) -> float:
 
 
 class WideNet(nn.Module):
-    """f(x) = A phi(W_L phi(... phi(W_1 x))), of which W_L is trained, in few samples and at low rank.
+    """f(x) = A phi(W_L phi(... phi(W_1 x))), of which W_L is trained, on few samples and with low-rank updates.
 
     phi(z) = gain * max(z - shift, 0), where shift is c standard deviations, sqrt(2 / m) ||h||, of the pre-activations
     that random weights give the layer's input h. The gain and the factor ||h|| are ours. Without the gain a shifted
@@ -107,7 +107,7 @@ class WideNet(nn.Module):
         return self.output.shape[1]
 
     def shift(self, h: Tensor) -> Tensor:
-        """What the pre-activations of a layer with inputs h [N, r] must exceed to fire, [N, 1]."""
+        """The threshold that pre-activations of a layer with inputs h [N, r] must exceed to fire, [N, 1]."""
         return self.shift_per_length * torch.linalg.vector_norm(h, dim=1, keepdim=True)
 
     def layer(self, h: Tensor, pre: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class WideNet(nn.Module):
         return (pre - self.shift(h)).clamp_(min=0).mul_(self.gain)
 
     def features(self, x: Tensor) -> Tensor:
-        """h [N, m]: what the trained layer sees of x [N, d]. Training does not change it."""
+        """h [N, m]: the trained layer's inputs for x [N, d]. Training does not change them."""
         first, *others = self.lower
         h = self.layer(x, x @ first)
         for weight in others:

@@ -1,4 +1,4 @@
-"""Regression with a very wide net on few samples, with scikit-learn's methods and without needing it."""
+"""Regression with a very wide net on few samples, with scikit-learn's interface but without depending on it."""
 
 import inspect
 from typing import Any
@@ -19,9 +19,9 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class WideNetRegressor:
     """A wide net trained by Gauss-Newton to the least squared loss.
 
-    Columns of X are standardised, a constant of the same weight as all of them together is appended, and each row is
-    scaled to length 1; targets are standardised. The net starts at zero (`zero_start`), so that predictions hold
-    nothing but what was learned.
+    Columns of X are standardised, a constant column with the weight of all others together is appended, and each row is
+    scaled to length 1; targets are standardised. The net starts at zero (`zero_start`), so that predictions contain
+    only what was learned.
 
     Args:
         width: m, even. An iteration costs n^2 m multiply-adds, fitting m^2 numbers of memory.
@@ -29,8 +29,8 @@ class WideNetRegressor:
         max_iter: the most Gauss-Newton iterations.
         tol: stop when the loss is at most this share of what it was at first.
         solver: 'cholesky', 'tensor_sketch' or 'tensor_srht'.
-        damping: of each step, as a share of the mean diagonal of the Gram matrix. Far larger values with few iterations
-            stop short of interpolating noisy targets.
+        damping: of each step, as a share of the mean diagonal of the Gram matrix. Much larger values with few
+            iterations avoid interpolating noisy targets.
         random_state: seed.
         dtype: 'float32' or 'float64'.
         verbose: show a progress bar.

@@ -1,1 +1,1 @@
-"""Keeping a patched model in step with training: the Trainer callback, and what it calls."""
+"""Keeps a patched model in sync with training: the Trainer callback, and what it calls."""

@@ -1,4 +1,4 @@
-"""Whether budgets still fit live tokens, and how they change: first the sketch, then k, then dense."""
+"""Checks budgets on current tokens, and adjusts them: first rebuilds the sketch, then changes k, then runs dense."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,8 +26,8 @@ class Audit:
 
     Attributes:
         recall: share of the truly most important neurons that were chosen.
-        error: norm of what is missing from the MLP's output, over the norm of what all neurons add; NaN if that is
-            not finite.
+        error: norm of what is missing from the MLP's output, divided by the norm of what all neurons add; NaN if that
+            is not finite.
     """
 
     recall: float
@@ -36,7 +36,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class BudgetChange:
-    """From now on an MLP computes `after` neurons instead of `before` (all of them: dense), and why.
+    """From now on an MLP computes `after` neurons instead of `before`, for the given reason. All neurons: dense.
 
     Attributes:
         token_class: the tokens for which this holds.
@@ -53,7 +53,7 @@ class BudgetChange:
 
 
 def audit(mlp: SparseMLP, token_class: TokenClass, tile_tokens: Tensor, neurons: Tensor) -> Audit:
-    """Audit a selection for tokens of a class: tokens [n, T, d] of tiles, and the neurons chosen for each, [n, k]."""
+    """Audit the neurons [n, k] chosen for tiles of tokens [n, T, d] of one class."""
     truth = evaluate_selection(mlp.index, tile_tokens, neurons)
     correction = mlp.corrections.get(token_class)
     missed = truth.missed if correction is None else truth.missed - correction(tile_tokens.float())
@@ -64,8 +64,8 @@ def audit(mlp: SparseMLP, token_class: TokenClass, tile_tokens: Tensor, neurons:
 
 
 def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
-    """Audit the tiles that an MLP kept of its last batch, by class. Classes of which no rank kept tiles, or whose
-    outputs are not finite, are left out. All ranks get the same result."""
+    """Audit the tiles that an MLP kept from its last batch, by class. Classes for which no rank kept tiles, or with
+    outputs that are not finite, are left out. All ranks get the same result."""
     found: dict[TokenClass, Audit] = {}
     for token_class in get_args(TokenClass):
         if not mlp.budget.neurons(token_class):  # of no neurons there is nothing to choose, of all nothing is skipped
@@ -78,7 +78,7 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
 
 
 def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Audit) -> BudgetChange | None:
-    """Change an MLP's budget if the measured error has left the plan. Every rank decides the same."""
+    """Change an MLP's budget if the measured error is far from the planned one. Every rank decides the same."""
     if not mlp.budget.neurons(token_class):
         return None
     error = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
@@ -103,7 +103,7 @@ def _give_more(mlp: SparseMLP, token_class: TokenClass, planned: float, found: f
             _set_neurons(mlp, token_class, k)
             return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}", token_class)
     _set_neurons(mlp, token_class, None)
-    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; no fewer neurons mend it", token_class)
+    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; only all neurons bring it back", token_class)
 
 
 def _give_back(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
@@ -123,7 +123,7 @@ def _neurons(mlp: SparseMLP, token_class: TokenClass) -> int:
 
 
 def _set_neurons(mlp: SparseMLP, token_class: TokenClass, k: int | None) -> None:
-    """Classes that shared their tiles go on to share them."""
+    """Set the number of neurons; classes that share their tiles continue to share them."""
     shared = mlp.budget.predicted == mlp.budget.context
     names = get_args(TokenClass) if shared else (token_class,)
     mlp.set_budget(replace(mlp.budget, **dict.fromkeys(names, k)))
@@ -139,7 +139,7 @@ def _error(mlp: SparseMLP, token_class: TokenClass, k: int) -> float:
 
 
 def _agreed(local: Audit | None, mlp: SparseMLP) -> Audit | None:
-    """The mean over the ranks that have an audit. One that has none, its layer dropped (LayerDrop), takes part."""
+    """The mean over the ranks that have an audit. Ranks without one (LayerDrop) must call this, too."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local
     values = (local.recall, local.error, 1.0) if local else (0.0, 0.0, 0.0)

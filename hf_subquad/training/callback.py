@@ -1,4 +1,4 @@
-"""The Trainer callback: passes every event to the function that does the work. It has no state of its own."""
+"""The Trainer callback: passes every event to the function that handles it. It has no state of its own."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -27,13 +27,13 @@ logger = get_logger(__name__)
 class SubquadCallback(TrainerCallback, ExportableState):
     """Keeps a patched model in sync during `Trainer.train()`.
 
-    There is nothing to configure: settings belong to `SubquadConfig`. The callback
+    There is nothing to configure: all settings are in `SubquadConfig`. The callback
 
-    - raises a typed error if the patch would not take effect, or does not support the engine (FSDP, DeepSpeed,
-      `torch.nn.DataParallel`);
+    - raises a typed error if the patch would not take effect, or if the patch does not support the engine (FSDP,
+      DeepSpeed, `torch.nn.DataParallel`);
     - plans budgets on batches of the training data, unless there is a plan or a fixed `active`, and fits indices and
       corrections;
-    - limits logits to labelled positions where nothing reads the others;
+    - limits logits to labelled positions if nothing reads the others;
     - folds, audits and adjusts budgets on schedule, and adds `subquad/...` to the Trainer's logs;
     - writes and reads the sidecar of each checkpoint.
     """
@@ -69,14 +69,14 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if frozen := frozen_updates(mlps):
             logger.warning_once(
                 f"updates of {len(frozen)} of {len(mlps)} patched MLPs do not train ({frozen[0]}, ...): they, or their "
-                "layers, were frozen. To train them, set requires_grad on what ends with update.U and update.V before "
-                "the Trainer is made"
+                "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
+                "and update.V before creating the Trainer"
             )
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
             logger.warning_once(
                 f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
-                "model: MLPs compute all neurons, so that the two agree, and train their low-rank updates"
+                "model: so that the two agree, MLPs compute all neurons; their low-rank updates still train"
             )
         else:
             fit_on_training_data(model, train_dataloader, rows, args)
@@ -140,17 +140,17 @@ class SubquadCallback(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and state.best_model_checkpoint:
             load_sidecar(model, state.best_model_checkpoint)
         logger.warning_once(
-            "beside PEFT, save_model and save_pretrained write PEFT's adapters only, without what the MLPs learnt: "
-            "write the plain model, all merged, with hf_subquad.save_merged(model, folder)"
+            "with PEFT, save_model and save_pretrained write PEFT's adapters only, not the updates of the MLPs: to "
+            "write the plain model with everything merged, call hf_subquad.save_merged(model, folder)"
         )
 
     def state(self) -> dict[str, Any]:
-        """An empty state. It marks checkpoints of runs with this callback, whose sidecar must not be missing."""
+        """An empty state. It marks the checkpoints of runs with this callback, which must have a sidecar."""
         return {"args": {}, "attributes": {}}
 
     def _move_first(self) -> None:
-        """Put this callback before the reporting ones, so that what it adds to `logs` reaches them: the Trainer
-        appends the user's callbacks after TensorBoard, W&B and the like."""
+        """Move this callback before the reporting ones, so that they see what it adds to `logs`: the Trainer puts the
+        user's callbacks after TensorBoard, W&B and the like."""
         handler = calling_handler()
         if handler is not None and self in handler.callbacks:
             handler.callbacks.remove(self)

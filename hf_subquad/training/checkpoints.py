@@ -1,4 +1,4 @@
-"""Which checkpoint of a run to resume from, and resuming from it."""
+"""Finds the checkpoint of a run to resume from, and resumes from it."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,8 @@ logger = logging.get_logger(__name__)
 def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The newest complete checkpoint that a Trainer with `SubquadCallback` wrote to `output_dir`, or None.
 
-    Made for `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after a
-    crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
+    For use in `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after
+    a crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
     """
     by_step = {
         int(step): folder
@@ -36,26 +36,26 @@ def resume(
     """Continue with the factors of the checkpoint that the Trainer has just loaded.
 
     Args:
-        with_callback: the run that wrote it had a `SubquadCallback`.
+        with_callback: whether the run that wrote it had a `SubquadCallback`.
 
     Raises:
-        SidecarError: the sidecar is missing where there must be one, or cannot be used.
+        SidecarError: a required sidecar is missing, or cannot be used.
     """
     try:
         load_sidecar(model, folder)
     except FileNotFoundError:
         if with_callback:
             whole = last_whole_checkpoint(folder.parent)
-            other = f"resume from {whole}" if whole else "there is no whole checkpoint beside it"
+            other = f"resume from {whole}" if whole else "there is no complete checkpoint beside it"
             raise SidecarError(
                 f"the checkpoint {folder} has no {SIDECAR_NAME}: its saving was interrupted, or the file was lost. "
-                f"Its weights are whole, its low-rank updates are not known: {other}, or load its weights with "
+                f"Its weights are complete, but its low-rank updates are missing: {other}, or load its weights with "
                 "from_pretrained and start a new run"
             ) from None
         made = f"the checkpoint {folder} was made without SubquadCallback and has no {SIDECAR_NAME}"
         if hasattr(model, "peft_config"):
-            raise SidecarError(f"{made}. Beside PEFT adapters it is the only copy of the updates") from None
-        logger.warning(f"{made}. Going on from its weights with fresh low-rank updates.")
+            raise SidecarError(f"{made}, which with PEFT adapters is the only copy of the updates") from None
+        logger.warning(f"{made}. Continuing from its weights with fresh low-rank updates.")
         runtime_of(model).synced_step = step
         if optimizer is not None:
             restart_moments(require_patched(model), optimizer)

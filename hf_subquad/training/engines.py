@@ -1,4 +1,4 @@
-"""The Trainer's engines that patched layers do not support: they are refused before training."""
+"""Rejects, before training, the Trainer's engines that patched layers do not support."""
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -26,22 +26,21 @@ def check_engine(args: TrainingArguments) -> None:
         )
     if getattr(args, "sync_ref_model", False):
         raise InactivePatchError(
-            "sync_ref_model=True mixes the model's parameters, one after the other, into those of the reference model, "
-            "and patched MLPs have others: their updates would be lost. Set sync_ref_model=False"
+            "sync_ref_model=True mixes the model's parameters, one after the other, into those of the reference model; "
+            "patched MLPs have different parameters, so their updates would be lost. Set sync_ref_model=False"
         )
     engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
     asked = DistributedType.FSDP if args.fsdp else DistributedType.DEEPSPEED if args.deepspeed else None
     splitting = {DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM} & {engine, asked}
     if splitting:
         raise ParallelismError(
-            f"{splitting.pop().value} splits weights, or what the optimizer knows of them, over processes, and "
-            "choosing neurons and folding need whole weights: train with plain data parallelism (DDP), as accelerate "
-            "launch --multi_gpu does without it"
+            f"{splitting.pop().value} splits weights or optimizer states over processes, but choosing neurons and "
+            "folding need whole weights: train with plain data parallelism (DDP), as with accelerate launch --multi_gpu"
         )
     if args.n_gpu > 1:
         raise ParallelismError(
             f"the Trainer would copy the model to {args.n_gpu} GPUs in every step (torch.nn.DataParallel), and the "
-            "copies would share one selection of neurons: start one process a GPU (accelerate launch, torchrun), or "
+            "copies would share one selection of neurons: start one process per GPU (accelerate launch, torchrun), or "
             "show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
 
@@ -49,8 +48,8 @@ def check_engine(args: TrainingArguments) -> None:
 def compares_with_reference(args: TrainingArguments) -> bool:
     """Whether the loss compares the trained model's log-probabilities with others that are computed without gradients.
 
-    The latter come from a dense model. A sparse model would differ from it at the start, and the loss would train that
-    difference away.
+    Those come from a dense model. A sparse model would differ from it from the start, and training would reduce that
+    difference instead of the intended loss.
     """
     of_trl = [kind.__name__ for kind in type(args).__mro__ if kind.__module__.startswith("trl.")]
     return bool(of_trl) and not set(of_trl) & set(_ONE_PASS)

@@ -1,4 +1,4 @@
-"""What resuming needs beyond a plain checkpoint: the factors U and V, in one safetensors file beside it."""
+"""The sidecar: what resuming needs beyond a plain checkpoint, such as U and V, in one safetensors file beside it."""
 
 import dataclasses
 import hashlib
@@ -29,13 +29,13 @@ _FORMAT = 2
 def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) -> Path:
     """Write the sidecar of the checkpoint in `folder`, atomically.
 
-    Beside a checkpoint with merged weights (every plain one) the factors are enough. Beside PEFT's, which has adapters
-    only, base weights that folds change are kept as well.
+    For a checkpoint with merged weights (every plain one), the factors are enough. For a PEFT checkpoint, which has
+    only adapters, the sidecar also holds the base weights if folds change them.
 
     Write it last: a checkpoint is complete if it has this file and the other files are unchanged since.
 
     Raises:
-        OutputError: the file could not be written; nothing is left of it.
+        OutputError: the file could not be written; no partial file is left.
     """
     merged = not hasattr(model, "peft_config")
     config = runtime_of(model).config
@@ -125,9 +125,9 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
 
 
 def is_whole(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a checkpoint as it was when its sidecar was written, behind all other files.
+    """Whether the other files of a checkpoint are unchanged since its sidecar was written, after all of them.
 
-    False after an interruption, also one that came while an older checkpoint of that name was written over or deleted.
+    False after an interruption, including one while an older checkpoint of that name was being overwritten or deleted.
     """
     path = Path(folder) / SIDECAR_NAME
     try:
@@ -228,7 +228,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 _REMEDY = (
-    "resume from another checkpoint (last_whole_checkpoint finds the newest whole one), or load the weights of this "
+    "resume from another checkpoint (last_whole_checkpoint finds the newest complete one), or load the weights of this "
     "one with from_pretrained and start a new run"
 )
 

@@ -1,4 +1,4 @@
-"""Keep the index, the base weights and the low-rank updates of a patched model in step with training."""
+"""Keeps the index, the base weights and the low-rank updates of a patched model in sync with training."""
 
 import math
 import time
@@ -25,12 +25,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class SyncReport:
-    """What one `sync_model` call did and saw.
+    """What one `sync_model` call did and measured.
 
     Attributes:
         step: optimizer steps done.
-        active_share: share of the products of all tokens with all neurons that the forward computes, for the classes
-            of the latest batch; mean over the patched MLPs; 1.0 in a dense step.
+        active_share: share of all token-neuron products that the forward computes, for the classes of the latest
+            batch; mean over the patched MLPs; 1.0 in a dense step.
         recall: share of the truly most important neurons that the index chose, as last measured; None before the first
             audit.
         error: relative output error of the sparse MLPs, as last measured; None before the first audit.
@@ -51,11 +51,11 @@ class SyncReport:
     @property
     @torch.no_grad()
     def update_norm(self) -> float:
-        """Frobenius norm of all live updates s U V together, computed when it is read."""
+        """Frobenius norm of all current updates s U V together, computed when it is read."""
         return torch.stack([p.update.norm_squared() for m in self._mlps for p in m.projections]).sum().sqrt().item()
 
     def metrics(self) -> dict[str, float]:
-        """The figures for logs, under 'subquad/...'; recall and error only once they were measured."""
+        """The metrics for logs, under 'subquad/...'; recall and error only once they are measured."""
         figures = {
             "subquad/active_share": self.active_share,
             "subquad/update_norm": self.update_norm,
@@ -67,18 +67,18 @@ class SyncReport:
 
 
 def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> SyncReport:
-    """Do what is due after optimizer step `step`: fold, audit live tiles, adjust planned budgets, refresh the index,
-    and decide whether the next step runs dense.
+    """Do what is due after optimizer step `step`: fold, audit tiles of the current batch, adjust planned budgets,
+    refresh the index, and decide whether the next step runs dense.
 
     In a custom loop, call it with step 0 before the first step, then after each optimizer step, as `SubquadCallback`
-    does. A second call for the same step does nothing again.
+    does. A second call for the same step repeats nothing.
 
     Args:
-        optimizer: its moments of the factors restart after a fold.
+        optimizer: its moments for the factors are reset after a fold.
 
     Raises:
         NotPatchedError: the model is not patched.
-        WeightsError: base weights that were changed from outside, or updates that are due to be folded, hold NaN or
+        WeightsError: base weights that something else changed, or updates that are due to be folded, hold NaN or
             infinite values; no base weight is changed.
     """
     runtime, mlps = patched_parts(model)
@@ -148,8 +148,8 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
         for path, projection in zip(mlp.sources, mlp.projections, strict=True):
             if mlp.parent.get_submodule(path) is not projection:
                 raise InactivePatchError(
-                    f"{mlp.name}.{path} was replaced after patch_model (by PEFT?): leave the patched projections out "
-                    "of what replaces modules, or out of target_modules"
+                    f"{mlp.name}.{path} was replaced after patch_model (by PEFT?): exclude the patched projections "
+                    "from whatever replaces modules, such as PEFT's target_modules"
                 )
             _check_base(f"{mlp.name}.{path}", projection)
         if current_forward(mlp.parent) is not mlp.parent_forward:
@@ -178,7 +178,7 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
     """After a training step: check that sparse MLPs take part in training.
 
-    A single step may run none of them (LayerDrop, a bad batch that was skipped), but not several from the start.
+    A single step may run none of them (LayerDrop, a skipped batch), but not the first several steps.
 
     Raises:
         InactivePatchError: they never ran.
@@ -204,8 +204,8 @@ def raise_idle(steps: int) -> NoReturn:
 
 
 def train_updates(model: nn.Module) -> None:
-    """Make the low-rank updates trainable again, after PEFT froze everything but its own, or the user froze the whole
-    model. If anything else is trainable, or a part of the updates, frozen updates stay frozen."""
+    """Make the low-rank updates trainable again if PEFT froze everything but its adapters, or if the user froze the
+    whole model. Otherwise, or if some updates are trainable, frozen updates stay frozen."""
     projections = [projection for mlp in require_patched(model) for projection in mlp.projections]
     if any(factor.requires_grad for projection in projections for factor in projection.update.parameters()):
         return
@@ -215,12 +215,12 @@ def train_updates(model: nn.Module) -> None:
 
 
 def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
-    """Names of the MLPs of which some update is frozen."""
+    """Names of the MLPs with a frozen update."""
     return [mlp.name for mlp in mlps if not all(factor.requires_grad for factor in _factors(mlp))]
 
 
 def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, only_stale: bool = False) -> None:
-    """Drop the optimizer's state of the low-rank updates, step counts included, so that it starts again.
+    """Reset the optimizer's state for the low-rank updates, step counts included.
 
     Args:
         only_stale: only for updates that restarted because other weights were loaded.
@@ -280,8 +280,8 @@ def _check_finite(mlps: list[SparseMLP], step: int) -> None:
             if not torch.isfinite(projection.update.norm_squared()):
                 raise WeightsError(
                     f"the low-rank update of {mlp.name}.{path} holds NaN or infinite values at step {step}, so it is "
-                    "not folded into the base weights: training has diverged. Go on from an earlier checkpoint, with a "
-                    "lower learning rate or with gradient clipping"
+                    "not folded into the base weights: training has diverged. Continue from an earlier checkpoint, "
+                    "with a lower learning rate or with gradient clipping"
                 )
 
 

@@ -14,9 +14,9 @@ from ..errors import CalibrationError
 
 
 def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device) -> list[Mapping[str, Any]]:
-    """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if it is that short.
+    """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if the dataset is short.
 
-    Of an iterable dataset of Hugging Face's they are the first rows: it starts again in training.
+    Of Hugging Face's iterable datasets they are the first rows, because training restarts them.
 
     Args:
         dataloader: a `DataLoader`, or a sequence of batches.
@@ -58,7 +58,7 @@ def _items(dataset: Any, count: int) -> list[Any]:
     """So many items of a dataset, or all of a shorter one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if not hasattr(dataset, "take"):  # as those of Hugging Face have
-            raise CalibrationError("the dataset can only be iterated, and might not start again")
+            raise CalibrationError("the dataset can only be iterated, and may not be restartable")
         return list(islice(dataset.take(count), count))
     return [dataset[i] for i in _spread(len(dataset), count)]
 
@@ -69,8 +69,8 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def _copied(collate: Any) -> Any:
-    """A copy of a collator, which may hold a random state of its own; a model that it holds is not copied. The
-    collator itself, if it cannot be copied (it holds a lock, a file, ...)."""
+    """A copy of a collator, which may hold its own random state, but not of a model that it holds. The collator itself,
+    if it cannot be copied (it holds a lock, a file, ...)."""
     memo: dict[int, Any] = {}
     held = [collate]
     for _ in range(3):  # the Trainer may wrap the user's collator

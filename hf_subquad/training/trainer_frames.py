@@ -1,7 +1,7 @@
-"""What the Trainer does not pass to its callbacks, read from the frames of the methods that called one.
+"""Reads what the Trainer does not pass to its callbacks from the stack frames of the Trainer's methods.
 
 Only this file knows names of the Trainer's local variables. If they change, it warns and falls back on the training
-arguments, which is right except for trials of hyperparameter searches and for resuming from another folder.
+arguments, which are right except in hyperparameter searches and when resuming from another folder.
 """
 
 import os
@@ -20,7 +20,7 @@ logger = get_logger(__name__)
 
 
 def calling_handler() -> CallbackHandler | None:
-    """The handler of the callbacks for the current event."""
+    """The callback handler of the current event."""
     found = next((owner for _, owner in _methods() if isinstance(owner, CallbackHandler)), None)
     if found is None:
         logger.warning("subquad/... will be in the Trainer's log history, but not in its reporting integrations")
@@ -54,8 +54,8 @@ def _variable(name: str) -> tuple[Trainer, Any] | None:
         if isinstance(owner, Trainer) and name in variables:
             return owner, variables[name]
     logger.warning_once(
-        f"no Trainer with a variable {name!r} calls SubquadCallback: is it called by something else, or by a version "
-        "of transformers that is not known? Checkpoints are looked for in output_dir"
+        f"no Trainer with a variable {name!r} calls SubquadCallback: is it called by something else, or by an "
+        "unsupported version of transformers? Checkpoints are looked for in output_dir"
     )
     return None
 

@@ -1,4 +1,4 @@
-"""The head on labelled positions during the Trainer's training, where nothing reads the other logits."""
+"""Limits the head to labelled positions while the Trainer trains, if nothing reads the other logits."""
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: int) -> None:
-    """Patch the head for this training, unless it is patched already, switched off, or something may read logits.
+    """Patch the head for this training run, unless that is done or switched off, or something may read the logits.
 
     One log line says that it is on, or why not.
     """
@@ -26,11 +26,11 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
         except UnsupportedModuleError as error:
             reason = str(error)
         else:
-            at_a_time = f"{megabytes} MB of them at a time" if way == "chunks" else "all of them at once"
+            at_a_time = f"in chunks of {megabytes} MB" if way == "chunks" else "all of them at once"
             _say(
                 trainer,
                 f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
-                "same (head_megabytes=0 switches it off)",
+                "same (head_megabytes=0 switches this off)",
             )
             return
     _say(trainer, f"logits are computed at all positions: {reason}")
@@ -44,7 +44,7 @@ def stop_labelled_head(model: nn.Module) -> None:
 
 
 def reader_of_logits(trainer: Trainer | None) -> str | None:
-    """What may read the logits of a training step, or replaces its forward; None if nothing does."""
+    """What may read the logits of a training step, or replaces its forward pass; None if nothing does."""
     if trainer is None:
         return "the Trainer was not found"
     args, kind = trainer.args, type(trainer)

@@ -1,4 +1,4 @@
-"""Budgets, indices and corrections from the Trainer's own data, the same on every rank."""
+"""Plans budgets and fits indices and corrections on the Trainer's own data, with the same result on every rank."""
 
 import time
 from dataclasses import dataclass
@@ -45,11 +45,11 @@ class Fitted:
 
 
 def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
-    """Plan budgets and fit corrections on batches of `rows` rows, unless that was done before.
+    """Plan budgets and fit indices and corrections on batches of `rows` rows, unless that is done already.
 
-    One rank does it, because each would measure other times and may draw other batches, and all use its result. Any
-    failure ends in a warning, never in the end of training: MLPs run dense then, or with the budgets that the config
-    fixes.
+    Only rank 0 does it, and all ranks use its result, because each would measure different times and may draw different
+    batches. Any failure becomes a warning and does not stop training: MLPs then run dense, or with the budgets that
+    they were given.
     """
     runtime, mlps = patched_parts(model)
     plans = runtime.plan is None and runtime.config.active is None
@@ -102,10 +102,10 @@ def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
     consequence = (
         "MLPs run dense"
         if plans
-        else "MLPs keep the budgets that they were given, and are less accurate than they could be"
+        else "MLPs keep the budgets that they were given, and are less accurate than with a fitted index"
     )
     logger.warning_once(
-        f"nothing could be planned or fitted on the training data ({reason}). {consequence}. To do it by hand, before "
-        "the Trainer is made, with two or three batches that the model takes as keyword arguments: "
+        f"planning or fitting on the training data failed ({reason}). {consequence}. To do it by hand before creating "
+        "the Trainer, with two or three batches of keyword arguments for the model: "
         "apply_plan(model, calibrate(model, batches)); compensate(model, batches)"
     )

@@ -1,1 +1,1 @@
-"""The weight matrices of an MLP: rows by neuron, and their trainable low-rank updates."""
+"""The weight matrices of an MLP, one row per neuron, and their trainable low-rank updates."""

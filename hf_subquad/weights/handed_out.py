@@ -1,4 +1,4 @@
-"""What `state_dict()` handed out of a merged weight: if it is written to, or comes back, nothing is lost silently."""
+"""Tracks merged weights that `state_dict()` returned, so that writing to them or loading them again loses nothing."""
 
 import weakref
 from collections import deque
@@ -13,7 +13,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Snapshot(NamedTuple):
-    """The factors that a merged weight was made with, and how to recognise it."""
+    """The factors that a merged weight was computed from, and how to recognise it."""
 
     fingerprint: tuple[int, int]
     U: Tensor
@@ -21,14 +21,14 @@ class Snapshot(NamedTuple):
 
 
 class HandedOut:
-    """Merged weights of one projection that left it through `state_dict()`.
+    """Merged weights of one projection that `state_dict()` returned.
 
-    In an `nn.Module`, what is written into a value of `state_dict()` is written into the model. A merged weight is a
-    copy, so writes are noticed: when the copy is next looked at, and when it goes out of use, as in
-    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. Nothing is kept in memory for that.
+    In an `nn.Module`, writing into a value of `state_dict()` writes into the model. A merged weight is a copy, so
+    writes to it are detected when the weight is next used, and when the copy is freed, as in
+    `for e, v in zip(ema.state_dict().values(), ...): e.copy_(v)`. This keeps nothing in memory.
 
-    A state that was handed out may be loaded again, after another one was tried: the factors that it was made with
-    are remembered for the latest three states.
+    A returned state may be loaded again, after another one was tried: the factors of the latest three states are
+    remembered.
     """
 
     def __init__(self) -> None:
@@ -36,25 +36,25 @@ class HandedOut:
         self._snapshots: deque[Snapshot] = deque(maxlen=_REMEMBERED)
 
     def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> Snapshot:
-        """Note with which factors a merged weight was made."""
+        """Remember the factors that a merged weight was computed from."""
         snapshot = Snapshot(fingerprint(merged), U.detach().clone(), V.detach().clone())
         if not self._snapshots or self._snapshots[-1].fingerprint != snapshot.fingerprint:
             self._snapshots.append(snapshot)
         return snapshot
 
     def recall(self, merged: Tensor) -> Snapshot | None:
-        """The factors of a merged weight that was handed out, if this is one."""
+        """The factors of this merged weight, if `state_dict()` returned it."""
         if not self._snapshots:
             return None
         found = fingerprint(merged)
         return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
 
     def watch(self, merged: Tensor, snapshot: Snapshot, written: Callable[[Tensor], None]) -> None:
-        """Call a method of the projection with a copy that was handed out, if it is written to."""
+        """Call a method of the projection with a returned copy, if it is written to."""
         self._live.append(_Copy(merged, snapshot, self._live, written))
 
     def notice_writes(self) -> None:
-        """Pass on what was written into copies that are in use."""
+        """Write changes of copies that are in use into the model."""
         for copy in self._live:
             copy.pass_on()
 
@@ -82,7 +82,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
         self._written = weakref.WeakMethod(written)
 
     def pass_on(self, thoroughly: bool = False) -> None:
-        """Thoroughly: also what was written around PyTorch's version counter (`.data`)."""
+        """Write changes into the model; `thoroughly`: also those that bypass PyTorch's version counter (`.data`)."""
         changed = self._shared._version != self._version
         if changed or (thoroughly and fingerprint(self._shared) != self._content):
             self._version, self._content = self._shared._version, fingerprint(self._shared)
@@ -97,7 +97,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 
 @torch.no_grad()
 def fingerprint(values: Tensor) -> tuple[int, int]:
-    """Of the bits of a matrix and their places: equal for equal matrices, whatever their layout in memory."""
+    """A hash of the bits of a matrix and their positions: equal for equal matrices, whatever their memory layout."""
     values = values.contiguous()
     whole = values.shape[1] * values.dtype.itemsize % 8 == 0  # a row in words of 64 bits, which add up fastest
     words = values.view(torch.int64 if whole else _INTEGERS[values.dtype.itemsize])

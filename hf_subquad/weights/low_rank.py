@@ -42,7 +42,7 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Set the update to zero, with a new random factor from a seed of its own."""
+        """Set the update to zero, with a new random factor from a new seed."""
         self.restarts += 1
         generator = torch.Generator().manual_seed(self.seed + self.restarts)
         zero, drawn = (self.U, self.V) if self.zero == "U" else (self.V, self.U)
@@ -84,7 +84,7 @@ class LowRankUpdate(nn.Module):
     def added_to(self, rows: Tensor, sign: int = 1) -> Tensor:
         """rows + sign * scale U V [m, d], accumulated in at least float32, in the dtype of `rows`.
 
-        Equal to `rows` to the bit if the update is zero (adding 0.0 would turn -0.0 into 0.0).
+        Bit-identical to `rows` if the update is zero (adding 0.0 would turn -0.0 into 0.0).
         """
         if not rows.is_meta and self.is_zero():
             return rows

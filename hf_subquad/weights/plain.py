@@ -1,4 +1,4 @@
-"""The plain model behind a patched one, PEFT's adapters merged: its weights by name, and its checkpoint."""
+"""The plain model of a patched one, with PEFT's adapters merged: its weights by name, and its checkpoint."""
 
 import copy
 import os
@@ -15,11 +15,11 @@ _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
 @torch.no_grad()
 def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight) of every parameter and persistent buffer of the plain model, one after the other.
+    """Yield (name, weight) of every parameter and persistent buffer of the plain model.
 
     Names, shapes and dtypes are those of the model without the patch and without PEFT, as inference engines expect
-    them. Low-rank updates and adapters are merged in, without changing the model, one layer at a time. Tied weights
-    come once for each of their names.
+    them. Low-rank updates and adapters are merged in, one layer at a time, without changing the model. Tied weights
+    are yielded once for each of their names.
 
     Args:
         model: patched or not, also wrapped by PEFT, DDP or `torch.compile`.
@@ -44,9 +44,9 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
-    """Write the plain checkpoint of a patched model, PEFT's adapters of any kind merged in. The model stays as it is.
+    """Write the plain checkpoint of a patched model, with PEFT adapters of any kind merged in. The model is unchanged.
 
-    Beside adapters, `save_pretrained` and `Trainer.save_model` write the adapters alone.
+    With adapters, `save_pretrained` and `Trainer.save_model` write only the adapters.
 
     Args:
         settings: further arguments of `save_pretrained`.

@@ -1,4 +1,4 @@
-"""One weight matrix of an MLP, seen as rows by neuron, with its low-rank update."""
+"""One weight matrix of an MLP, as one row per neuron, with its low-rank update."""
 
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ def compute_dtype(values: Tensor) -> torch.dtype:
 class NeuronProjection(nn.Module):
     """A linear projection whose weight keeps its name, shape, values and layout.
 
-    `rows()` is [m, d] with row i for neuron i, on both sides of an MLP: for an input projection it is the matrix
-    from d inputs to m neurons, for an output projection its transpose. The live rows are rows + scale U V.
+    `rows()` is [m, d] with row i for neuron i, on both sides of an MLP: in the layout of `nn.Linear`, the weight of an
+    input projection, and the transposed weight of an output projection. The current rows are rows + scale U V.
 
-    Subclasses say which side they are on.
+    Subclasses set `is_input`.
 
     Args:
         source: the projection replaced, an `nn.Linear` or a `Conv1D`; weight and bias are shared with it.
@@ -38,9 +38,9 @@ class NeuronProjection(nn.Module):
         seed: of the update's random factor.
 
     Attributes:
-        runtime: the MLP's `layers.runtime.Runtime`, which knows whether updates count now.
+        runtime: the MLP's `layers.runtime.Runtime`, which knows whether updates are switched off.
         kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
-        moments_are_stale: the update was restarted with other weights since the optimizer's last step.
+        moments_are_stale: loading other weights restarted the update since the optimizer's last step.
     """
 
     is_input: bool
@@ -75,10 +75,10 @@ class NeuronProjection(nn.Module):
         """Base rows [m, d], detached.
 
         Args:
-            dtype: theirs if None.
-            contiguous: row after row, as gathering wants it.
+            dtype: None: the weight's.
+            contiguous: with contiguous rows, as gathering needs.
 
-        In another dtype or layout they are a copy, which is kept until the weight changes or `drop_copy` is called.
+        In another dtype or layout this is a copy, which is kept until the weight changes or `drop_copy` is called.
         """
         if self._handed_out:
             self._handed_out.notice_writes()
@@ -107,18 +107,18 @@ class NeuronProjection(nn.Module):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """Squared norms of the live rows, float32 [m]."""
+        """Squared norms of the current rows, float32 [m]."""
         rows = self.merged_rows()
         dtype = torch.promote_types(rows.dtype, torch.float32)
         return torch.linalg.vector_norm(rows, dim=1, dtype=dtype).float().square()
 
     def merged_weight(self) -> Tensor:
-        """The weight in a plain checkpoint: the live rows in the weight's own shape, contiguous."""
+        """The weight in a plain checkpoint: the current rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
 
     def sample(self, live: bool = False) -> Tensor:
-        """Values spread over the base or the merged weight, by which it is recognised: float32 [256 or fewer]."""
+        """Values spread over the base or the merged weight, used to recognise it: float32 [256 or fewer]."""
         values = (self.merged_weight() if live else self.weight.detach()).flatten()
         return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
 
@@ -134,7 +134,7 @@ class NeuronProjection(nn.Module):
     def dense(self, x: Tensor) -> Tensor:
         """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them.
 
-        Base weights get no gradients, whatever their flags: sparse passes have none for them.
+        Base weights get no gradients, whatever their `requires_grad`, as in sparse passes.
         """
         weight = self.rows() if self.is_input else self.rows().t()
         bias = None if self.bias is None else self.bias.detach()
@@ -191,12 +191,12 @@ class NeuronProjection(nn.Module):
         self.weights_loaded()
 
     def weights_loaded(self) -> None:
-        """Called after other weights were loaded, to rebuild what depends on them."""
+        """Called after new weights are loaded, to rebuild what depends on them."""
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(
             "torch.nn.DataParallel copies a model in every step, and the copies would share one selection of neurons: "
-            "start one process a GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
+            "start one process per GPU (accelerate launch, torchrun), or show one GPU only (CUDA_VISIBLE_DEVICES=0)"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,12 +24,12 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
     """The backend that computes on a device.
 
     That is Triton on NVIDIA devices with tensor cores for bfloat16 (compute capability 8.0), unless the name is 'torch'
-    or, with 'auto', Triton is not installed or its kernels fail the check that is made once per device and process.
-    Elsewhere it is PyTorch, so that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the
-    environment, 'triton' is Triton's interpreter on other devices: slow, and good for tests.
+    or, with 'auto', Triton is not installed or its kernels fail the check that runs once per device and process. Other
+    devices use PyTorch, so that a model can be patched before it is moved. With TRITON_INTERPRET=1 in the environment,
+    'triton' uses Triton's interpreter on other devices, which is slow and meant for tests.
 
     Raises:
-        BackendError: 'triton' was requested and is not installed, is too old, or computes something else than PyTorch.
+        BackendError: 'triton' was requested and is not installed, is too old, or gives other results than PyTorch.
     """
     if name == "triton" and not _triton_installed():
         raise BackendError(
@@ -46,7 +46,7 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
     if name == "triton":
         raise BackendError(
             f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. Leave backend at 'auto', which "
-            "takes PyTorch there, and please report this with the output of `hf-subquad env`"
+            "uses PyTorch there, and please report this with the output of `hf-subquad env`"
         )
     _warn(device, wrong)
     return _torch()

@@ -1,6 +1,6 @@
-"""The interface of a compute backend: the operations on which a sparse layer spends its time.
+"""The interface of a compute backend: the operations that take most of a sparse layer's time.
 
-All are functions of tensors. None changes an argument, and none waits for the device.
+All are functions of tensors. None modifies an argument (except `out`), and none waits for the device.
 """
 
 from abc import ABC, abstractmethod
@@ -83,7 +83,7 @@ class Backend(ABC):
 
     @abstractmethod
     def bisect(self, features: Tensor, count: int, size: int) -> Tensor:
-        """Halve the tokens' entries, and every half again, at the median across its leading principal direction.
+        """Split the tokens' entries recursively in half, at the median along the leading principal direction.
 
         Args:
             features: float32 [N, r] by token; entry e stands for token e mod N.

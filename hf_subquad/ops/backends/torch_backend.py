@@ -1,4 +1,4 @@
-"""The reference: PyTorch operations, on any device and in any dtype, with the care that CPUs need.
+"""The reference: PyTorch operations, on any device and in any dtype, tuned for CPUs.
 
 With s the scale that is in V, the products of a tile are single dense GEMMs over its gathered rows:
 

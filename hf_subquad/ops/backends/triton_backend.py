@@ -1,4 +1,4 @@
-"""Triton kernels for 16 and 32-bit floats; what they do not cover (float64, other activations) is left to PyTorch."""
+"""Triton kernels for 16 and 32-bit floats; PyTorch computes what they do not cover (float64, other activations)."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -17,7 +17,7 @@ _STEP = 64  # neurons; kernels whose blocks are all full load without masks
 
 
 class TritonBackend(TorchBackend):
-    """Rows are gathered as a kernel loads them, so that they pass through device memory once, as a dense GEMM's do."""
+    """Kernels gather rows as they load them, so that rows are read from device memory once, as in a dense GEMM."""
 
     most_scored = 16  # that a program of the kernel holds
 

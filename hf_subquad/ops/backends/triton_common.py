@@ -1,4 +1,4 @@
-"""What launchers of Triton kernels share."""
+"""Helpers shared by the launchers of Triton kernels."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def unit_stride(values: Tensor) -> Tensor:
 
 
 def precision() -> str:
-    """How float32 is multiplied, as PyTorch was told for its own products; other dtypes do not look at it."""
+    """The precision of float32 products, following PyTorch's own setting; other dtypes ignore it."""
     matmul = torch.backends.cuda.matmul
     told = getattr(matmul, "fp32_precision", None)  # from PyTorch 2.9 on; set there, the older setting cannot be read
     return "tf32" if told == "tf32" or (told is None and matmul.allow_tf32) else "ieee"

@@ -51,8 +51,8 @@ def _padded(rank: int) -> int:
 def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: str, output_norms: Tensor) -> Tensor:
     """Importance of every neuron to every tile, from a sample of its tokens.
 
-    A token's share of it is the squared activation, plus its squared change if pre-activations move a little, times
-    the squared norm of the neuron's output row.
+    Each token contributes the squared activation, plus its squared change for a small change of the pre-activations,
+    times the squared norm of the neuron's output row.
 
     Args:
         sketched: [n, t, r], t <= 16; coordinates x A^T of the sampled tokens in the sketch. `covers` says which dtypes
@@ -108,7 +108,7 @@ def _grid(tokens: int, m: int, block: _Block, programs: int) -> tuple[tuple[int,
 def top_neurons(scores: Tensor, k: int) -> Tensor:
     """The k largest of each row of scores float32 [n, m]: int64 [n, k], ascending.
 
-    Of equal scores the first count as larger, and NaN as larger than all.
+    Of equal scores, the first counts as larger; NaN counts as larger than all.
     """
     (tiles, m), scores = scores.shape, unit_stride(scores)
     neurons = torch.empty(tiles, k, device=scores.device, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Triton kernels: products of token tiles with gathered weight rows, and the gradients of their updates.
 
 N tokens lie in n tiles of T slots; tile t uses the k neurons `neurons[t]` only. With R the weight rows by neuron and
-U V the low-rank update (its scale in V), the live rows of a tile are L_t = R[neurons[t]] + U[neurons[t]] V, and
+U V the low-rank update (its scale in V), the current rows of a tile are L_t = R[neurons[t]] + U[neurons[t]] V, and
 
     gathered_up     h_t = x_t L_t^T + b        tokens to neurons; contracts over the d features
     gathered_down     y_t = a_t L_t + b          neurons to tokens; contracts over the k neurons
@@ -344,7 +344,7 @@ def per_token(
     Args:
         a: [n, T, k] in the compute dtype.
         u: [m, q], any float dtype; multiplied in the compute dtype.
-        tokens: N, which `entries` cannot tell without a look at its values.
+        tokens: N, which the shape of `entries` does not give.
 
     Returns:
         [N, q] in the compute dtype.

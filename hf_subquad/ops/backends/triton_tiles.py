@@ -1,8 +1,8 @@
-"""Which tokens share a tile, in Triton: recursive bisection by content, see `tiling.py`.
+"""Which tokens share a tile, in Triton: recursive bisection by content, see `token_tiles.py`.
 
-A round halves every group of entries at the median along its leading principal direction. Groups lie one after the
-other in `order`, so a round is: find each group's direction, project its entries on it, write every entry to the
-place that its rank gives it. Three launches while groups are large, two once one program can hold a group.
+A round splits every group of entries at the median along its leading principal direction. Groups are stored one after
+the other in `order`, so a round finds each group's direction, projects its entries on it, and writes every entry to the
+place given by its rank. That takes three launches while groups are large, two once one program can hold a group.
 
 Nothing waits for the device, and sums are added in a fixed order: the same features always give the same tiles.
 """

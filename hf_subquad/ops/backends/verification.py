@@ -1,4 +1,4 @@
-"""Do the kernels compute on this device what PyTorch does?"""
+"""Checks that the kernels compute on this device what PyTorch does."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ class _Inputs:
 
 
 def mismatch(backend: Backend, device: torch.device) -> str | None:
-    """In one sentence the first operation that does not compute what PyTorch does in float64; None if all do.
+    """Describes the first operation that does not compute what PyTorch does in float64; None if all do.
 
     In bfloat16 on GPUs and float32 elsewhere, where Triton's interpreter cannot multiply bfloat16. An exception in the
     backend counts, unless the device is out of memory; one in PyTorch's operations is raised. Waits for the device.
