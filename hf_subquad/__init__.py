@@ -20,14 +20,14 @@ from .errors import (
     WeightsError,
 )
 from .head.patch_head import patch_head, unpatch_head
-from .layers.lookup import sparse_mlps
+from .layers.find_mlps import sparse_mlps
 from .layers.modes import dense_forward, sparse_forward
 from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
-from .planning.calibration import calibrate, compensate
+from .planning.make_plan import calibrate, compensate
 from .training.budget_control import BudgetChange
 from .training.callback import SubquadCallback
-from .training.checkpoints import last_whole_checkpoint
+from .training.resume import last_whole_checkpoint
 from .training.sidecar import load_sidecar, save_sidecar
 from .training.sync import SyncReport, check_active, sync_model
 from .weights.plain import merged_named_weights, save_merged

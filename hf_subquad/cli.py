@@ -14,7 +14,7 @@ import transformers
 from .config import SubquadConfig
 from .errors import SubquadError
 from .patching.mlp_patterns import find_mlps, linear_sizes
-from .planning.calibration import calibrate
+from .planning.make_plan import calibrate
 from .planning.text_batches import read_text, text_batches
 
 _PACKAGES = ("hf-subquad", "torch", "triton", "transformers", "accelerate", "faiss-cpu", "safetensors", "peft")

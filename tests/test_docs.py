@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_subquad
 from hf_subquad import SubquadConfig, cli, patch_model
-from hf_subquad.planning import choice
+from hf_subquad.planning import choose_budgets
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -149,7 +149,7 @@ def test_settings_table_is_the_dataclass() -> None:
 
 def test_planning_page_says_what_tolerance_means() -> None:
     page = " ".join((ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split())
-    cosine, divergence = choice.COSINE_PER_TOLERANCE, choice.DIVERGENCE_PER_TOLERANCE
+    cosine, divergence = choose_budgets.COSINE_PER_TOLERANCE, choose_budgets.DIVERGENCE_PER_TOLERANCE
     assert f"at least 1 - {cosine:g} x `tolerance`" in page and f"{divergence:g} x `tolerance` nats" in page
     default = SubquadConfig().tolerance
     assert f"default of {default:g} that is {1 - cosine * default:g}." in page

@@ -78,8 +78,8 @@ def test_every_package_of_the_order_exists_and_is_seen() -> None:
     [
         ("ops/parts.py", "from ..layers.budget import Budget"),
         ("ops/backends/__init__.py", "from ...index import sketch"),
-        ("layers/runtime.py", "import hf_subquad.planning.calibration"),
-        ("planning/calibration.py", "def late():\n    from ..training import sync"),
+        ("layers/runtime.py", "import hf_subquad.planning.make_plan"),
+        ("planning/make_plan.py", "def late():\n    from ..training import sync"),
         ("patching/patch.py", "from ..head.patch_head import patch_head"),
         ("theory/network.py", "from .. import config"),
         ("index/sketch.py", "from .. import SubquadConfig"),

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from .lookup import require_patched
+from .find_mlps import require_patched
 from .runtime import Forward
 
 

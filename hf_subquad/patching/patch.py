@@ -15,7 +15,7 @@ from ..errors import (
 from ..index.activation_index import ActivationIndex
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
-from ..layers.lookup import patched_parts, require_patched, sparse_mlps
+from ..layers.find_mlps import patched_parts, require_patched, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
 from ..layers.surroundings import Surroundings, holders

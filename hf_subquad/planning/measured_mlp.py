@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
-from ..layers.lookup import patched_parts
+from ..layers.find_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger

@@ -9,10 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..layers.lookup import patched_parts, runtime_of
+from ..layers.find_mlps import patched_parts, runtime_of
 from ..logs import get_logger
-from .checkpoints import resume
 from .engines import check_engine, compares_with_reference
+from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
 from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder

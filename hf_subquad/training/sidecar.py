@@ -16,7 +16,7 @@ from ..atomic_files import fingerprint, write_atomically
 from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.lookup import require_patched, runtime_of
+from ..layers.find_mlps import require_patched, runtime_of
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan

@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.lookup import patched_parts, require_patched
+from ..layers.find_mlps import patched_parts, require_patched
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
 from ..patching.patch import apply_plan
 from ..plan import Plan
-from ..planning.calibration import compensate, plan_and_fit
+from ..planning.make_plan import compensate, plan_and_fit
 from .trainer_batches import sample_batches
 
 _BATCHES = 3

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_subquad import LayerPlan, Plan, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.planning import calibration, measured_mlp
+from hf_subquad.planning import make_plan, measured_mlp
 from hf_subquad.planning.measurements import MLPCall
 from hf_subquad.planning.mlp_timing import MLPTiming
 from hf_subquad.planning.predictions import Predictions
@@ -53,7 +53,7 @@ def set_times(
 
     ticks = itertools.count()
     monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
-    for module in (calibration, measured_mlp):
+    for module in (make_plan, measured_mlp):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
 
 

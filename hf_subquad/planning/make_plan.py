@@ -18,13 +18,13 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.lookup import patched_parts, require_patched, sparse_mlps
+from ..layers.find_mlps import patched_parts, require_patched, sparse_mlps
 from ..layers.modes import sparse_forward
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
-from .choice import choose
+from .choose_budgets import choose
 from .measured_mlp import measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, tokens_by_class
 from .predictions import Batch

@@ -43,11 +43,11 @@ from hf_subquad import (
     sparse_mlps,
 )
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.lookup import runtime_of
+from hf_subquad.layers.find_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.planning import mlp_timing
-from hf_subquad.planning.calibration import plan_and_fit
 from hf_subquad.planning.fidelity import DenseReference
+from hf_subquad.planning.make_plan import plan_and_fit
 from hf_subquad.planning.measured_mlp import measure_mlps
 from hf_subquad.planning.measurements import MLPCall, neuron_counts
 
