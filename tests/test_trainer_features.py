@@ -128,7 +128,7 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path, reentrant: bool) ->
 # Compiled
 
 
-@pytest.mark.parametrize("family", ["opt", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
 def test_a_compiled_step_equals_the_plain_one(family: str) -> None:
     """From the third step on, nothing is compiled anew. With the compiled mask, attention may run another kernel."""
     graphs: list[torch.fx.GraphModule] = []

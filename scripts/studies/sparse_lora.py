@@ -131,7 +131,7 @@ class Candidate:
 
     def see(self, batch: Batch) -> Batch:
         """Call it before every forward: it counts the context tokens of each sequence."""
-        classes = classify(self.model, batch).stacks["decoder"]
+        (classes,) = classify(self.model, batch).stacks.values()
         rows, columns = classes.shape
         self.counts[:] = torch.bincount(classes.context // columns, minlength=rows).tolist()
         return batch
