@@ -15,7 +15,7 @@ class BatchHook:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.runtime.begin(model, _by_name(model, args, kwargs))
 

@@ -319,7 +319,7 @@ class InputProjection(NeuronProjection):
     mlp: SparseMLP
     stacked = False
 
-    @torch.compiler.disable  # which neurons are chosen is no part of a graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # selection is not part of a graph
     def forward(self, x: Tensor) -> Tensor:
         compact = self.mlp.up_project(self, x)
         return self.dense(x) if compact is None else compact
@@ -335,7 +335,7 @@ class OutputProjection(NeuronProjection):
         """Rebuild the index: an MLP's output projection is loaded after its input projections."""
         self.mlp.index.rebuild_if_stale()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, a: Tensor) -> Tensor:
         y = self.mlp.down_project(a)
         return self.dense(a) if y is None else y
