@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_subquad import last_whole_checkpoint
+from hf_subquad import last_whole_checkpoint, save_merged
 from hf_subquad.errors import SubquadError
 
 # What TrainingArguments gets unless the YAML says otherwise.
@@ -158,10 +158,13 @@ def save_plain(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, use_cache: 
         use_cache: the loaded config's value, put back because the Trainer switches it off while training.
     """
     folder = Path(trainer.args.output_dir) / "final"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = use_cache
+    if trainer.is_fsdp_enabled:  # all ranks give their shards
+        save_merged(model, folder)
     if trainer.is_world_process_zero():
-        model = plain_model(trainer.accelerator.unwrap_model(trainer.model))
-        model.config.use_cache = use_cache
-        model.save_pretrained(folder)
+        if not trainer.is_fsdp_enabled:
+            plain_model(model).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()
     return folder

@@ -1,9 +1,5 @@
 """Do two processes train as one would, agree on all they must, and refuse what cannot work?"""
 
-import os
-import signal
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,57 +12,19 @@ from accelerate.utils import DistributedType
 from helpers.distributed import SCENARIOS, found, loads_as_the_trainer_asks, run_scenario
 from helpers.models import assert_same as assert_unchanged
 from helpers.models import opt, snapshot
+from helpers.processes import assert_same, two_processes
 from helpers.training import TRAIN, Texts, arguments, patched_opt
 from packaging.version import Version
-from torch import Tensor
 from transformers import Trainer
 
 from hf_subquad import ParallelismError, SubquadCallback, UnsupportedModuleError, patch_model, sparse_mlps
-
-HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of one launch of two processes that ran every scenario, and what each rank found."""
     folder = tmp_path_factory.mktemp("launched")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
-        str(HERE / "distributed_worker.py"), str(folder),
-    ]  # fmt: skip
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              start_new_session=True)  # fmt: skip
-    try:
-        printed, errors = launch.communicate(timeout=240)
-    finally:
-        if launch.poll() is None:  # ranks that wait for each other
-            os.killpg(launch.pid, signal.SIGKILL)
-    assert launch.returncode == 0, errors[-5000:]
-    (folder / "printed").write_text(printed + errors)
-    return folder, [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def assert_same(one: Any, other: Any, place: str = "") -> None:
-    """To the bit."""
-    assert type(one) is type(other), place
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), place
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), place
-        for name in one:
-            assert_same(one[name], other[name], f"{place}/{name}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), place
-        for number, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{place}/{number}")
-    else:
-        assert one == other, place
+    return folder, two_processes("distributed_worker.py", folder)
 
 
 @pytest.mark.skipif(
@@ -132,13 +90,13 @@ def test_one_rank_without_tiles_to_audit_does_not_hang_the_other(launched: Any) 
     assert one["audited"] == two["audited"]
 
 
-def test_fsdp_is_refused_before_training(launched: Any) -> None:
+def test_fsdp_that_shards_nothing_is_refused_before_training(launched: Any) -> None:
     for rank in launched[1]:
-        assert rank["fsdp"].startswith("FSDP splits weights") and "DDP" in rank["fsdp"]
+        assert "accelerate shards nothing here" in rank["fsdp"] and "DDP" in rank["fsdp"]
         assert "layers.1.fc1 is split over processes" in rank["sharded"]
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_engines_that_split_models_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     """As accelerate's config or launcher chooses them, at whichever time the callback comes."""
     model = patched_opt()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.commands.launch import launch_command_parser
 from helpers.models import opt, tokens
@@ -82,7 +83,13 @@ def tiny_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.parametrize("code", [*blocks("python")])
 def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    exec(code, tiny_names(tmp_path, monkeypatch))
+    if "fully_shard" in code:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        exec(code, tiny_names(tmp_path, monkeypatch))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("code", [*blocks("diff")])

@@ -7,7 +7,8 @@ included exactly.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..ops.backends import Backend, EstimatedInput, Scoring, backend_for
 from ..ops.importance import Activation, combine
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
+from ..weights.shards import gathered
 from .half_space import Report, ReportingIndex, empty_index
 from .sketch import Sketch, add_low_rank, build_sketch, summary_of
 
@@ -71,6 +73,7 @@ class ActivationIndex:
         self.backend(output.weight.device)  # raises if it is not available
         self.summary: Tensor | None = None
         self.sketch: Sketch
+        self._seen: tuple[Any, ...] | None = None
         self._reporting: tuple[Tensor, ReportingIndex] | None = None  # and the U it was made with
         self.build()
         empty_index(self.sketch.basis.shape[0] + config.rank + 1, self.factory)  # raises if the factory string is wrong
@@ -140,32 +143,55 @@ class ActivationIndex:
 
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed or replaced since the last build. Returns whether they were."""
-        stale = self._is_stale()
-        if stale:
-            self.build()
+        if self._is_current():
+            return False
+        with self.gathered():
+            stale = self._is_stale()
+            if stale:
+                self.build()
         return stale
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Context manager: inside, weights and factors that FSDP2 keeps in shards are whole, on all ranks."""
+        current = self._is_current()
+        with gathered(self._projections):
+            if current:  # the same values in other tensors
+                self._seen = self._base_version()
+            try:
+                yield
+            finally:
+                current = self._is_current()
+        if current:
+            self._seen = self._base_version()
+
+    def compare_weights(self) -> None:
+        """Weights have become other tensors: take them for changed only if their values differ."""
+        self._seen = None
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Recompute ||v_j||^2 of the current output rows; `build` if base weights changed without PyTorch noticing."""
-        if not all(map(_same, self._samples, self._projections)):
-            return self.build()
-        self.output_norms = self.output.row_norms()
+        with self.gathered():
+            if not all(map(_same, self._samples, self._projections)):
+                return self.build()
+            self.output_norms = self.output.row_norms()
 
     @torch.no_grad()
     def fold(self) -> None:
         """Fold the current updates into the base weights, and into the sketch without reading those weights."""
         self.rebuild_if_stale()
-        blocks = [p.update.factors() for p in self.inputs]
-        left = torch.block_diag(*[u for u, _ in blocks])
-        right = torch.cat([v for _, v in blocks])
-        self.sketch = add_low_rank(self.sketch, left, right, self.summary)
-        for projection in self._projections:
-            projection.set_rows(projection.merged_rows())
-            projection.update.restart()
-        self.sketch_is_approximate = True
-        self._note_weights()
-        self.refresh()
+        with self.gathered():
+            blocks = [p.update.factors() for p in self.inputs]
+            left = torch.block_diag(*[u for u, _ in blocks])
+            right = torch.cat([v for _, v in blocks])
+            self.sketch = add_low_rank(self.sketch, left, right, self.summary)
+            for projection in self._projections:
+                projection.set_rows(projection.merged_rows())
+                projection.update.restart()
+            self.sketch_is_approximate = True
+            self._note_weights()
+            self.refresh()
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
@@ -267,7 +293,7 @@ class ActivationIndex:
         """Remember which base weights the index was built from."""
         self._reporting = None
         self._samples = [projection.sample().clone() for projection in self._projections]
-        self._seen: tuple[Any, ...] | None = self._base_version()
+        self._seen = self._base_version()
         self._warned = False
 
     @property
@@ -278,11 +304,14 @@ class ActivationIndex:
         """Changes with the values of the base weights, but not with their device or dtype."""
         return tuple((id(p.weight), p.weight._version) for p in self._projections)
 
+    def _is_current(self) -> bool:
+        return self._seen == self._base_version()
+
     def _is_stale(self) -> bool:
         if self._seen is None:  # a copy: its weights are others, with the same values
             same = all(map(_same, self._samples, self._projections))
             self._seen = self._base_version() if same else ()
-        return self._seen != self._base_version()
+        return not self._is_current()
 
     def _place(self) -> None:
         """Follow the weights to their device; warn if they are not those that were sketched."""
@@ -290,7 +319,8 @@ class ActivationIndex:
         if self.sketch.basis.device != device:
             self.sketch = self.sketch.to(device)
             self.output_norms = self.output_norms.to(device)
-        if not self._warned and self._is_stale():
+        # A pass sees the weights that FSDP2 has gathered, in tensors of its own.
+        if not self._warned and not self.output.sharded and self._is_stale():
             self._warned = True
             warnings.warn(
                 f"the base weights of {self.name} were changed after its activation index was built, so neurons are "

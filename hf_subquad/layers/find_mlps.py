@@ -1,8 +1,11 @@
 """Finds the sparse MLPs of a model, and the runtime that they share."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
-from ..errors import NotPatchedError, PatchError
+from ..errors import NotPatchedError, ParallelismError, PatchError
+from ..weights.shards import is_fsdp, is_shard, reshard
 from .runtime import Runtime
 from .sparse_mlp import OutputProjection, SparseMLP
 
@@ -46,6 +49,31 @@ def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
     """`runtime_of` and `require_patched` in one search of the model."""
     mlps = require_patched(model)
     return _shared_runtime(model, mlps), mlps
+
+
+def require_whole(mlps: Sequence[SparseMLP]) -> None:
+    """
+    Raises:
+        ParallelismError: FSDP holds weights of these MLPs in shards.
+    """
+    if mlps[0].runtime.sharded or any(is_shard(projection.weight) for mlp in mlps for projection in mlp.projections):
+        raise ParallelismError(
+            "FSDP holds the weights in shards: calibrate, apply the plan and compensate before fully_shard; for the "
+            "plain model, save it with save_merged and load it, instead of unpatch_model"
+        )
+
+
+def settle_shards(runtime: Runtime, mlps: Sequence[SparseMLP]) -> None:
+    """Between passes: put weights back into shards, if `fully_shard` was called; the first time, note that it was."""
+    model = runtime.surroundings.model
+    if not runtime.sharded and (is_shard(mlps[0].output.weight) or is_fsdp(type(model))):
+        runtime.sharded = True
+        for mlp in mlps:
+            mlp.index.compare_weights()
+            for projection in mlp.projections:
+                projection.drop_copy()
+    if runtime.sharded and model is not None:
+        reshard(model)
 
 
 def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..config import SubquadConfig
 from ..errors import InactivePatchError
 from ..plan import Plan
+from ..weights.shards import is_fsdp
 from .preserve_mode_and_rng import preserve_mode_and_rng
 from .surroundings import Surroundings
 from .token_classes import BatchClasses, TokenClasses, classify
@@ -45,6 +46,7 @@ class Runtime:
         plan: the plan that the budgets come from, if any; updated when they change.
         skips_padding: whether the loss is independent of padding, so that it is skipped; None: not tested yet.
         elsewhere: magnitude of what MLPs return for tokens that they skip.
+        sharded: FSDP2 shards the weights.
     """
 
     config: SubquadConfig
@@ -61,6 +63,7 @@ class Runtime:
     plan: Plan | None = None
     skips_padding: bool | None = None
     elsewhere: float = 0.0
+    sharded: bool = False
     _batches: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED), repr=False)
     _trying: bool = field(default=False, repr=False)
     _skipped: bool = field(default=False, repr=False)  # some MLP was given classes with padding
@@ -110,7 +113,9 @@ class Runtime:
             return
         classes = classify(model, inputs)
         padded = any(of_stack.padding for of_stack in classes.stacks.values())
-        if padded and self.skips_padding is None and (model.training or self.forward in ("exact", "sparse")):
+        sharded = self.sharded or is_fsdp(type(model))  # then other ranks would have to come along
+        tries = not sharded and (model.training or self.forward in ("exact", "sparse"))
+        if padded and self.skips_padding is None and tries:
             self.try_skipping_padding(model, inputs)
         self._batches.append(classes)
 

@@ -17,6 +17,7 @@ from ..index.activation_index import ActivationIndex
 from ..ops.parts import Part, down_project, up_project
 from ..ops.token_tiles import Selection
 from ..weights.projection import NeuronProjection, compute_dtype
+from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
 from .compensation import Compensation
 from .runtime import Runtime
@@ -343,4 +344,6 @@ class OutputProjection(NeuronProjection):
 
 def current_forward(module: nn.Module) -> Any:
     """The function that a module runs as its forward, even if it was rebound on the instance or its class."""
-    return getattr(module.forward, "__func__", module.forward)
+    kind: Any = next(kind for kind in type(module).__mro__ if not is_fsdp(kind))  # `fully_shard` derives a class
+    forward = vars(module).get("forward", kind.forward)
+    return getattr(forward, "__func__", forward)

@@ -15,7 +15,7 @@ from ..errors import (
 from ..index.activation_index import ActivationIndex
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
-from ..layers.find_mlps import patched_parts, require_patched, sparse_mlps
+from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
 from ..layers.surroundings import Surroundings, holders
@@ -124,8 +124,11 @@ def unpatch_model(model: ModelT) -> ModelT:
 
     Raises:
         NotPatchedError: the model is not patched.
+        ParallelismError: FSDP holds its weights in shards.
     """
-    for mlp in require_patched(model):
+    mlps = require_patched(model)
+    require_whole(mlps)
+    for mlp in mlps:
         for projection in mlp.projections:
             projection.set_rows(projection.merged_rows())
         _restore(mlp)
@@ -148,6 +151,7 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
         projection.runtime = runtime
         projection.kept_frozen = keep_frozen and not projection.weight.requires_grad
         projection.update.requires_grad_(not projection.kept_frozen)
+        source._parameters.update(dict.fromkeys(source._parameters))  # so that whole weights go when FSDP splits them
         for parameter in (projection.weight, projection.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)

@@ -44,8 +44,8 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
             )
         if hasattr(module.weight, "device_mesh") or hasattr(module.weight, "ds_id"):  # DTensor's, DeepSpeed's
             raise UnsupportedModuleError(
-                f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and choosing neurons "
-                "needs whole rows: load the model whole on every process, and train with plain data parallelism (DDP)"
+                f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and indices are made "
+                "of whole rows: load the model whole on every process, patch it before fully_shard, or train with DDP"
             )
         if type(module.weight) is not nn.Parameter:
             raise UnsupportedModuleError(

@@ -18,7 +18,7 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts, require_patched, sparse_mlps
+from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.modes import sparse_forward
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
@@ -47,6 +47,7 @@ def calibrate(
         CalibrationError: no batches, outputs with neither logits nor a loss, or values that are not finite.
         ConfigError: a config was given for a patched model, or the tolerance is not positive.
         PatchError: the model cannot be patched.
+        ParallelismError: FSDP holds its weights in shards.
     """
     batches = list(batches)
     patched = bool(sparse_mlps(model))
@@ -90,6 +91,7 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Raises:
         CalibrationError: no batches, or tokens that are not finite or too large to be fitted. Earlier fits are kept.
+        ParallelismError: FSDP holds the weights in shards.
     """
     batches = list(batches)
     if not batches:
@@ -98,6 +100,7 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     mlps = [mlp for mlp in mlps if not mlp.dense]
     if not mlps:
         return
+    require_whole(mlps)
     watch_batches(model, runtime)
     before = Snapshot(mlps)
     try:
@@ -134,6 +137,7 @@ class Snapshot:
 
 def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | None) -> Plan:
     runtime, mlps = patched_parts(model)
+    require_whole(mlps)
     config = runtime.config
     tolerance = config.tolerance if tolerance is None else tolerance
     if not tolerance > 0:

@@ -10,8 +10,9 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..layers.find_mlps import patched_parts, runtime_of
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..logs import get_logger
-from .engines import check_engine, compares_with_reference
+from .engines import check_engine, compares_with_reference, uses_fsdp2
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
@@ -29,10 +30,10 @@ class SubquadCallback(TrainerCallback, ExportableState):
 
     There is nothing to configure: all settings are in `SubquadConfig`. The callback
 
-    - raises a typed error if the patch would not take effect, or if the patch does not support the engine (FSDP,
+    - raises a typed error if the patch would not take effect, or if the patch does not support the engine (FSDP1,
       DeepSpeed, `torch.nn.DataParallel`);
     - plans budgets on batches of the training data, unless there is a plan or a fixed `active`, and fits indices and
-      corrections;
+      corrections; under FSDP2 when the Trainer is created, on the device where the model is then;
     - limits logits to labelled positions if nothing reads the others;
     - folds, audits and adjusts budgets on schedule, and adds `subquad/...` to the Trainer's logs;
     - writes and reads the sidecar of each checkpoint.
@@ -47,9 +48,15 @@ class SubquadCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         check_engine(args)
-        runtime_of(model)
+        runtime = runtime_of(model)
         train_updates(model)
         self._move_first()
+        trainer = current_trainer()
+        # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
+        if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
+            with preserve_mode_and_rng(model):
+                dataloader = trainer.get_train_dataloader() if trainer.train_dataset is not None else ()
+            fit_on_training_data(model, dataloader, args.train_batch_size, args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
@@ -78,7 +85,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 f"the loss of {type(args).__name__} compares the model's log-probabilities with those of a dense "
                 "model: so that the two agree, MLPs compute all neurons; their low-rank updates still train"
             )
-        else:
+        elif not uses_fsdp2():
             fit_on_training_data(model, train_dataloader, rows, args)
         runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)  # planning is no training step
         if runtime.plan is not None and state.is_world_process_zero:
@@ -123,7 +130,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
-        if args.should_save:
+        if args.should_save or runtime_of(model).sharded:  # all ranks gather what one of them writes
             folder = _checkpoint_folder(run_folder(args), state)
             save_sidecar(model, folder, state.global_step)
 

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from ..atomic_files import fingerprint, write_atomically
 from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import require_patched, runtime_of
+from ..layers.find_mlps import patched_parts, require_patched, runtime_of, settle_shards
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
@@ -32,7 +34,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     For a checkpoint with merged weights (every plain one), the factors are enough. For a PEFT checkpoint, which has
     only adapters, the sidecar also holds the base weights if folds change them.
 
-    Write it last: a checkpoint is complete if it has this file and the other files are unchanged since.
+    Write it last: a checkpoint is complete if it has this file and the other files are unchanged since. Under FSDP2 all
+    ranks must come here, and the first one writes.
 
     Raises:
         OutputError: the file could not be written; no partial file is left.
@@ -42,19 +45,22 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     path = Path(folder) / SIDECAR_NAME
     tensors: dict[str, Tensor] = {}
     restarts: dict[str, int] = {}
-    for name, projection in _projections(model).items():
-        update = projection.update
-        tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
-        tensors[f"{name}.sample"] = projection.sample(live=merged)
-        restarts[name] = update.restarts
-        if not merged and (update.restarts or config.fold_steps):
-            tensors[f"{name}.rows"] = projection.rows().contiguous()
-    for mlp in require_patched(model):
+    for mlp in _settled(model):
+        with mlp.index.gathered():
+            for name, projection in _named(mlp):
+                update = projection.update
+                tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
+                tensors[f"{name}.sample"] = projection.sample(live=merged)
+                restarts[name] = update.restarts
+                if not merged and (update.restarts or config.fold_steps):
+                    tensors[f"{name}.rows"] = projection.rows().contiguous()
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
         if mlp.index.summary is not None:
             tensors[f"{mlp.name}.summary"] = mlp.index.summary
         for name, correction in mlp.corrections.items():
             tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
+    if runtime_of(model).sharded and dist.is_initialized() and dist.get_rank():
+        return path
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
         "format": _FORMAT,
@@ -75,7 +81,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     """Restore the factors of a patched model that has loaded the weights of the checkpoint in `folder`.
 
     Merged weights become base weights again by subtracting the update. They equal those before the save up to rounding
-    in the dtype of the weights.
+    in the dtype of the weights. In several processes, all ranks must come here.
 
     Returns:
         The step at which the sidecar was written.
@@ -93,24 +99,27 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
         )
     _check_whole(path, model, tensors)
-    for name, projection in projections.items():
-        _check_fits(path, name, projection, about, tensors)
+    mlps = _settled(model)
+    for mlp in mlps:
+        with mlp.index.gathered():
+            for name, projection in _named(mlp):
+                _check_fits(path, name, projection, about, tensors)
     plan = _plan(path, model, about)
-    with torch.no_grad():
-        for name, projection in projections.items():
-            update, whole = projection.update, projection.merged_rows()
-            update.U.copy_(tensors[f"{name}.U"])
-            update.V.copy_(tensors[f"{name}.V"])
-            update.restarts = about["restarts"][name]
-            projection.moments_are_stale = False
-            if about["merged"]:
-                projection.set_rows(update.added_to(whole, sign=-1))
-            elif f"{name}.rows" in tensors:
-                projection.set_rows(tensors[f"{name}.rows"].to(projection.weight.device))
-    for mlp in require_patched(model):
+    for mlp in mlps:
         device = mlp.output.weight.device
         summary = tensors.get(f"{mlp.name}.summary")
-        mlp.index.adopt(None if summary is None else summary.to(device))
+        with torch.no_grad(), mlp.index.gathered():
+            for name, projection in _named(mlp):
+                update, whole = projection.update, projection.merged_rows()
+                update.U.copy_(tensors[f"{name}.U"])
+                update.V.copy_(tensors[f"{name}.V"])
+                update.restarts = about["restarts"][name]
+                projection.moments_are_stale = False
+                if about["merged"]:
+                    projection.set_rows(update.added_to(whole, sign=-1))
+                elif f"{name}.rows" in tensors:
+                    projection.set_rows(tensors[f"{name}.rows"].to(device))
+            mlp.index.adopt(None if summary is None else summary.to(device))
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
         mlp.corrections = {
             name: Compensation(*(tensors[path] for path in paths)).to(device)
@@ -146,11 +155,17 @@ def _other_files(folder: Path) -> dict[str, str]:
 
 def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
     """Patched projections by their name in the bare model."""
-    return {
-        f"{mlp.name}.{path}": projection
-        for mlp in require_patched(model)
-        for path, projection in zip(mlp.sources, mlp.projections, strict=True)
-    }
+    return {name: projection for mlp in require_patched(model) for name, projection in _named(mlp)}
+
+
+def _named(mlp: SparseMLP) -> Iterator[tuple[str, NeuronProjection]]:
+    return ((f"{mlp.name}.{path}", p) for path, p in zip(mlp.sources, mlp.projections, strict=True))
+
+
+def _settled(model: nn.Module) -> list[SparseMLP]:
+    runtime, mlps = patched_parts(model)
+    settle_shards(runtime, mlps)
+    return mlps
 
 
 def _correction_names(mlp: SparseMLP) -> dict[TokenClass, list[str]]:

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..errors import InactivePatchError, WeightsError
 from ..layers.batch_hook import watch_batches
-from ..layers.find_mlps import patched_parts, require_patched
+from ..layers.find_mlps import patched_parts, require_patched, settle_shards
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
 from ..weights.projection import NeuronProjection
@@ -51,7 +51,7 @@ class SyncReport:
     @property
     @torch.no_grad()
     def update_norm(self) -> float:
-        """Frobenius norm of all current updates s U V together, computed when it is read."""
+        """Frobenius norm of all current updates s U V together, computed when it is read; under FSDP2 by all ranks."""
         return torch.stack([p.update.norm_squared() for m in self._mlps for p in m.projections]).sum().sqrt().item()
 
     def metrics(self) -> dict[str, float]:
@@ -71,7 +71,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     refresh the index, and decide whether the next step runs dense.
 
     In a custom loop, call it with step 0 before the first step, then after each optimizer step, as `SubquadCallback`
-    does. A second call for the same step repeats nothing.
+    does. A second call for the same step repeats nothing. With several processes, all ranks must call it.
 
     Args:
         optimizer: its moments for the factors are reset after a fold.
@@ -93,9 +93,12 @@ def sync_parts(
     """`sync_model` for the parts that `patched_parts` found in the model."""
     started = time.perf_counter()
     config = runtime.config
+    settle_shards(runtime, mlps)
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
+        if runtime.sharded:  # FSDP has moved the weights to its device
+            mlp.corrections = {name: made.to(mlp.output.weight.device) for name, made in mlp.corrections.items()}
     if optimizer is not None:
         restart_moments(mlps, optimizer, only_stale=True)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
@@ -117,8 +120,6 @@ def sync_parts(
         if audits:
             recall = sum(audit.recall for audit in audits) / len(audits)
             error = sum(audit.error for audit in audits) / len(audits)
-        for mlp in mlps:
-            mlp.index.refresh()
     for mlp in mlps:
         mlp.auditing = _due(step + 1, config.refresh_steps)
     active = sum(mlp.work_share() for mlp in mlps) / len(mlps)
@@ -234,14 +235,16 @@ def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, onl
 
 
 def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[BudgetChange]]:
-    """Audit the tiles that MLPs kept of the last batch, and adjust planned budgets accordingly."""
+    """Audit the tiles that MLPs kept of the last batch, adjust planned budgets accordingly, and refresh indices."""
     audits, changes = [], []
     planned = runtime.plan.layers if runtime.plan else (None,) * len(mlps)
     for mlp, layer in zip(mlps, planned, strict=True):
-        for token_class, audit in audit_live(mlp).items():
-            audits.append(audit)
-            if layer is not None and (change := review(mlp, layer, token_class, audit)):
-                changes.append(change)
+        with mlp.index.gathered():
+            for token_class, audit in audit_live(mlp).items():
+                audits.append(audit)
+                if layer is not None and (change := review(mlp, layer, token_class, audit)):
+                    changes.append(change)
+            mlp.index.refresh()
         mlp.audited = {}
     if runtime.plan:
         runtime.plan = runtime.plan.with_neurons([mlp.budget.counts(mlp.index.neurons) for mlp in mlps])

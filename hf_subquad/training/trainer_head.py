@@ -59,6 +59,8 @@ def reader_of_logits(trainer: Trainer | None) -> str | None:
         return "Liger's fused_linear_cross_entropy is on"
     if args.torch_compile or isinstance(trainer.model, torch._dynamo.OptimizedModule):
         return "the model is compiled"
+    if trainer.is_fsdp_enabled:
+        return "FSDP may hold a shard of the head's weight outside of the head's own forward"
     if args.n_gpu > 1:
         return "torch.nn.DataParallel copies the model"
     return None

@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from ..errors import CalibrationError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.find_mlps import patched_parts, require_patched
@@ -62,7 +63,7 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
     if isinstance(shared[0], str):
         _go_without(mlps, shared[0], plans)
         return
-    plan, fitted = shared[0]
+    plan, fitted, runtime.skips_padding = shared[0]
     if plan is not None:
         apply_plan(model, plan)
     if args.process_index:
@@ -72,11 +73,15 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
 
 def _planned_and_fitted(
     model: nn.Module, dataloader: Any, rows: int, device: torch.device, plans: bool
-) -> tuple[Plan | None, list[Fitted]] | str:
-    """A plan, if one is wanted, and what was fitted for each MLP; or the reason why that failed."""
+) -> tuple[Plan | None, list[Fitted], bool | None] | str:
+    """A plan, if one is wanted, what was fitted for each MLP, and whether padding is skipped; or the reason why that
+    failed."""
     started = time.perf_counter()
     mlps = require_patched(model)
+    here = mlps[0].output.weight.device
     try:
+        if here.type != device.type:  # FSDP moves the model later
+            raise CalibrationError(f"the model is on {here} now, and will be trained on {device}")
         with preserve_mode_and_rng(model):
             batches = sample_batches(dataloader, rows, _BATCHES, device)
         logger.info(
@@ -88,7 +93,7 @@ def _planned_and_fitted(
     except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
         return f"{type(error).__name__}: {error}"
     logger.info(f"done in {time.perf_counter() - started:.1f} s")
-    return plan, [Fitted.of(mlp) for mlp in mlps]
+    return plan, [Fitted.of(mlp) for mlp in mlps], mlps[0].runtime.skips_padding
 
 
 def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:

@@ -7,6 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import ParallelismError
+from .shards import is_shard, whole
+
 
 class LowRankUpdate(nn.Module):
     """scale * U V added to weight rows R; row i of U belongs to neuron i.
@@ -52,7 +55,16 @@ class LowRankUpdate(nn.Module):
         zero.zero_()
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """U [m, q] and scale * V [q, d]."""
+        """U [m, q] and scale * V [q, d].
+
+        Raises:
+            ParallelismError: FSDP holds them in shards now.
+        """
+        if is_shard(self.U):
+            raise ParallelismError(
+                "weights of a patched MLP are needed while FSDP holds them in shards: shard decoder layers or whole "
+                "MLPs, not single projections, and call what works on weights before fully_shard"
+            )
         return self.U, self.scale * self.V
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -72,12 +84,13 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def is_zero(self) -> bool:
-        return not (bool(self.U.any()) and bool(self.V.any()))
+        return not (bool(whole(self.U).any()) and bool(whole(self.V).any()))
 
     @torch.no_grad()
     def norm_squared(self) -> Tensor:
         """||scale U V||_F^2 as trace((U^T U) (V V^T)), without forming the product."""
-        gram = (self.U.t() @ self.U) * (self.V @ self.V.t())
+        u, v = whole(self.U), whole(self.V)
+        gram = (u.t() @ u) * (v @ v.t())
         return gram.sum().clamp_min(0) * self.scale**2
 
     @torch.no_grad()
@@ -86,7 +99,7 @@ class LowRankUpdate(nn.Module):
 
         Bit-identical to `rows` if the update is zero (adding 0.0 would turn -0.0 into 0.0).
         """
+        u, v = self.factors()
         if not rows.is_meta and self.is_zero():
             return rows
-        u, v = self.factors()
         return torch.addmm(rows.to(u.dtype), u, v, alpha=sign).to(rows.dtype)

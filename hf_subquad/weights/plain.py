@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PatchError
+from .shards import gathered, is_shard, whole
 
 _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
@@ -19,7 +21,7 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Names, shapes and dtypes are those of the model without the patch and without PEFT, as inference engines expect
     them. Low-rank updates and adapters are merged in, one layer at a time, without changing the model. Tied weights
-    are yielded once for each of their names.
+    are yielded once for each of their names. Weights that FSDP2 shards are gathered, so all ranks must iterate.
 
     Args:
         model: patched or not, also wrapped by PEFT, DDP or `torch.compile`.
@@ -32,21 +34,25 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if _inside_adapter(name, bare):
             continue
         if hasattr(module, "base_layer"):
-            yield from _prefixed(name, _merged(name, module))
+            with gathered([module]):
+                merged = _merged(name, module)
+            yield from _prefixed(name, merged)
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             trained = module.modules_to_save[module.active_adapters[0]] if not module.disable_adapters else None
-            yield from _prefixed(name, (trained or module.original_module).state_dict())
+            state = (trained or module.original_module).state_dict()
+            yield from ((key, whole(value)) for key, value in _prefixed(name, state))
         else:
             own: dict[str, Any] = {}
             prefix = f"{name}." if name else ""
             module._save_to_state_dict(own, prefix, keep_vars=False)
-            yield from ((key, value) for key, value in own.items() if isinstance(value, Tensor))
+            yield from ((key, whole(value)) for key, value in own.items() if isinstance(value, Tensor))
 
 
 def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
     """Write the plain checkpoint of a patched model, with PEFT adapters of any kind merged in. The model is unchanged.
 
-    With adapters, `save_pretrained` and `Trainer.save_model` write only the adapters.
+    With adapters, `save_pretrained` and `Trainer.save_model` write only the adapters. Under FSDP2 all ranks must call
+    this, and rank 0 writes.
 
     Args:
         settings: further arguments of `save_pretrained`.
@@ -57,7 +63,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
     bare: Any = _bare(model)
     if not hasattr(bare, "save_pretrained"):
         raise PatchError(f"{type(bare).__name__} has no save_pretrained: save dict(merged_named_weights(model))")
-    state = dict(merged_named_weights(model))
+    sharded = any(map(is_shard, model.parameters()))
+    writes = not sharded or dist.get_rank() == 0
+    state = {name: value.cpu() if sharded else value for name, value in merged_named_weights(model) if writes}
+    if not writes:
+        return
     hidden = {name: vars(bare).pop(name) for name in _ADAPTERS if name in vars(bare)}
     try:
         bare.save_pretrained(folder, state_dict=state, **settings)

@@ -12,6 +12,7 @@ from ..errors import ParallelismError
 from ..ops.backends import MergedWeight
 from .handed_out import HandedOut
 from .low_rank import LowRankUpdate
+from .shards import gathered, is_shard, split_like
 
 _SAMPLED = 256
 
@@ -62,6 +63,11 @@ class NeuronProjection(nn.Module):
         self._copied_rows: tuple[tuple[Any, ...], Tensor] | None = None
 
     @property
+    def sharded(self) -> bool:
+        """FSDP2 holds the weight, whole in forward and backward passes and a shard of it between them."""
+        return self.runtime is not None and self.runtime.sharded
+
+    @property
     def in_features(self) -> int:
         """Inputs, as of `nn.Linear`."""
         return self.rows().shape[1 if self.is_input else 0]
@@ -78,7 +84,8 @@ class NeuronProjection(nn.Module):
             dtype: None: the weight's.
             contiguous: with contiguous rows, as gathering needs.
 
-        In another dtype or layout this is a copy, which is kept until the weight changes or `drop_copy` is called.
+        In another dtype or layout this is a copy, which is kept until the weight changes or `drop_copy` is called. Of
+        weights that FSDP2 shards no copy is kept, and none is made for the layout: the backward pass would hold it.
         """
         if self._handed_out:
             self._handed_out.notice_writes()
@@ -87,6 +94,8 @@ class NeuronProjection(nn.Module):
         dtype = dtype or rows.dtype
         if dtype == rows.dtype and (rows.is_contiguous() or not contiguous):
             return rows
+        if self.sharded:
+            return rows.to(dtype)
         version = (dtype, *self.version())
         if self._copied_rows is None or self._copied_rows[0] != version:
             with torch.inference_mode(False):  # inference tensors could not be used in training later
@@ -152,10 +161,13 @@ class NeuronProjection(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = merged = self.merged_weight()
+        with gathered([self]):
+            merged = self.merged_weight()
+        split = is_shard(self.weight)
+        destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        if not merged.is_meta:
+        if not merged.is_meta and not split:
             snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
                 self._handed_out.watch(merged, snapshot, self._written)
@@ -178,9 +190,10 @@ class NeuronProjection(nn.Module):
 
         If it came from this projection's `state_dict`, the update of that time is restored; else it restarts.
         """
-        known = None if self.weight.is_meta else self._handed_out.recall(self.weight)
+        known = None if self.weight.is_meta or is_shard(self.weight) else self._handed_out.recall(self.weight)
         if known is None:
-            self.update.restart()
+            with gathered([self.update]):
+                self.update.restart()
         else:
             self.update.U.copy_(known.U)
             self.update.V.copy_(known.V)
