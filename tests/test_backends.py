@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hf_subquad import BackendError, patch_model, sparse_mlps
+from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
@@ -296,6 +297,9 @@ class Unwatched:
 
         return launch
 
+    def __call__(self, *args: Any) -> Any:  # by another kernel
+        return self.kernel(*args)
+
 
 BUDGETS = {
     "tiles": Budget.uniform(16),
@@ -306,11 +310,13 @@ BUDGETS = {
 
 
 def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward of an MLP. What would wait is an error on a GPU, and on the meta device, whose tensors have
-    no values; on the processor it is noted."""
+    """Forward and backward of an MLP, with all classes of tokens. What would wait is an error on a GPU, and on the meta
+    device, whose tensors have no values; on the processor it is noted."""
     module, mlp, _ = patched(kind, D, M, dtype=torch.float32, tile_size=T, backend=backend)
-    if device == "meta":
-        monkeypatch.setattr(nn.Parameter, "is_meta", False, raising=False)  # which forwards refuse
+    if device == "meta":  # forwards refuse updates there, and autocast does not know it
+        monkeypatch.setattr(nn.Parameter, "is_meta", False, raising=False)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     if device == "cpu":
         monkeypatch.setattr(parts, "_all_pass", lambda gradient, share: share >= 1)  # as elsewhere
         for operations in (triton_products, triton_neurons, triton_tiles):
@@ -323,9 +329,12 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
     correction = Compensation(basis, basis.new_zeros(D, len(basis)), basis.new_zeros(D))
     order = torch.randperm(N).to(device)
     mlp.runtime.skips_padding = True
+    unwatch_batches(module)  # which is called without labels
     mlp.runtime._batches.append(BatchClasses({"only": TokenClasses((1, N), order[:12], order[12:30])}))
     with mlp.using(budget, {"context": correction}):
         module(x).sum().backward()  # what is done once
+        tokens = 12 * (budget.predicted or M) + 18 * (M if budget.context is None else budget.context)
+        assert mlp.work_share() == pytest.approx(tokens / (N * M))
         watched = Watched()
         before = torch.cuda.get_sync_debug_mode() if device == "cuda" else None
         if before is not None:
@@ -344,7 +353,6 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
     ("device", "backend"),
     [
         ("meta", "torch"),
-        pytest.param("cpu", "triton", marks=interpreted),
         pytest.param("cuda", "torch", marks=pytest.mark.gpu),
         pytest.param("cuda", "triton", marks=pytest.mark.gpu),
     ],
@@ -355,6 +363,12 @@ def test_nothing_waits_for_the_device(
     kind: Kind, budget: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_watched(kind, BUDGETS[budget], device, backend, monkeypatch)
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_where_kernels_are_launched(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_watched(kind, BUDGETS["tiles of context"], "cpu", "triton", monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:the base weights")

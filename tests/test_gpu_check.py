@@ -67,8 +67,7 @@ def test_rows_of_layers(whole: Any) -> None:
     assert len(by_budget) == 8
     exact, half, none, gradient = (by_budget[name] for name in list(by_budget)[4:])
     assert 1 > exact["share"] > half["share"] > none["share"] == gradient["share"] > 0
-    tiled = [row for row in rows if row["selection_seconds"]]
-    assert half in tiled and len(tiled) == 5
+    assert half["selection_seconds"] > 10 * none["selection_seconds"]  # which has no tiles
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ GSM8K, dense layers compute them all, and subquad runs with several budgets.
 """
 
 import argparse
-import ctypes
 import itertools
 import math
 import statistics
@@ -29,12 +28,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comparison.memory import PeakMemory, resident_bytes
+from comparison.memory import PeakMemory, give_back_freed, resident_bytes
 from comparison.random_rows import GSM8K, random_rows
 from environment import provenance
 from reporting import write_json
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
+from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.planning.mlp_timing import timed
@@ -102,6 +102,7 @@ class Subjects:
         rows = random_rows(tokens // length, length, 8, *GSM8K, seed=0)
         ids, real, labels = (torch.stack([row[name] for row in rows]).to(self.x.device) for name in rows[0])
         runtime.skips_padding = True
+        unwatch_batches(self.layers["subquad"])  # which is called without labels
         runtime.begin(self.layers["subquad"], {"input_ids": ids, "attention_mask": real, "shift_labels": labels})
         # As in training, about 65% of the rows that are not padding hold 99% of the squared gradient.
         self.gradient *= torch.randn_like(self.gradient[:, :1]).exp() * real.view(-1, 1)
@@ -155,8 +156,7 @@ def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
     """Most memory that a forward and backward take beyond what the process holds before them."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed but kept would count as held before
+    give_back_freed()  # else it would count as held before
     before = resident_bytes() if x.device.type == "cpu" else torch.cuda.memory_allocated()
     peak = PeakMemory(x.device.type)
     peak.start()

@@ -11,7 +11,7 @@ from .bench import Bench, Case, Report, Row
 
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 _FILES = ("test_triton_products.py", "test_triton_selection.py", "test_backends.py", "test_verification.py")
-_TINY = ["-k", "one_tile or one_of_two_biases"]  # in the interpreter
+_TINY = ["-k", "one_tile or one_of_two_biases", "--assert=plain"]  # in the interpreter
 _MOST_FAILED = "20"  # after an illegal memory access, all that follow fail, too
 
 

@@ -24,6 +24,7 @@ from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from helpers.mlps import patched
+from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
 from hf_subquad.ops import parts
@@ -112,6 +113,7 @@ def rehearse(
     assert x.grad is not None
     first = copy.deepcopy(gpu.launched)
     classes = TokenClasses((1, TOKENS), *torch.arange(TOKENS).chunk(2))
+    unwatch_batches(module)  # which is called without labels
     mlp.runtime._batches.append(BatchClasses({"only": classes}))
     with mlp.using(Budget(context=m // 4)):
         module(x).sum().backward()
