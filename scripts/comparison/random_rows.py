@@ -10,7 +10,7 @@ _NO_LOSS = -100
 def random_rows(
     count: int, length: int, vocab: int, padding: float, context: float, seed: int
 ) -> list[dict[str, Tensor]]:
-    """Rows of one length. What is padding in each has a random share, and the rest the same share of prompt.
+    """Rows of one length. In each another share is padding, and of the rest the same share is prompt.
 
     Args:
         padding: its mean share of the tokens, at most a half.
@@ -19,7 +19,8 @@ def random_rows(
     generator = torch.Generator().manual_seed(seed)
     # The first ids are the special ones (padding, start, end), which mean something to the model.
     ids = torch.randint(min(4, vocab - 1), vocab, (count, length), generator=generator)
-    real = (length * (1 - 2 * padding * torch.rand(count, 1, generator=generator))).round()
+    spread = (torch.randperm(count, generator=generator)[:, None] + 0.5) / count  # evenly over [0, 1]
+    real = (length * (1 - 2 * padding * spread)).round()
     places = torch.arange(length).expand(count, -1)
     labels = ids.masked_fill((places >= real) | (places < real * context / (1 - padding)), _NO_LOSS)
     columns = {"input_ids": ids, "attention_mask": (places < real).long(), "labels": labels}
