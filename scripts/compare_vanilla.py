@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
         WorkerError: a method's process failed or was killed; the message says which and how.
     """
     common = next(iter(runs.values()))
+    apart = partial(run_apart, start="spawn" if common.device == "cuda" else "forkserver")
     print(_memory_note(runs), flush=True)
     turn_steps = common.untimed_steps + common.turn_steps + common.profile_steps
     losses: dict[str, str] = {}
@@ -62,7 +64,7 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
 
         for name in sorted(runs, key=("subquad", *METHODS).index):  # it says which MLPs are to be timed
             bar.set_description(f"{name}, training")
-            whole[name] = run_apart(name, full_run, runs[name], lambda of, name=name: progress(name, of))
+            whole[name] = apart(name, full_run, runs[name], lambda of, name=name: progress(name, of))
         timed = dict(runs)
         mlps = {mlp["name"]: mlp["projections"] for mlp in whole["subquad"]["patched"]} if "subquad" in runs else {}
         if "subquad" in runs and whole["subquad"]["plan"]:
@@ -76,7 +78,7 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
                 bar.set_description(f"{name}, round {number + 1} of {common.rounds}")
                 argument = (timed[name], mlps)
                 label = f"{name}, round {number + 1}"
-                turns[name].append(run_apart(label, turn, argument, lambda of, name=name: progress(name, of)))
+                turns[name].append(apart(label, turn, argument, lambda of, name=name: progress(name, of)))
     settings = asdict(common)
     for name in ("method", "learning_rate", "save_to"):
         settings.pop(name)
@@ -130,7 +132,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source.add_argument("--model", help="folder or Hub name of a causal language model")
     source.add_argument(
         "--shape", type=_checked(Shape.parse), help="random weights and tokens: hidden=..,intermediate=..,"
-        "layers=..,vocab=..,arch=opt|llama; losses of held-out text are then null",
+        "layers=..,vocab=..,arch=opt|llama,padding=SHARE,context=SHARE; losses of held-out text are then null",
     )  # fmt: skip
 
     data = parser.add_argument_group("data (with --model)")
@@ -151,6 +153,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--methods", type=_methods, default=METHODS, help="default: vanilla,lora,subquad")
     run.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
     run.add_argument("--autocast", action="store_true", help="the Trainer's bf16=True, on weights of --dtype")
+    run.add_argument("--gradient-checkpointing", action="store_true")
+    run.add_argument("--liger", action="store_true", help="the Trainer's use_liger_kernel=True")
     run.add_argument(
         "--learning-rate", nargs="+", type=_rate, default=[], metavar="METHOD=RATE",
         help=f"default: {' '.join(f'{name}={rate:g}' for name, rate in LEARNING_RATES.items())}",

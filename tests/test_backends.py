@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -15,10 +16,15 @@ from helpers.models import CONFIG, build, opt, tokens
 from helpers.reference import mask_of
 from helpers.training import losses, patched_opt, trainer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hf_subquad import BackendError, patch_model, sparse_mlps
+from hf_subquad.layers.batch_hook import unwatch_batches
+from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.compensation import Compensation
+from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
 from hf_subquad.ops import backends as choice
+from hf_subquad.ops import parts
 from hf_subquad.ops.backends import Backend, MergedWeight, backend_for
 from hf_subquad.ops.token_tiles import TokenTiles, make_tiles
 
@@ -278,35 +284,104 @@ class Watched(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class Unlaunched:
-    """In place of a kernel."""
+class Unwatched:
+    """A kernel, which is one operation; in the interpreter it is many."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **kwargs: None
+        def launch(*args: Any, **kwargs: Any) -> None:
+            with _disable_current_modes():
+                self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+    def __call__(self, *args: Any) -> Any:  # by another kernel
+        return self.kernel(*args)
+
+
+BUDGETS = {
+    "tiles": Budget.uniform(16),
+    "all but padding": Budget(),
+    "no context": Budget(context=0),
+    "tiles of context": Budget(context=16),
+}
+
+
+def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward of an MLP, with all classes of tokens. What would wait is an error on a GPU, and on the meta
+    device, whose tensors have no values; on the processor it is noted."""
+    module, mlp, _ = patched(kind, D, M, dtype=torch.float32, tile_size=T, backend=backend)
+    if device == "meta":  # forwards refuse updates there, and autocast does not know it
+        monkeypatch.setattr(nn.Parameter, "is_meta", False, raising=False)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+        monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
+    if device == "cpu":
+        monkeypatch.setattr(parts, "_all_pass", lambda gradient, share: share >= 1)  # as elsewhere
+        for operations in (triton_products, triton_neurons, triton_tiles):
+            for name, value in list(vars(operations).items()):
+                if hasattr(value, "arg_names") and hasattr(value, "run"):
+                    monkeypatch.setattr(operations, name, Unwatched(value))
+    module.to(device)
+    x = torch.randn(N, D).to(device).requires_grad_()
+    basis = mlp.index.sketch.basis.to(device)
+    correction = Compensation(basis, basis.new_zeros(D, len(basis)), basis.new_zeros(D))
+    order = torch.randperm(N).to(device)
+    mlp.runtime.skips_padding = True
+    unwatch_batches(module)  # which is called without labels
+    mlp.runtime._batches.append(BatchClasses({"only": TokenClasses((1, N), order[:12], order[12:30])}))
+    with mlp.using(budget, {"context": correction}):
+        module(x).sum().backward()  # what is done once
+        tokens = 12 * (budget.predicted or M) + 18 * (M if budget.context is None else budget.context)
+        assert mlp.work_share() == pytest.approx(tokens / (N * M))
+        watched = Watched()
+        before = torch.cuda.get_sync_debug_mode() if device == "cuda" else None
+        if before is not None:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            with nullcontext() if device == "cuda" else watched:
+                module(x).sum().backward()
+        finally:
+            if before is not None:
+                torch.cuda.set_sync_debug_mode(before)
+    assert not watched.seen
+
+
+@pytest.mark.filterwarnings("ignore:the base weights")
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        ("meta", "torch"),
+        pytest.param("cuda", "torch", marks=pytest.mark.gpu),
+        pytest.param("cuda", "triton", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_waits_for_the_device(
+    kind: Kind, budget: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_watched(kind, BUDGETS[budget], device, backend, monkeypatch)
 
 
 @interpreted
-@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_waits_for_the_device(kind: Kind, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what the host does; kernels are left out."""
-    _, mlp, _ = patched(kind, D, M, dtype=torch.float32, backend=backend)
-    x, how = torch.randn(N, D), backend_for(backend, CPU)
-    selection = mlp.index.select(x, 16, T, "similar")
-    tiles, neurons = selection.tiles, selection.neurons
-    for module in (triton_products, triton_neurons, triton_tiles):
-        for name, value in vars(module).items():
-            if hasattr(value, "arg_names") and hasattr(value, "run"):
-                monkeypatch.setattr(module, name, Unlaunched())
-    with Watched() as watched, torch.no_grad():
-        sample = x[tiles.slots[:, :4]]
-        how.bisect(x[:, :6], *tiles.shape)
-        how.top_neurons(mlp.index.tile_scores(sample), 16)
-        into = [p.matrix(x.dtype) for p in mlp.inputs]
-        h, low = compact_and_low(how, x, tiles, neurons, into)
-        how.gathered_down(h[:1], tiles, neurons, [mlp.output.matrix(x.dtype)])
-        how.update_gradients(h[0], low[:, :2], x, low[:, :2], tiles, neurons, M)
-    assert not watched.seen
+def test_nothing_waits_where_kernels_are_launched(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_watched(kind, BUDGETS["tiles of context"], "cpu", "triton", monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:the base weights")
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_what_waits_is_seen(budget: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a part of the gradient are counted."""
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        run_watched("gated", replace(BUDGETS[budget], gradient=0.9), device, "torch", monkeypatch)
+
+
+def test_what_waits_is_noted() -> None:
+    x = torch.randn(N, D)
     with Watched() as watched:
         x[x > 0].sum().item()
     assert len(watched.seen) > 1

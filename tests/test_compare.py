@@ -31,6 +31,7 @@ import reporting  # noqa: E402
 from apart_workers import die, double  # noqa: E402
 from comparison.apart import WorkerError, run_apart  # noqa: E402
 from comparison.mlp_time import MlpTimer  # noqa: E402
+from comparison.random_rows import GSM8K, random_rows  # noqa: E402
 from comparison.settings import Shape  # noqa: E402
 
 METHODS = ("vanilla", "lora", "subquad")
@@ -217,6 +218,7 @@ def test_failing_method_is_reported_with_its_traceback() -> None:
     [
         (["--shape", "hidden=32"], "missing intermediate, layers, vocab"),
         (["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=gpt"], "arch must be"),
+        (["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,padding=0.6"], "no rows have shares padding=0.6"),
         (["--model", "somewhere"], "needs --train-file and --eval-file"),
         (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--rounds", "0"], "--rounds must be at least 1"),
         (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--methods", "lora,adam"], "expected some of"),
@@ -233,6 +235,20 @@ def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pyt
 def test_shape_parses() -> None:
     text = "hidden=2048, intermediate=8192,layers=4,vocab=100,arch=llama"
     assert Shape.parse(text) == Shape(2048, 8192, 4, 100, "llama")
+    assert Shape.parse(text + ",padding=0.3,kv_heads=8") == Shape(2048, 8192, 4, 100, "llama", padding=0.3, kv_heads=8)
+
+
+@pytest.mark.parametrize(("padding", "context"), [GSM8K, (0.0, 0.5), (0.0, 0.0)])
+def test_random_rows_have_the_classes_of_tokens(padding: float, context: float) -> None:
+    rows = random_rows(1000, 100, 50, padding, context, seed=1)
+    ids, real, labels = (torch.stack([row[name] for row in rows]) for name in ("input_ids", "attention_mask", "labels"))
+    labelled = labels != -100
+    assert torch.equal(labels[labelled], ids[labelled]) and not (labelled & (real == 0)).any()
+    assert real.diff(dim=1).max() <= 0 and real[:, 0].all()  # padded on the right
+    assert 1 - real.float().mean() == pytest.approx(padding, abs=0.01)
+    assert (real - labelled.long()).float().mean() == pytest.approx(context, abs=0.01)
+    again = random_rows(1000, 100, 50, padding, context, seed=1)
+    assert all(torch.equal(one[name], other[name]) for one, other in zip(rows, again, strict=True) for name in one)
 
 
 # Processes

@@ -18,8 +18,11 @@ KERNELS = {
 }
 
 
-def rehearsed(*arguments: Any) -> dict[str, list[dict[str, int]]]:
-    """Each kernel's versions."""
+Launched = dict[str, list[dict[str, int]]]
+
+
+def rehearsed(*arguments: Any) -> list[Launched]:
+    """Each kernel's versions, in both passes and in the first."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
@@ -30,10 +33,18 @@ def rehearsed(*arguments: Any) -> dict[str, list[dict[str, int]]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def counts(launched: Launched) -> dict[str, int]:
+    return {name: sum(version["launches"] for version in versions) for name, versions in launched.items()}
+
+
 def test_one_forward_and_backward() -> None:
-    launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16, 64)
-    assert set(launched) == KERNELS
-    launches = {name: sum(version["launches"] for version in versions) for name, versions in launched.items()}
+    both, launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16, 64)
+    assert set(both) == set(launched) == KERNELS
+    launches = counts(launched)
+    # Tiles of a part of the tokens need the same launches; half as many tokens are bisected once less.
+    assert all(count < 2 * launches[name] + 1 for name, count in counts(both).items())
+    for name in ("_gathered_up", "_gathered_down", "_per_neuron", "_squares", "_scores", "_top"):
+        assert counts(both)[name] == 2 * launches[name], name
     assert launches["_gathered_up"] == 2  # gate and up in one, and the gradient out of the MLP
     assert launches["_gathered_down"] == 5  # out, into gate and up in one, and the products with U of three matrices
     assert launches["_per_neuron"] == 3
@@ -67,7 +78,7 @@ def test_devices_dtypes_and_shapes(
     capability: int, dtype: str, kind: str, d: int, m: int, rank: int, sketch_rank: int
 ) -> None:
     """What exceeds a device's shared memory is an error of Triton's."""
-    launched = rehearsed(capability, dtype, kind, d, m, rank, sketch_rank)
+    launched, _ = rehearsed(capability, dtype, kind, d, m, rank, sketch_rank)
     assert set(launched) == KERNELS
     for name in ("_squares", "_scores", "_gathered_up", "_gathered_down", "_per_neuron"):
         for version in launched[name]:  # PyTorch's default is not to multiply float32 in TF32

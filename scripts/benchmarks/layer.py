@@ -1,18 +1,21 @@
 """Time one MLP layer, forward and backward: dense fully trained, dense frozen with LoRA, and subquad.
 
     python scripts/benchmarks/layer.py --tokens 2048 --hidden 2048 --intermediate 8192 --dtype fp32 --json row.json
+    python scripts/benchmarks/layer.py --classes --gated
 
-The three run interleaved, one after the other in every round, and the medians over the rounds are reported; ratios
-are medians of the ratios within a round. Weights and tokens are random, which costs the same as pretrained ones.
-Several values, separated by commas, make a grid.
+All run interleaved, one after the other in every round, and the medians over the rounds are reported; ratios are
+medians of the ratios within a round. Weights and tokens are random, which costs the same as pretrained ones. Several
+values, separated by commas, make a grid. With --classes, tokens are padding, context and predicted in the shares of
+GSM8K, dense layers compute them all, and subquad runs with several budgets.
 """
 
 import argparse
-import ctypes
 import itertools
+import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from comparison.memory import PeakMemory, resident_bytes
+from comparison.memory import PeakMemory, give_back_freed, resident_bytes
+from comparison.random_rows import GSM8K, random_rows
 from environment import provenance
 from reporting import write_json
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
+from hf_subquad.layers.batch_hook import unwatch_batches
+from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.compensation import Compensation
 from hf_subquad.planning.mlp_timing import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ROW_LENGTH = 512  # of batches with classes
 
 
 class PlainMLP(nn.Module):
@@ -46,20 +56,6 @@ class PlainMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-class GatedMLP(nn.Module):
-    """y = W3 (silu(W1 x) * (W2 x))."""
-
-    def __init__(self, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self.act_fn = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class LoRALinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update, as PEFT computes it."""
 
@@ -73,9 +69,67 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class Subjects:
+    """An MLP in several ways: "dense_full", "dense_lora", and patched, with each of some budgets.
+
+    Attributes:
+        x, gradient: its input [N, d], and the gradient of its output.
+        budgets: by name: for classes of tokens, or those that are given, or uniform.
+        ways: names of all.
+    """
+
+    def __init__(self, args: argparse.Namespace, budgets: Mapping[str, Budget] | None = None) -> None:
+        self.layers = {kind: build(kind, args) for kind in ("dense_full", "dense_lora", "subquad")}
+        (self.mlp,) = sparse_mlps(self.layers["subquad"])
+        x = torch.randn(args.tokens, args.hidden, device=args.device, dtype=DTYPES[args.dtype])
+        # Tokens of a real batch resemble each other in groups; random ones do not, and tiles of them cost the same.
+        self.x = F.layer_norm(x, (args.hidden,)).requires_grad_(True)
+        self.gradient = torch.randn_like(x)
+        self.budgets = dict(budgets or {"uniform": Budget.uniform(self.mlp.k)})
+        if args.classes:
+            self._classify()
+            self.budgets = {
+                "padding skipped": Budget(),
+                "half of the neurons for context": Budget(context=args.intermediate // 2),
+                "none for context": Budget(context=0),
+                "none for context, 99% of the gradient": Budget(context=0, gradient=0.99),
+            }
+        self.ways = ["dense_full", "dense_lora", *self.budgets]
+
+    def _classify(self) -> None:
+        (tokens, width), runtime, basis = self.x.shape, self.mlp.runtime, self.mlp.index.sketch.basis
+        length = math.gcd(_ROW_LENGTH, tokens)
+        rows = random_rows(tokens // length, length, 8, *GSM8K, seed=0)
+        ids, real, labels = (torch.stack([row[name] for row in rows]).to(self.x.device) for name in rows[0])
+        runtime.skips_padding = True
+        unwatch_batches(self.layers["subquad"])  # which is called without labels
+        runtime.begin(self.layers["subquad"], {"input_ids": ids, "attention_mask": real, "shift_labels": labels})
+        # As in training, about 65% of the rows that are not padding hold 99% of the squared gradient.
+        self.gradient *= torch.randn_like(self.gradient[:, :1]).exp() * real.view(-1, 1)
+        zeros = basis.new_zeros(width, 1)
+        self.mlp.corrections = {"context": Compensation(basis, zeros.repeat(1, len(basis)), zeros[:, 0])}
+
+    @contextmanager
+    def way(self, name: str) -> Iterator[nn.Module]:
+        """The layer, which runs in this way inside of the context."""
+        with self.mlp.using(self.budgets.get(name), self.mlp.corrections):
+            yield self.layers.get(name, self.layers["subquad"])
+
+    def select(self) -> None:
+        """Make the selections of the way that the patched layer runs in, if it has tiles."""
+        mlp, config, k = self.mlp, self.mlp.runtime.config, self.mlp.budget.context
+        if k:  # of the context, or of all tokens
+            classes = mlp.runtime.latest_classes_of(mlp.name)
+            tokens = self.x.detach() if classes is None else self.x.detach()[classes.context]
+            mlp.index.select(tokens, k, config.tile_size, config.tile_order)
+
+
 def build(kind: str, args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    layer = (GatedMLP if args.gated else PlainMLP)(args.hidden, args.intermediate).to(DTYPES[args.dtype])
+    sizes = {"hidden_size": args.hidden, "intermediate_size": args.intermediate, "num_attention_heads": 1}
+    with torch.device(args.device):
+        layer = LlamaMLP(LlamaConfig(**sizes)) if args.gated else PlainMLP(args.hidden, args.intermediate)
+    layer.to(DTYPES[args.dtype])
     if kind == "dense_lora":
         for name, child in list(layer.named_children()):
             if isinstance(child, nn.Linear):
@@ -98,28 +152,11 @@ def run_once(layer: nn.Module, x: Tensor, grad: Tensor) -> float:
     return seconds
 
 
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward keeps for its backward, beyond the input and the parameters."""
-    held = {p.untyped_storage().data_ptr() for p in layer.parameters()} | {x.untyped_storage().data_ptr()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x)
-    return sum(kept.values())
-
-
 def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
     """Most memory that a forward and backward take beyond what the process holds before them."""
     layer.zero_grad(set_to_none=True)
     x.grad = None
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed but kept would count as held before
+    give_back_freed()  # else it would count as held before
     before = resident_bytes() if x.device.type == "cpu" else torch.cuda.memory_allocated()
     peak = PeakMemory(x.device.type)
     peak.start()
@@ -128,50 +165,40 @@ def peak_bytes(layer: nn.Module, x: Tensor, grad: Tensor) -> int:
     return max(0, peak.bytes - before)
 
 
-def selection_seconds(layer: nn.Module, x: Tensor) -> float:
-    mlp = sparse_mlps(layer)[0]
-    config = mlp.runtime.config
-    return timed(lambda: mlp.index.select(x.detach(), mlp.k, config.tile_size, config.tile_order), x.device)
-
-
-def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """One row: medians over interleaved rounds."""
-    device = torch.device(args.device)
-    layers = {kind: build(kind, args) for kind in ("dense_full", "dense_lora", "subquad")}
-    x = torch.randn(args.tokens, args.hidden, device=device, dtype=DTYPES[args.dtype])
-    # Tokens of a real batch resemble each other in groups; random ones do not, and tiles of them cost the same.
-    x = F.layer_norm(x, (args.hidden,)).requires_grad_(True)
-    grad = torch.randn_like(x)
-    times: dict[str, list[float]] = {kind: [] for kind in (*layers, "selection")}
-    for round_number in range(args.warmup + args.rounds):
-        seconds = {kind: run_once(layer, x, grad) for kind, layer in layers.items()}
-        seconds["selection"] = selection_seconds(layers["subquad"], x)
-        if round_number >= args.warmup:
-            for kind, value in seconds.items():
-                times[kind].append(value)
-    median = {kind: statistics.median(values) for kind, values in times.items()}
-    mlp = sparse_mlps(layers["subquad"])[0]
-    memory = {kind: saved_bytes(layer, x) for kind, layer in layers.items()}
-    peaks = {kind: peak_bytes(layer, x, grad) for kind, layer in layers.items()}
-
-    def ratio(kind: str) -> float:
-        return statistics.median(a / b for a, b in zip(times[kind], times["subquad"], strict=True))
-
-    return {
-        "tokens": args.tokens, "hidden": args.hidden, "intermediate": args.intermediate, "gated": args.gated,
-        "active": mlp.k, "share": mlp.k / mlp.index.neurons, "tile": args.tile, "dtype": args.dtype,
-        "rank": args.rank, "device": args.device, "threads": torch.get_num_threads(), "rounds": args.rounds,
-        "dense_full_seconds": median["dense_full"], "dense_lora_seconds": median["dense_lora"],
-        "subquad_seconds": median["subquad"],
-        "selection_seconds": median["selection"],
-        "speedup_vs_full": ratio("dense_full"), "speedup_vs_lora": ratio("dense_lora"),
-        "selection_share": median["selection"] / median["subquad"],
-        "seconds_range": {kind: [min(values), max(values)] for kind, values in times.items()},
-        "round_seconds": times,
-        **{f"{kind}_saved_bytes": value for kind, value in memory.items()},
-        **{f"{kind}_peak_bytes": value for kind, value in peaks.items()},
-        "saved_share_of_dense": memory["subquad"] / memory["dense_full"],
-    }  # fmt: skip
+def bench(args: argparse.Namespace, budgets: Mapping[str, Budget] | None = None) -> list[dict[str, Any]]:
+    """A row for each budget: medians over interleaved rounds."""
+    subjects = Subjects(args, budgets)
+    x, grad = subjects.x, subjects.gradient
+    times: dict[str, list[float]] = {name: [] for name in subjects.ways}
+    selecting: dict[str, list[float]] = {name: [] for name in subjects.ways}
+    for _ in range(args.warmup + args.rounds):
+        for name in subjects.ways:
+            with subjects.way(name) as layer:
+                times[name].append(run_once(layer, x, grad))
+                selecting[name].append(timed(subjects.select, x.device) if name in subjects.budgets else 0.0)
+    rows = []
+    for budget in subjects.budgets:
+        ours = {"dense_full": "dense_full", "dense_lora": "dense_lora", "subquad": budget}
+        seconds = {kind: times[name][args.warmup :] for kind, name in ours.items()}
+        seconds["selection"] = selecting[budget][args.warmup :]
+        medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+        full, lora = (
+            statistics.median(a / b for a, b in zip(seconds[kind], seconds["subquad"], strict=True))
+            for kind in ("dense_full", "dense_lora")
+        )
+        row = {
+            "budget": budget, "tokens": args.tokens, "hidden": args.hidden, "intermediate": args.intermediate,
+            "gated": args.gated, "tile": args.tile, "dtype": args.dtype, "rank": args.rank, "device": args.device,
+            "threads": torch.get_num_threads(), "rounds": args.rounds, "round_seconds": seconds,
+            **{f"{kind}_seconds": value for kind, value in medians.items()}, "speedup_vs_full": full,
+            "speedup_vs_lora": lora, "selection_share": medians["selection"] / medians["subquad"],
+        }  # fmt: skip
+        for kind, name in ours.items():
+            with subjects.way(name) as layer:
+                row[f"{kind}_peak_bytes"] = peak_bytes(layer, x, grad)
+        with subjects.way(budget):
+            rows.append(row | {"active": subjects.mlp.k, "share": subjects.mlp.work_share()})
+    return rows
 
 
 def share_or_count(text: str) -> float | int | None:
@@ -191,6 +218,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", type=grid(str), default=["fp32"], help="fp32, bf16")
     parser.add_argument("--rank", type=grid(int), default=[16])
     parser.add_argument("--gated", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--classes", action="store_true", help="classes of tokens, and budgets for them")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2)
@@ -206,14 +234,15 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for values in tqdm(list(itertools.product(*(getattr(args, name) for name in names))), unit="row"):
         point = argparse.Namespace(**{**vars(args), **dict(zip(names, values, strict=True))})
-        row = {**bench(point), **provenance()}
-        rows.append(row)
-        tqdm.write(
-            f"N={row['tokens']} d={row['hidden']} m={row['intermediate']} k={row['active']} T={row['tile']} "
-            f"{row['dtype']}: full {row['dense_full_seconds']:.3f}s lora {row['dense_lora_seconds']:.3f}s "
-            f"subquad {row['subquad_seconds']:.3f}s = {row['speedup_vs_full']:.2f}x / {row['speedup_vs_lora']:.2f}x; "
-            f"selection {row['selection_share']:.1%}, saved {row['saved_share_of_dense']:.0%} of dense"
-        )
+        for row in bench(point):
+            rows.append(row | provenance())
+            tqdm.write(
+                f"N={row['tokens']} d={row['hidden']} m={row['intermediate']} T={row['tile']} {row['dtype']}, "
+                f"{row['budget']}, {row['share']:.1%} of the products: full {row['dense_full_seconds']:.3f}s "
+                f"lora {row['dense_lora_seconds']:.3f}s subquad {row['subquad_seconds']:.3f}s = "
+                f"{row['speedup_vs_full']:.2f}x / {row['speedup_vs_lora']:.2f}x; "
+                f"selection {row['selection_share']:.1%}"
+            )
     if args.json:
         write_json(rows, args.json)
 

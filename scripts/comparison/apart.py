@@ -1,7 +1,9 @@
 """Runs work in a process of its own, so that its memory is given back and its peak is its own; one at a time."""
 
+import math
 import multiprocessing
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,29 +27,41 @@ class WorkerError(RuntimeError):
     """A process failed; the message holds its name and its traceback, or how it died and what memory it held."""
 
 
-def run_apart(name: str, work: Work, argument: Any, on_progress: OnProgress = lambda progress: None) -> Any:
+def run_apart(
+    name: str,
+    work: Work,
+    argument: Any,
+    on_progress: OnProgress = lambda progress: None,
+    start: str = "forkserver",
+    patience: float = math.inf,
+    seconds: float = math.inf,
+) -> Any:
     """Run `work(argument, report)` in a process of its own and return what it returns.
 
     Args:
         name: for messages.
         work: a function that a fresh Python process can import; its result and all it reports are pickled.
         on_progress: gets what `work` reports.
+        start: as of `multiprocessing`; with CUDA "spawn", for a fork is lost if a library asked for devices before it.
+        patience, seconds: it is stopped after so long without a report, or in all.
 
     Raises:
-        WorkerError: it raised an exception, or the process died.
+        WorkerError: it raised an exception, was stopped, or the process died.
     """
-    context = _context()
+    context = _context(start)
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(work, argument, sending), name=name)
     process.start()
     sending.close()  # so that the process's death closes the pipe
-    held = 0
+    held, began, heard = 0, time.monotonic(), time.monotonic()
     try:
         while True:
             wait([receiving, process.sentinel], timeout=_POLL_SECONDS)
             held = max(held, peak_bytes_of(process.pid))
             ended = not process.is_alive()  # asked before the pipe: what it sent before its end is still there
+            now = time.monotonic()
             if receiving.poll():
+                heard = now
                 try:
                     kind, content = receiving.recv()
                 except (EOFError, OSError):
@@ -60,6 +74,10 @@ def run_apart(name: str, work: Work, argument: Any, on_progress: OnProgress = la
                 on_progress(content)
             elif ended:
                 raise WorkerError(_how_it_died(name, process.exitcode, held))
+            if now - heard > patience or now - began > seconds:
+                process.kill()
+                silent = f"it sent nothing for {patience:.0f} s"
+                raise WorkerError(f"{name} was stopped: {silent if now - heard > patience else 'its time was over'}")
     finally:
         receiving.close()
         process.join(timeout=5)  # it may still be ending
@@ -68,11 +86,11 @@ def run_apart(name: str, work: Work, argument: Any, on_progress: OnProgress = la
             process.join()
 
 
-def _context() -> Any:
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+def _context(start: str) -> Any:
+    start = start if start in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     return context
 
 

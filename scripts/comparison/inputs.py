@@ -20,6 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
+from .random_rows import random_rows
 from .settings import RunSettings, Shape
 
 _LIBRARIES = 700_000_000
@@ -79,16 +80,13 @@ def _sequences(recipe: LmSettings, part: Any, tokenizer: PreTrainedTokenizerBase
 
 def _random_inputs(settings: RunSettings, shape: Shape) -> Inputs:
     torch.manual_seed(settings.seed)
-    model = AutoModelForCausalLM.from_config(
-        shape_config(shape, settings.seq_length), dtype=DTYPES[settings.dtype], attn_implementation="sdpa"
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
+    with torch.device(settings.device):
+        model = AutoModelForCausalLM.from_config(
+            shape_config(shape, settings.seq_length), dtype=DTYPES[settings.dtype], attn_implementation="sdpa"
+        )
     # Enough for every step of a short run; a long one goes round.
     count = min(max(settings.steps, 8), 64) * settings.batch_size
-    # The first ids are the special ones (padding, start, end), which mean something to the model.
-    low = min(4, shape.vocab - 1)
-    ids = torch.randint(low, shape.vocab, (count, settings.seq_length), generator=generator)
-    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row} for row in ids]
+    rows = random_rows(count, settings.seq_length, shape.vocab, shape.padding, shape.context, settings.seed)
     return Inputs(model, None, rows, [], default_data_collator)
 
 
@@ -103,7 +101,9 @@ def shape_config(shape: Shape, positions: int) -> PretrainedConfig:
         "max_position_embeddings": positions,
     }
     if shape.arch == "llama":
-        return LlamaConfig(**common, intermediate_size=shape.intermediate, tie_word_embeddings=True)
+        kv_heads = shape.kv_heads or heads
+        sizes = {"intermediate_size": shape.intermediate, "num_key_value_heads": kv_heads}
+        return LlamaConfig(**common, **sizes, tie_word_embeddings=True)
     return OPTConfig(
         **common, ffn_dim=shape.intermediate, word_embed_proj_dim=shape.hidden, dropout=0.0, attention_dropout=0.0
     )

@@ -40,6 +40,7 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
     Returns:
         steps: one row a timed step.
         profile: one row a step in which MLPs were timed too: seconds, mlp_seconds.
+        peak_memory_bytes: over all steps.
         digest: of the token ids.
     """
     settings, mlps = argument
@@ -48,6 +49,7 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
     return {
         "steps": result["steps"][settings.untimed_steps : profiled],
         "profile": result["steps"][profiled:],
+        "peak_memory_bytes": result["peak_memory_bytes"],
         "digest": result["digest"],
     }
 

@@ -8,8 +8,12 @@ from typing import Any, Literal
 class Shape:
     """A causal language model with random weights, to be timed on random tokens.
 
+    Attributes:
+        padding, context: mean shares of the batch that are padding, and tokens without loss that are not.
+        kv_heads: heads of keys and values (Llama); 0: as many as of queries.
+
     Raises:
-        ValueError: an unknown architecture or a size below 1.
+        ValueError: an unknown architecture, a size below 1, or impossible shares.
     """
 
     hidden: int
@@ -17,6 +21,9 @@ class Shape:
     layers: int
     vocab: int
     arch: Literal["opt", "llama"] = "opt"
+    padding: float = 0.0
+    context: float = 0.0
+    kv_heads: int = 0
 
     def __post_init__(self) -> None:
         if self.arch not in ("opt", "llama"):
@@ -24,6 +31,8 @@ class Shape:
         for name in ("hidden", "intermediate", "layers", "vocab"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (0 <= self.padding <= 0.5 and 0 <= self.context < 1 - self.padding):
+            raise ValueError(f"no rows have shares padding={self.padding} (at most 0.5) and context={self.context}")
 
     @classmethod
     def parse(cls, text: str) -> "Shape":
@@ -38,8 +47,8 @@ class Shape:
             name, _, value = part.strip().partition("=")
             if name not in known:
                 raise ValueError(f"unknown part {part!r}; known are {', '.join(known)}")
-            values[name] = value if name == "arch" else int(value)
-        missing = [name for name in known[:-1] if name not in values]
+            values[name] = {"arch": str, "padding": float, "context": float}.get(name, int)(value)
+        missing = [name for name in known[:4] if name not in values]
         if missing:
             raise ValueError(f"missing {', '.join(missing)}")
         return cls(**values)
@@ -64,6 +73,8 @@ class RunSettings:
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # weights are loaded in it, and computed in it unless `autocast`
     autocast: bool = False  # the Trainer's mixed precision, bf16
+    gradient_checkpointing: bool = False
+    liger: bool = False  # the Trainer's use_liger_kernel
     steps: int = 60
     batch_size: int = 8
     seq_length: int = 256

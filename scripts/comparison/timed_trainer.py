@@ -154,6 +154,8 @@ def training_arguments(settings: RunSettings, output_dir: str, steps: int) -> Tr
         warmup_steps=settings.lr_warmup_steps,
         optim="adamw_torch_fused",
         bf16=settings.autocast,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        use_liger_kernel=settings.liger,
         seed=settings.seed,
         data_seed=settings.seed,
         use_cpu=settings.device == "cpu",

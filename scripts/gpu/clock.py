@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_subquad.planning.mlp_timing import timed
+
 Work = Callable[[], Any]
 
 _FLUSHED = 256 << 20  # bytes, several times the largest L2
@@ -27,10 +29,27 @@ class Clock:
     def median(self, work: Work, total_ms: float = 300.0, most: int = _MOST) -> float:
         """Of several runs, as many as take about `total_ms`, after warm-up."""
         if not self.on_gpu:
-            return _wall_ms(work)
+            return 1000 * timed(work, torch.device("cpu"))
         work()
-        rounds = min(max(int(total_ms / max(self._span(work)(), 1e-3)), _LEAST), most)
-        return statistics.median([read() for read in [self._span(work) for _ in range(rounds)]])
+        first = _elapsed_ms(*self._run(work))
+        runs = [self._run(work) for _ in range(min(max(int(total_ms / max(first, 1e-3)), _LEAST), most))]
+        return statistics.median(_elapsed_ms(*events) for events in runs)
+
+    def host_ms(self, work: Work) -> dict[str, float]:
+        """Medians, from an idle device: until the host has launched everything, and until the device is done."""
+        times = []
+        for _ in range(_LEAST + 1):
+            self.wait()
+            started = time.perf_counter()
+            work()
+            launched = time.perf_counter() - started
+            self.wait()
+            times.append((1000 * launched, 1000 * (time.perf_counter() - started)))
+        return dict(zip(("host_ms", "ms"), map(statistics.median, zip(*times[1:], strict=True)), strict=True))
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
     def device_ms(self, work: Work, total_ms: float = 200.0) -> tuple[float | None, str | None]:
         """Median of `work` replayed as a CUDA graph: what it takes without its launches. None, and why, if it cannot
@@ -38,42 +57,34 @@ class Clock:
         if not self.on_gpu:
             return None, "needs CUDA"
         try:
-            graph, _ = captured(work)
+            graph = captured(work)
         except Exception as error:  # what cannot be captured can still be timed
             torch.cuda.synchronize()  # raises if the device is lost
             return None, f"{type(error).__name__}: {error}"
         return self.median(graph.replay, total_ms), None
 
-    def _span(self, work: Work) -> Callable[[], float]:
-        """Run it once; the returned function waits for it and tells its milliseconds."""
+    def _run(self, work: Work) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Run it between two events."""
         self._flushed.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
         end.record()
-
-        def read() -> float:
-            end.synchronize()
-            return start.elapsed_time(end)
-
-        return read
+        return start, end
 
 
-def captured(work: Work) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """`work` as a CUDA graph, and what it returned while it was captured."""
-    side = torch.cuda.Stream()
+def _elapsed_ms(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def captured(work: Work) -> torch.cuda.CUDAGraph:
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             work()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = work()
-    return graph, result
-
-
-def _wall_ms(work: Work) -> float:
-    started = time.perf_counter()
-    work()
-    return 1000 * (time.perf_counter() - started)
+        work()
+    return graph

@@ -1,32 +1,51 @@
-"""Section `correctness`: the tests of kernels, backends and graphs that need a device, as pytest counts them."""
+"""Section `correctness`: the tests of kernels, backends and graphs that need a device, by pytest in this process."""
 
-import re
-import subprocess
-import sys
+import os
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from .bench import Bench, Case, Row
+from .bench import Bench, Case, Report, Row
 
-_ROOT = Path(__file__).resolve().parents[2]
-_FILES = ("test_triton_selection.py", "test_triton_products.py", "test_backends.py")
-_TINY = {"test_triton_selection.py": "one_tile", "test_triton_products.py": "one_of_two_biases"}  # in the interpreter
+_TESTS = Path(__file__).resolve().parents[2] / "tests"
+_FILES = ("test_triton_products.py", "test_triton_selection.py", "test_backends.py", "test_verification.py")
+_TINY = ["-k", "one_tile or one_of_two_biases", "--assert=plain"]  # in the interpreter
+_MOST_FAILED = "20"  # after an illegal memory access, all that follow fail, too
 
 
 def cases(bench: Bench) -> list[Case]:
-    return [(name, partial(_tests, bench, name)) for name in (_TINY if bench.tiny else _FILES)]
+    return [("pytest", partial(_tests, bench))]
 
 
-def _tests(bench: Bench, name: str) -> Iterator[Row]:
-    """A row for each test that did not pass, and one for all that did."""
-    selected = ["-k", _TINY[name]] if bench.tiny else ["-m", "gpu"]
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider", *selected]
-    done = subprocess.run([*command, str(_ROOT / "tests" / name)], cwd=_ROOT, capture_output=True, text=True)
-    for line in done.stdout.splitlines():
-        if failed := re.match(r"(?:FAILED|ERROR) \S+::(.*)", line):
-            yield {"check": failed[1], "file": name, "passed": False}
-    passed = re.search(r"(\d+) passed", done.stdout)
-    if not passed and done.returncode not in (0, 1):
-        raise RuntimeError(f"pytest did not run (pip install pytest): {(done.stdout + done.stderr)[-2000:]}")
-    yield {"check": f"{passed[1] if passed else 0} tests", "file": name, "passed": done.returncode == 0}
+class _Reporter:
+    """A pytest plugin: names each test before it runs, sends those that fail, and counts the others by file."""
+
+    def __init__(self, report: Report) -> None:
+        self.report, self.passed = report, Counter[str]()
+
+    def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
+        self.report({"begin": nodeid})
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        file, _, test = report.nodeid.rpartition("/")[2].partition("::")
+        if report.failed:
+            why = report.longreprtext.strip()
+            self.report({"row": {"check": test, "file": file, "passed": False, "why": why[-2000:]}})
+        elif report.when == "call" and report.passed:
+            self.passed[file] += 1
+
+
+def _tests(bench: Bench) -> Iterator[Row]:
+    import pytest
+
+    reporter = _Reporter(bench.report)
+    os.chdir(_TESTS.parent)
+    options = ["-q", "--tb=short", f"--maxfail={_MOST_FAILED}", "-p", "no:cacheprovider"]
+    options += _TINY if bench.tiny else ["-m", "gpu"]
+    code = pytest.main([*options, *(str(_TESTS / name) for name in _FILES[: 2 if bench.tiny else 4])], [reporter])
+    if code not in (0, 1):
+        raise RuntimeError(f"pytest did not run; its exit status is {code}")
+    for file, count in reporter.passed.items():
+        yield {"check": f"{count} tests", "file": file, "passed": True}

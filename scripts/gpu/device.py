@@ -2,24 +2,11 @@
 
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
+from benchmarks.layer import DTYPES
 
-from .bench import Bench, Case, Row, dtype_name
-
-
-def facts(device: torch.device) -> dict[str, Any]:
-    """Name, capability, memory, and versions of what runs on it."""
-    found: dict[str, Any] = {"name": "CPU", "torch": str(torch.__version__), "triton": _version("triton")}
-    if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        found |= {
-            "name": about.name, "capability": f"{about.major}.{about.minor}", "memory_bytes": about.total_memory,
-            "multiprocessors": about.multi_processor_count, "cuda": torch.version.cuda, "driver": _driver(),
-        }  # fmt: skip
-    return found
+from .bench import Bench, Case, Row
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -27,14 +14,22 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def _facts(bench: Bench) -> Iterator[Row]:
-    yield {"what": "facts", **facts(bench.device)}
+    if not bench.on_gpu:
+        yield {"what": "facts", "name": "CPU"}
+        return
+    about = torch.cuda.get_device_properties(bench.device)
+    yield {
+        "what": "facts", "name": about.name, "capability": f"{about.major}.{about.minor}",
+        "memory_bytes": about.total_memory, "multiprocessors": about.multi_processor_count,
+        "cuda": torch.version.cuda, "driver": _driver(),
+    }  # fmt: skip
 
 
 def _gemm(bench: Bench) -> Iterator[Row]:
     size = 64 if bench.tiny else 8192
-    left, right = (torch.randn(size, size, device=bench.device, dtype=bench.dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=bench.device, dtype=DTYPES[bench.dtype]) for _ in range(2))
     ms = bench.clock.median(lambda: left @ right)
-    about = {"what": "dense GEMM", "size": size, "dtype": dtype_name(bench.dtype)}
+    about = {"what": "dense GEMM", "size": size, "dtype": bench.dtype}
     yield about | {"ms": ms, "tflops": 2 * size**3 / ms / 1e9}
 
 
@@ -44,13 +39,6 @@ def _copy(bench: Bench) -> Iterator[Row]:
     target = torch.empty_like(source)
     ms = bench.clock.median(lambda: target.copy_(source))
     yield {"what": "copy", "bytes": 2 * values, "ms": ms, "gb_per_second": 2 * values / ms / 1e6}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _driver() -> str | None:

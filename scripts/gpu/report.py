@@ -6,18 +6,26 @@ Row = dict[str, Any]
 
 # Columns by section; a section's rows may have more, which are in the JSON.
 COLUMNS = {
-    "device": ("what", "name", "capability", "torch", "triton", "driver", "size", "dtype", "ms", "tflops",
+    "device": ("what", "name", "capability", "driver", "size", "dtype", "ms", "tflops",
                "gb_per_second"),
     "correctness": ("file", "check", "passed"),
-    "layers": ("shape", "tokens", "share", "dense_full_seconds", "dense_lora_seconds", "subquad_seconds",
+    "layers": ("mlp", "tokens", "budget", "share", "dense_full_seconds", "dense_lora_seconds", "subquad_seconds",
                "speedup_vs_full", "speedup_vs_lora", "selection_share", "dense_lora_peak_bytes", "subquad_peak_bytes"),
-    "kernels": ("shape", "kernel", "ms", "launched_ms", "tflops", "of_dense_rate", "gb_per_second", "pytorch_ms"),
-    "step": ("method", "ms", "mlp_ms", "tokens_per_second", "peak_bytes", "over_subquad"),
+    "step": ("model", "batch", "checkpointing", "method", "ms", "mlp_ms", "tokens_per_second", "peak_bytes",
+             "over_vanilla", "over_LoRA", "over_LoRA with Liger", "note"),
+    "profile": ("mlp", "way", "host_ms", "ms", "graph_ms", "device_ms", "launches", "selection_ms", "gathered_ms",
+                "dense_ms", "rest_ms"),
+    "kernels": ("mlp", "kernel", "ms", "launched_ms", "tflops", "of_dense_rate", "gb_per_second", "pytorch_ms"),
 }  # fmt: skip
 NOTES = {
-    "layers": "Forward and backward of one MLP, medians of interleaved rounds. Below 1 **dense wins**.",
+    "layers": "Forward and backward of one MLP, medians of interleaved rounds. Below 1 **dense wins**. `share` is that "
+    "of a dense forward's products.",
+    "step": "Trainer steps on four layers, with as many words as are four layers' part of the model. MLPs: all neurons "
+    "for predicted tokens, none for context in the upper half of the layers, 99.9% of the gradient. `over_...`: how "
+    "many times longer the other method's step takes.",
+    "profile": "Forward and backward of one MLP: until the host has launched it, until it is done, replayed as a CUDA "
+    "graph, and the kernels' own time by kind.",
     "kernels": "Milliseconds replayed as a CUDA graph (without launches) where that works. Useful FLOP only.",
-    "step": "Trainer steps on four layers; over_subquad is how many times longer than subquad's a step takes.",
 }
 
 

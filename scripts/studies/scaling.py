@@ -164,9 +164,9 @@ def layer_scaling(options: argparse.Namespace) -> dict[str, Any]:
     for width in tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="fine-tuning layer"):
         point = argparse.Namespace(
             tokens=options.tokens, hidden=width // 4, intermediate=width, active=None, tile=128, dtype="fp32",
-            rank=16, gated=False, device="cpu", rounds=options.layer_rounds, warmup=1,
+            rank=16, gated=False, classes=False, device="cpu", rounds=options.layer_rounds, warmup=1,
         )  # fmt: skip
-        row = layer.bench(point)
+        (row,) = layer.bench(point)
         for name, kind in LAYERS.items():
             share = row["share"] if name == "subquad" else 1.0
             seconds = {"total": row["round_seconds"][kind]}
