@@ -1,4 +1,4 @@
-"""Subquadratic fine-tuning of wide MLP layers for Hugging Face models."""
+"""Fine-tune Hugging Face models with less work in their wide MLPs and their head; checkpoints stay plain."""
 
 from .config import SubquadConfig
 from .errors import (

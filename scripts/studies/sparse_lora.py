@@ -1,7 +1,6 @@
 """SparseLoRA's recipe beside this library's plan, at equal measured time of a training step.
 
-    python scripts/studies/sparse_lora.py --model smollm2-135m --train-file train.jsonl --eval-file test.jsonl \\
-        --tolerances 0.003 0.01 --steps 40 --json out/sparse_lora.json
+    python scripts/studies/sparse_lora.py --model smollm2-135m --train-file train.jsonl --eval-file test.jsonl
 
 SparseLoRA (Khaki et al., ICML 2025) is made from this library's parts: neurons of a token's MLP are chosen by a rank-8
 SVD of the weights, one set for all context tokens of a sequence; tokens at which the loss looks run dense, and so do
@@ -100,7 +99,7 @@ class Candidate:
         self.share, self.plan = share, plan
         config = SubquadConfig(
             rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
-            sketch_rank=SVD_RANK if share is not None else options.sketch_rank,
+            sketch_rank=SVD_RANK if share is not None else SubquadConfig().sketch_rank,
         )  # fmt: skip
         transformers.set_seed(options.seed)  # so that adapters start from the same values
         self.model, _ = apply_method(copy.deepcopy(base), "subquad", rank=options.rank, alpha=options.alpha,
@@ -186,7 +185,9 @@ def share_at(times: Mapping[float, float], seconds: float) -> tuple[float, bool]
 def study(options: argparse.Namespace) -> dict[str, Any]:
     base, train, held_out = load(options)
     calibration, judged, training = train[:PLANNED_ON], train[PLANNED_ON], train[PLANNED_ON + 1 :]
-    plans = {tolerance: make_plan(base, options, tolerance, calibration) for tolerance in options.tolerances}
+    dense = Candidate(base, options, None, None).model
+    plans = {tolerance: calibrate(dense, calibration, tolerance=tolerance) for tolerance in options.tolerances}
+    del dense
 
     medians = time_in_turns(base, options, plans, calibration, training)
     times = {share: medians["share", share] for share in SHARES}
@@ -232,10 +233,6 @@ def time_in_turns(
             if number:  # the first round warms up
                 seconds[name].append(taken)
     return {name: median(values) for name, values in seconds.items()}
-
-
-def make_plan(base: nn.Module, options: argparse.Namespace, tolerance: float, calibration: Sequence[Batch]) -> Plan:
-    return calibrate(Candidate(base, options, None, None).model, calibration, tolerance=tolerance)
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batch]]:
@@ -296,7 +293,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--sketch-rank", type=int, default=64, help="of the plan's index")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.003], help="of plans, one after the other")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--seed", type=int, default=0)
