@@ -24,13 +24,12 @@ from typing import Any
 
 from comparison.apart import WorkerError, run_apart
 from environment import provenance
-from gpu.report import COLUMNS, markdown, problems
+from gpu.report import markdown, problems
 from reporting import write_json, write_whole
 
 FOLDER = Path(__file__).resolve().parent
 # In order of importance, and how much of the time each may take, if those before it have left nothing over.
 SECTIONS = {"device": 1, "correctness": 6, "layers": 4, "step": 10, "profile": 2, "kernels": 2}
-assert list(SECTIONS) == list(COLUMNS)
 
 
 def main(argv: list[str] | None = None) -> int:

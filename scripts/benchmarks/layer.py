@@ -40,7 +40,6 @@ from hf_subquad.layers.compensation import Compensation
 from hf_subquad.planning.mlp_timing import timed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_ROW_LENGTH = 512  # of batches with classes
 
 
 class PlainMLP(nn.Module):
@@ -98,7 +97,7 @@ class Subjects:
 
     def _classify(self) -> None:
         (tokens, width), runtime, basis = self.x.shape, self.mlp.runtime, self.mlp.index.sketch.basis
-        length = math.gcd(_ROW_LENGTH, tokens)
+        length = math.gcd(512, tokens)
         rows = random_rows(tokens // length, length, 8, *GSM8K, seed=0)
         ids, real, labels = (torch.stack([row[name] for row in rows]).to(self.x.device) for name in rows[0])
         runtime.skips_padding = True

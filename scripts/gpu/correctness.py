@@ -12,7 +12,6 @@ from .bench import Bench, Case, Report, Row
 _TESTS = Path(__file__).resolve().parents[2] / "tests"
 _FILES = ("test_triton_products.py", "test_triton_selection.py", "test_backends.py", "test_verification.py")
 _TINY = ["-k", "one_tile or one_of_two_biases", "--assert=plain"]  # in the interpreter
-_MOST_FAILED = "20"  # after an illegal memory access, all that follow fail, too
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -42,7 +41,8 @@ def _tests(bench: Bench) -> Iterator[Row]:
 
     reporter = _Reporter(bench.report)
     os.chdir(_TESTS.parent)
-    options = ["-q", "--tb=short", f"--maxfail={_MOST_FAILED}", "-p", "no:cacheprovider"]
+    # After an illegal memory access, all that follow fail, too.
+    options = ["-q", "--tb=short", "--maxfail=20", "-p", "no:cacheprovider"]
     options += _TINY if bench.tiny else ["-m", "gpu"]
     code = pytest.main([*options, *(str(_TESTS / name) for name in _FILES[: 2 if bench.tiny else 4])], [reporter])
     if code not in (0, 1):

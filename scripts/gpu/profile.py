@@ -26,7 +26,7 @@ def cases(bench: Bench) -> list[Case]:
 
 def _layer(bench: Bench, mlp: str, classes: bool) -> Iterator[Row]:
     subjects = Subjects(bench.layer(mlp, classes))  # without classes: m ** 0.8 neurons
-    ways = subjects.ways[1:]  # dense with LoRA, and the budgets
+    ways = subjects.ways[1:]  # all but full training
 
     def step(layer: torch.nn.Module) -> None:
         layer.zero_grad(set_to_none=True)

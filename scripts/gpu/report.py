@@ -6,8 +6,7 @@ Row = dict[str, Any]
 
 # Columns by section; a section's rows may have more, which are in the JSON.
 COLUMNS = {
-    "device": ("what", "name", "capability", "driver", "size", "dtype", "ms", "tflops",
-               "gb_per_second"),
+    "device": ("what", "name", "capability", "driver", "size", "dtype", "ms", "tflops", "gb_per_second"),
     "correctness": ("file", "check", "passed"),
     "layers": ("mlp", "tokens", "budget", "share", "dense_full_seconds", "dense_lora_seconds", "subquad_seconds",
                "speedup_vs_full", "speedup_vs_lora", "selection_share", "dense_lora_peak_bytes", "subquad_peak_bytes"),
@@ -18,13 +17,11 @@ COLUMNS = {
     "kernels": ("mlp", "kernel", "ms", "launched_ms", "tflops", "of_dense_rate", "gb_per_second", "pytorch_ms"),
 }  # fmt: skip
 NOTES = {
-    "layers": "Forward and backward of one MLP, medians of interleaved rounds. Below 1 **dense wins**. `share` is that "
-    "of a dense forward's products.",
+    "layers": "One MLP, medians of interleaved rounds. Below 1 **dense wins**. `share`: of a dense forward's products.",
     "step": "Trainer steps on four layers, with as many words as are four layers' part of the model. MLPs: all neurons "
     "for predicted tokens, none for context in the upper half of the layers, 99.9% of the gradient. `over_...`: how "
     "many times longer the other method's step takes.",
-    "profile": "Forward and backward of one MLP: until the host has launched it, until it is done, replayed as a CUDA "
-    "graph, and the kernels' own time by kind.",
+    "profile": "One MLP: until the host has launched it, until it is done, as a CUDA graph; its kernels' time by kind.",
     "kernels": "Milliseconds replayed as a CUDA graph (without launches) where that works. Useful FLOP only.",
 }
 

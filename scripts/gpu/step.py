@@ -60,9 +60,8 @@ def _steps(bench: Bench, model: str, batch: str, again: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         plan = Path(folder, "plan.json")
         _plan(names, shape, bench).save(plan)
-        ours = {"tile_size": bench.tile}
         for name, (method, more) in _METHODS.items():
-            special = {"subquad": ours | more, "plan": str(plan)} if method == "subquad" else more
+            special = {"subquad": {"tile_size": bench.tile, **more}, "plan": str(plan)} if method == "subquad" else more
             row: Row = {"model": model, "batch": batch, "checkpointing": again, "method": name}
             try:
                 result = turn((RunSettings(method=method, **common, **special), mlps), lambda progress: None)
