@@ -141,7 +141,7 @@ class Runtime:
         batch = self._batches[-1]
         if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
             # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = min(reversed(self._batches), key=lambda known: known.distance(name, x))
+            batch = BatchClasses.nearest(self._batches, name, x)
         elif batch.stacks and not self._trying:
             batch.note(name, x)
         classes = batch.of(name, x)

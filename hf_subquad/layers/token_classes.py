@@ -3,8 +3,7 @@
 Classes are determined once per forward of the model, from its inputs. Where that is impossible, there is one class.
 """
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -92,18 +91,22 @@ class BatchClasses:
         """Remember an MLP's input, to recognise this forward when gradient checkpointing recomputes it."""
         self._seen.setdefault(mlp, []).append(_sample(x))
 
-    def distance(self, mlp: str, x: Tensor) -> float:
-        """Distance from x to the nearest input that the MLP saw in this forward, on a sample of their values.
+    @staticmethod
+    def nearest(batches: "Sequence[BatchClasses]", mlp: str, x: Tensor) -> "BatchClasses":
+        """The batch in which the MLP saw what is most like x; the last one if it saw nothing in any.
 
-        It need not be zero for a recomputed input: with gradients, attention may use another kernel.
+        Even for the same inputs the difference need not be zero: with gradients, attention may run another kernel.
         """
-        sample = _sample(x)
-        return min(((sample - seen).abs().max().item() for seen in self._seen.get(mlp, [])), default=math.inf)
+        seen = [(batch, sample) for batch in reversed(batches) for sample in batch._seen.get(mlp, [])]
+        if not seen:
+            return batches[-1]
+        differences = torch.stack([sample for _, sample in seen]) - _sample(x)
+        return seen[int(differences.abs().amax(1).argmin())][0]
 
 
 def _sample(x: Tensor) -> Tensor:
     flat = x.detach().reshape(-1)
-    return flat.index_select(0, torch.arange(_SAMPLED, device=x.device) * _STRIDE % max(1, len(flat)))
+    return flat.index_select(0, torch.arange(_SAMPLED, device=x.device) * _STRIDE % max(1, len(flat))).float()
 
 
 def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
