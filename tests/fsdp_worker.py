@@ -67,7 +67,7 @@ def prepared(**settings: Any) -> tuple[Accelerator, nn.Module, torch.optim.Optim
     fresh_accelerate()
     accelerator = Accelerator(cpu=True)
     as_on_gpus(plugin(**settings))
-    model = patched_opt(fold_steps=2)
+    model = patched_opt(fold_steps=2, refresh_steps=3)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     return accelerator, model, optimizer
@@ -165,7 +165,7 @@ def memory(mesh: Any) -> dict[str, Any]:
 def gathered_in(dtype: torch.dtype, mesh: Any) -> dict[str, Any]:
     """Losses of a few steps with weights gathered in a dtype, and the dtypes of what is kept."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    model = sharded.shard(patched_opt(fold_steps=2), mesh, mp_policy=policy)
+    model = sharded.shard(patched_opt(fold_steps=2, refresh_steps=3), mesh, mp_policy=policy)
     sync_model(model, 0)
     found = []
     for step in range(1, 6):

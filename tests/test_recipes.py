@@ -227,10 +227,12 @@ def test_accelerate_configs_parse() -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     found = {path.stem: load_config_from_file(str(path)) for path in (RECIPES / "accelerate").glob("*.yaml")}
-    assert set(found) == {"cpu", "single_gpu", "multi_gpu"}
+    assert set(found) == {"cpu", "single_gpu", "multi_gpu", "fsdp2"}
     assert found["cpu"].use_cpu and found["cpu"].num_processes == 1
     assert not found["single_gpu"].use_cpu
     assert found["multi_gpu"].distributed_type == "MULTI_GPU" and found["multi_gpu"].num_processes == 2
+    assert found["fsdp2"].distributed_type == "FSDP" and found["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert not found["fsdp2"].fsdp_config["fsdp_cpu_ram_efficient_loading"]
 
 
 # Settings

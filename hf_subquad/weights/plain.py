@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from .shards import gathered, is_shard, whole
+from .shards import gathered, is_fsdp, reshard, whole
 
 _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
 
@@ -30,6 +30,7 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         PatchError: an adapter cannot be merged (prompt tuning, say).
     """
     bare = _bare(model)
+    reshard(bare)  # what FSDP2 has gathered may be rounded to another dtype
     for name, module in bare.named_modules():
         if _inside_adapter(name, bare):
             continue
@@ -63,7 +64,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
     bare: Any = _bare(model)
     if not hasattr(bare, "save_pretrained"):
         raise PatchError(f"{type(bare).__name__} has no save_pretrained: save dict(merged_named_weights(model))")
-    sharded = any(map(is_shard, model.parameters()))
+    sharded = any(is_fsdp(type(module)) for module in model.modules())
     writes = not sharded or dist.get_rank() == 0
     state = {name: value.cpu() if sharded else value for name, value in merged_named_weights(model) if writes}
     if not writes:

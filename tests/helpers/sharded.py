@@ -36,7 +36,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "folds, audits, dense steps": ("opt", {"fold_steps": 6, "refresh_steps": 4, "dense_share": 0.2}, set()),
     # Without audits, which in one process see one micro-batch of the two.
     "classes": ("llama", {"active": None, "fold_steps": 9, "refresh_steps": 0}, {"plan", "checkpointing"}),
-    "kept gathered": ("llama", {"fold_steps": 3}, {"evaluation", "root only"}),
+    "kept gathered": ("llama", {"fold_steps": 3, "refresh_steps": 0}, {"evaluation", "root only"}),
     "Conv1D": ("gpt2", {"fold_steps": 7, "refresh_steps": 3}, set()),
 }
 
