@@ -204,6 +204,7 @@ def test_language_reference_is_split_without_overlap() -> None:
 # Wrong input
 
 
+@pytest.mark.slow
 def test_failing_method_is_reported_with_its_traceback() -> None:
     done = compare_vanilla(
         "--shape", "hidden=32,intermediate=128,layers=2,vocab=64", "--methods", "subquad", "--steps", "4",

@@ -26,6 +26,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     return folder, two_processes("fsdp_worker.py", folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sharded.SCENARIOS)
 def test_two_processes_equal_one(launched: Any, name: str) -> None:
     """Over 20 steps in float32: losses, norms of gradients, all gradients of the last step, weights, selections."""
@@ -46,12 +47,14 @@ def test_two_processes_equal_one(launched: Any, name: str) -> None:
 known_accelerate = pytest.mark.skipif(not sharded.KNOWN_ACCELERATE, reason="not tried with this version of accelerate")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*sharded.SCENARIOS, pytest.param("trainer", marks=known_accelerate)])
 def test_ranks_end_alike(launched: Any, name: str) -> None:
     one, two = (rank[name] for rank in launched[1])
     assert_same(one, two)
 
 
+@pytest.mark.slow
 def test_a_rank_holds_half_of_the_frozen_weights(launched: Any) -> None:
     """And no copy of a whole one between forward and backward, or between steps."""
     for rank in launched[1]:
@@ -61,6 +64,7 @@ def test_a_rank_holds_half_of_the_frozen_weights(launched: Any) -> None:
         assert not any(count for name, count in found.items() if name.startswith("whole")), found
 
 
+@pytest.mark.slow
 def test_weights_gathered_in_bfloat16_are_kept_in_float32(launched: Any) -> None:
     for rank in launched[1]:
         exact, rounded = (rank[f"torch.{name}"] for name in ("float32", "bfloat16"))
@@ -69,10 +73,12 @@ def test_weights_gathered_in_bfloat16_are_kept_in_float32(launched: Any) -> None
         assert rounded["losses"] != exact["losses"]
 
 
+@pytest.mark.slow
 def test_weights_that_are_loaded_take_effect(launched: Any) -> None:
     assert all(rank["loaded"] for rank in launched[1])
 
 
+@pytest.mark.slow
 @known_accelerate
 @pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 def test_accelerate_saves_plain_weights_and_goes_on_from_them(launched: Any, kind: str, tmp_path: Path) -> None:
@@ -95,6 +101,7 @@ def test_accelerate_saves_plain_weights_and_goes_on_from_them(launched: Any, kin
     assert not torch.equal(models[0], opt().eval()(tokens()).logits)
 
 
+@pytest.mark.slow
 @known_accelerate
 def test_the_trainer_plans_before_it_shards_and_resumes(launched: Any) -> None:
     folder, ranks = launched
@@ -107,6 +114,7 @@ def test_the_trainer_plans_before_it_shards_and_resumes(launched: Any) -> None:
     torch.testing.assert_close(plain.eval()(tokens()).logits, ranks[0]["trainer"]["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_needs_whole_weights_is_refused(launched: Any) -> None:
     for rank in launched[1]:
         for call in ("calibrate", "compensate", "unpatch_model"):

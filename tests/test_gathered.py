@@ -23,7 +23,9 @@ def tokens(count: int, d: int = D) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(
+    "bias", [pytest.param(True, marks=pytest.mark.slow, id="bias"), pytest.param(False, id="no-bias")]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: Kind, bias: bool, shape: tuple[int, int, int]) -> None:
     """Numerical against analytical derivatives with respect to x and every U and V."""
@@ -184,7 +186,8 @@ def test_only_compact_activations_are_kept_for_backward(kind: Kind) -> None:
     module, mlp, twin = patched(kind, d, m, dtype=torch.float32)
     force(mlp, count, k, 16)
     x = tokens(count, d).float().requires_grad_()
-    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *twin.parameters(), x]}
+    copies = [projection.rows(contiguous=True) for projection in mlp.projections]  # kept with the weights
+    weights = {p.untyped_storage().data_ptr() for p in [*module.parameters(), *twin.parameters(), x, *copies]}
 
     def kept(run) -> int:
         sizes: dict[int, int] = {}

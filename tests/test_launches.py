@@ -37,6 +37,7 @@ def counts(launched: Launched) -> dict[str, int]:
     return {name: sum(version["launches"] for version in versions) for name, versions in launched.items()}
 
 
+@pytest.mark.slow
 def test_one_forward_and_backward() -> None:
     both, launched = rehearsed(90, "bfloat16", "gated", 256, 1024, 16, 64)
     assert set(both) == set(launched) == KERNELS

@@ -572,7 +572,10 @@ def plain_loss(config: Path, folder: Path, data_folder: Path) -> float:
         return float(model(**batch).loss)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=[] if "subquad" in path.stem else pytest.mark.slow, id=path.stem) for path in CONFIGS],
+)
 def test_recipe_runs_and_leaves_a_plain_checkpoint(
     config: Path, models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -604,7 +607,7 @@ def test_recipe_runs_and_leaves_a_plain_checkpoint(
     assert any(not torch.equal(after[key], before[key]) for key in shared)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[:2]), "subquad"])
 def test_resumed_training_equals_unbroken_training(
     method: str, models_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
@@ -623,6 +626,7 @@ def test_resumed_training_equals_unbroken_training(
     assert resumed["eval_loss_dense"] == pytest.approx(unbroken["eval_loss_dense"], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bf16_with_checkpointing(
@@ -682,6 +686,7 @@ def test_accelerate_launch(models_folder: Path, data_folder: Path, tmp_path: Pat
     assert json.loads((tmp_path / "dry-run" / "results.json").read_text())["device"].startswith("cpu")
 
 
+@pytest.mark.slow
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "recipes/finetune_lm.py", "--config", str(tmp_path / "none.yaml")],

@@ -37,7 +37,7 @@ def all_values(model: nn.Module) -> dict[str, Tensor]:
     return {**values, **{n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("fc1.weight")}}
 
 
-@pytest.mark.parametrize("make", [plain, beside_peft])
+@pytest.mark.parametrize("make", [plain, pytest.param(beside_peft, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("values", "stop"),
     [({}, 3), ({"fold_steps": 2}, 3), ({"fold_steps": 3}, 3), ({"dense_share": 0.5}, 4), ({"fold_steps": 2}, 4)],

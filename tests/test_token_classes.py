@@ -563,6 +563,7 @@ def test_padding_that_no_mlp_sees_is_not_tried_for_ever() -> None:
     assert_equal(gradients(model, by_row("right")), dense_gradients(model, by_row("right")))
 
 
+@pytest.mark.slow
 def test_compiled_models_know_classes() -> None:
     torch._dynamo.reset()
     model, batch = made("llama", active=16), padded("right")

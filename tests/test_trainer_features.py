@@ -280,7 +280,7 @@ def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
 # Saving
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_trials_of_a_hyperparameter_search_keep_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: bool
 ) -> None:

@@ -144,8 +144,7 @@ def _multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("_multiprocessors")
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("gated", "bias"), [(False, False), (True, True)])
 @pytest.mark.parametrize(
     ("n", "t", "r", "q", "m"), [(5, 16, 64, 16, 301), (9, 5, 3, 3, 129), (130, 1, 32, 1, 77), (1, 12, 17, 20, 1)]
 )
