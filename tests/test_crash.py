@@ -104,7 +104,7 @@ class CrashAtEveryStep:
         return folder
 
 
-@pytest.fixture(scope="module", params=["new folder", "over an older checkpoint"])
+@pytest.fixture(scope="module", params=["new folder", pytest.param("over an older checkpoint", marks=pytest.mark.slow)])
 def crashed(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], list[float]]:
     """What children that were killed in the third save left, and the losses of a run that was not."""
     folder = tmp_path_factory.mktemp("crashed")
