@@ -1,4 +1,4 @@
-"""Fine-tune the language model in this repository three ways, side by side, in a few minutes on two cores.
+"""Fine-tune the language model in this repository three ways, side by side, in 3 to 10 minutes on two cores.
 
     python scripts/demo.py                      # writes demo_output/
     python scripts/demo.py --steps 30           # a shorter look
@@ -129,7 +129,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     runs = demo_runs(options)
-    print("vanilla, lora and subquad train, then take turns on the same batches; a few minutes on two free cores")
+    print("vanilla, lora and subquad train, then take turns on the same batches; 3 to 10 minutes on two free cores")
     try:
         report = compare(runs)
         checked = check_checkpoint(options.output / "checkpoint", runs["subquad"])
