@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import sharded
 from helpers.models import llama, opt
 from helpers.planning import set_times, trained_head
-from helpers.training import TRAIN, StopAt, Texts, arguments, losses, patched_opt
+from helpers.training import TRAIN, StopAt, Texts, arguments, losses, patched_opt, steps_through_accelerate
 from pytest import MonkeyPatch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -75,16 +75,8 @@ def prepared(**settings: Any) -> tuple[Accelerator, nn.Module, torch.optim.Optim
 
 def train(accelerator: Accelerator, model: nn.Module, optimizer: Any, first: int, last: int) -> list[float]:
     """Losses of the steps from first to last."""
-    found = []
-    for step in range(first, last + 1):
-        loss = model(**sharded.micro_batch(step, RANK)).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        sync_model(model, step, optimizer)
-        found.append(loss.item())
-    return found
+    batches = {step: sharded.micro_batch(step, RANK) for step in range(first, last + 1)}
+    return steps_through_accelerate(accelerator, model, optimizer, batches)
 
 
 def with_accelerate(folder: Path, kind: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from helpers.models import opt, tokens
-from helpers.training import Texts, factors, patched_opt
+from helpers.training import Texts, factors, patched_opt, steps_through_accelerate
 from torch import nn
 
 from hf_subquad import check_active, dense_forward, load_sidecar, save_sidecar, sparse_mlps, sync_model
@@ -37,16 +37,8 @@ def train(
 ) -> list[float]:
     """Losses of the steps from first to last, each on a batch of its own."""
     batches = list(accelerator.prepare(torch.utils.data.DataLoader(Texts(), batch_size=2)))
-    losses = []
-    for step in range(first, last + 1):
-        loss = model(**batches[step]).loss
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        sync_model(model, step, optimizer)
-        losses.append(loss.item())
-    return losses
+    numbered = {step: batches[step] for step in range(first, last + 1)}
+    return steps_through_accelerate(accelerator, model, optimizer, numbered)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

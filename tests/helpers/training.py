@@ -1,13 +1,15 @@
 """Short runs of the real Trainer on the CPU."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps, sync_model
 
 from .models import opt, tokens
 
@@ -27,6 +29,22 @@ class Texts(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         ids = tokens(seed=row, shape=(7,))
         return {"input_ids": ids, "labels": ids}
+
+
+def steps_through_accelerate(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, batches: Mapping[int, dict[str, Tensor]]
+) -> list[float]:
+    """Losses of a custom loop over batches, by the number of their step."""
+    found = []
+    for step, batch in batches.items():
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        sync_model(model, step, optimizer)
+        found.append(loss.item())
+    return found
 
 
 class StopAt(TrainerCallback):
