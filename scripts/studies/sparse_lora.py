@@ -4,8 +4,12 @@
 
 SparseLoRA (Khaki et al., ICML 2025) is made from this library's parts: neurons of a token's MLP are chosen by a rank-8
 SVD of the weights, one set for all context tokens of a sequence; tokens at which the loss looks run dense, and so do
-the first 5% of the steps. Its share of neurons is the one at which its step takes as long as the plan's. Both have the
-same low-rank updates, LoRA on attention, and skip padding. `dense` is the same model with all neurons.
+the first 5% of the steps. Its share of neurons is the one at which its step takes as long as the plan's, or those of
+`--train-shares`. Both have the same low-rank updates, LoRA on attention, and skip padding. `dense` is the same model
+with all neurons.
+
+Budgets are planned here, or are those that a run of compare_vanilla.py reports (`--budgets answers.json`), so that
+what was timed is what is trained.
 
 Before training: the cosine of the gradient with the exact one, on a batch that no plan saw. Then all are trained from
 the same start on the same batches, and the dense model's loss is measured on held-out rows.
@@ -13,9 +17,12 @@ the same start on the same batches, and the dense model's loss is measured on he
 
 import argparse
 import copy
+import dataclasses
 import functools
 import gc
 import itertools
+import json
+import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +45,19 @@ from reporting import conclude, text_table
 from settings import LmSettings
 from training import load_tokenizer
 
-from hf_subquad import Plan, SubquadConfig, apply_plan, calibrate, compensate, dense_forward, sparse_mlps, sync_model
+from hf_subquad import (
+    LayerPlan,
+    Plan,
+    SubquadConfig,
+    apply_plan,
+    calibrate,
+    compensate,
+    dense_forward,
+    patch_head,
+    sparse_mlps,
+    sync_model,
+    unpatch_head,
+)
 from hf_subquad.index.activation_index import ActivationIndex, Selection
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.token_classes import classify
@@ -148,11 +167,13 @@ class Candidate:
         return time.perf_counter() - started
 
     def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
+        patch_head(self.model)  # exact, and the same for all
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
             self.step(batch)
             tick()
+        unpatch_head(self.model)
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> float:
@@ -182,33 +203,80 @@ def share_at(times: Mapping[float, float], seconds: float) -> tuple[float, bool]
     return points[-1][0], True
 
 
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What is trained, and how long its step takes: `seconds` is None if nothing was timed; `reached` is false for a
+    share of SparseLoRA that is slower than the plan."""
+
+    method: str
+    tolerance: float | None = None
+    share: float | None = None
+    reached: bool = True
+    step_seconds: float | None = None
+
+
 def study(options: argparse.Namespace) -> dict[str, Any]:
     base, train, held_out = load(options)
     calibration, judged, training = train[:PLANNED_ON], train[PLANNED_ON], train[PLANNED_ON + 1 :]
+    random.Random(options.seed).shuffle(training)
     dense = Candidate(base, options, None, None).model
-    plans = {tolerance: calibrate(dense, calibration, tolerance=tolerance) for tolerance in options.tolerances}
+    if options.budgets:
+        given = with_budgets(dense, json.loads(options.budgets.read_text())["patched"])
+        plans = {given.tolerance: given}
+    else:
+        plans = {tolerance: calibrate(dense, calibration, tolerance=tolerance) for tolerance in options.tolerances}
     del dense
 
-    medians = time_in_turns(base, options, plans, calibration, training)
-    times = {share: medians["share", share] for share in SHARES}
-    wanted: list[tuple[str, float | None, float | None, bool, float]] = [("dense", None, None, True, medians["dense"])]
-    for tolerance in plans:
-        target = medians["plan", tolerance]
-        wanted.append(("plan", tolerance, None, True, target))
-        share, reached = share_at(times, target)
-        wanted.append(("SparseLoRA", tolerance, share, reached, max(target, min(times.values()))))
+    times = time_in_turns(base, options, plans, calibration, training) if options.rounds else {}
+    sparse_lora_times = {share: times["share", share] for share in SHARES} if times else {}
     rows = []
+    wanted = contenders(options, list(plans), times, sparse_lora_times)
     with tqdm(total=len(wanted) * options.steps, unit="step", desc="training") as bar:
-        for method, tolerance, share, reached, step_seconds in wanted:
-            plan = plans[tolerance] if method == "plan" and tolerance is not None else None
-            candidate = Candidate(base, options, plan, share).prepare(calibration)
-            row = {"method": method, "tolerance": tolerance, "share": share, "reached": reached}
-            row |= {"step_seconds": step_seconds, **candidate.fidelity(judged), "start": candidate.loss(held_out)}
+        for one in wanted:
+            plan = plans[one.tolerance] if one.method == "plan" and one.tolerance is not None else None
+            candidate = Candidate(base, options, plan, one.share).prepare(calibration)
+            row = {**dataclasses.asdict(one), **candidate.fidelity(judged), "start": candidate.loss(held_out)}
             candidate.train(training[: options.steps], bar.update)
             rows.append(row | {"loss": candidate.loss(held_out)})
+            tqdm.write(json.dumps(rows[-1]))  # a study takes hours: what is known is on record if it is cut off
             del candidate
             gc.collect()
-    return {"rows": rows, "sparse_lora_seconds": [{"share": s, "seconds": t} for s, t in times.items()]}
+    return {"rows": rows, "sparse_lora_seconds": [{"share": s, "seconds": t} for s, t in sparse_lora_times.items()]}
+
+
+def contenders(
+    options: argparse.Namespace, tolerances: Sequence[float], times: Mapping[Any, float],
+    sparse_lora_times: Mapping[float, float],
+) -> list[Contender]:  # fmt: skip
+    """All that are trained: dense, plans, and SparseLoRA at the given shares, or as fast as each plan."""
+    wanted = [Contender("dense", step_seconds=times.get("dense"))]
+    wanted += [Contender("plan", one, step_seconds=times.get(("plan", one))) for one in tolerances]
+    if not options.train_shares and sparse_lora_times:
+        for tolerance in tolerances:
+            target = times["plan", tolerance]
+            share, reached = share_at(sparse_lora_times, target)
+            seconds = max(target, min(sparse_lora_times.values()))
+            wanted.append(Contender("SparseLoRA", tolerance, share, reached, seconds))
+    wanted += [
+        Contender("SparseLoRA", share=share, step_seconds=sparse_lora_times.get(share))
+        for share in options.train_shares
+    ]
+    return wanted
+
+
+def with_budgets(model: nn.Module, patched: Sequence[Mapping[str, Any]]) -> Plan:
+    """A plan with the budgets of a report of compare_vanilla.py. It was not measured here, so its times are nominal."""
+    layers = tuple(
+        LayerPlan(row["name"], row["neurons"], row["predicted"], row["context"], row["gradient"], error=0.0,
+                  context_error=0.0, full_ms=1.0, dense_ms=1.0, sparse_ms=1.0)
+        for row in patched
+    )  # fmt: skip
+    config = SubquadConfig()
+    return Plan(
+        tolerance=config.tolerance, loss_increase=0.0, gradient_cosine=0.0, step_ms=float(len(layers)),
+        planning_seconds=0.0, padding_share=0.0, context_share=0.0, tokens=1, dtype="float32", device="cpu",
+        tile_size=config.tile_size, tile_order=config.tile_order, layers=layers,
+    )  # fmt: skip
 
 
 def time_in_turns(
@@ -236,12 +304,13 @@ def time_in_turns(
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batch]]:
-    """The model, batches to train on, and batches to judge by."""
+    """The model, batches to train on, and batches to judge by. Rows above the maximal length are dropped, so twice as
+    many are read as the training takes."""
     settings = LmSettings(
         model=options.model, method="subquad", output_dir="", train_file=options.train_file,
         eval_file=options.eval_file, prompt_template=options.prompt_template.replace("\\n", "\n"),
         answer_template=options.answer_template, chat=options.chat, loss_on="answers", max_length=options.max_length,
-        max_train_rows=options.batch_size * (options.steps + PLANNED_ON + 1), max_eval_rows=options.max_eval_rows,
+        max_train_rows=2 * options.batch_size * (options.steps + PLANNED_ON + 1), max_eval_rows=options.max_eval_rows,
     )  # fmt: skip
     tokenizer = load_tokenizer(settings)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
@@ -270,7 +339,8 @@ def table(report: Mapping[str, Any]) -> str:
                 row["method"] + ("" if row["reached"] else " (slower)"),
                 "" if row["tolerance"] is None else f"{row['tolerance']:g}",
                 "" if row["share"] is None else f"{row['share']:.1%}",
-                f"{row['step_seconds']:.3g}", f"{row['cosine']:.4f}", f"{row['divergence']:.4f}", f"{row['loss']:.4f}",
+                "" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}",
+                f"{row['cosine']:.4f}", f"{row['divergence']:.4f}", f"{row['loss']:.4f}",
                 f"{row['loss'] / exact - 1:+.2%}",
             ]
             for row in report["rows"]
@@ -294,7 +364,9 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.003], help="of plans, one after the other")
-    parser.add_argument("--rounds", type=int, default=5, help="of timing")
+    parser.add_argument("--budgets", type=Path, metavar="FILE", help="a report of compare_vanilla.py, not a plan")
+    parser.add_argument("--train-shares", type=float, nargs="+", default=[], help="not those of equal time")
+    parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: nothing is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="FILE")
