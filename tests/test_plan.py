@@ -50,7 +50,7 @@ LAYERS = (
 PLAN = Plan(
     tolerance=0.02, loss_increase=1 / 81, gradient_cosine=0.987, step_ms=100.0, planning_seconds=7.5,
     padding_share=0.36, context_share=0.23, tokens=2048, dtype="bfloat16", device="cpu", tile_size=5,
-    tile_order="similar", layers=LAYERS,
+    tile_order="similar", head_saved_ms=0.0, layers=LAYERS,
 )  # fmt: skip
 
 
@@ -73,6 +73,9 @@ def test_speedups_by_hand() -> None:
     assert PLAN.step_speedup == pytest.approx(114 / 90)
     assert PLAN.mlp_speedup_over_dense == pytest.approx((20 + 8) / (10 + 8))
     assert PLAN.step_speedup_over_dense == pytest.approx(100 / 90)
+    head = dataclasses.replace(PLAN, head_saved_ms=30.0)
+    assert (head.step_speedup, head.step_speedup_over_dense) == pytest.approx((114 / 60, 100 / 60))
+    assert dataclasses.replace(PLAN, head_saved_ms=300.0).step_speedup_over_dense == pytest.approx(20)  # not below zero
 
 
 def test_dense_is_all_neurons_and_the_whole_gradient() -> None:
@@ -130,7 +133,7 @@ NUMBERS, TIMES = st.floats(0, 1e300), st.floats(1e-300, 1e300)
 PLANS = st.builds(
     Plan, tolerance=NUMBERS, loss_increase=NUMBERS, gradient_cosine=st.floats(-1, 1), step_ms=TIMES,
     planning_seconds=NUMBERS, padding_share=st.floats(0, 1), context_share=st.floats(0, 1), tokens=COUNTS, dtype=NAMES,
-    device=NAMES, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]),
+    device=NAMES, tile_size=COUNTS, tile_order=st.sampled_from(["similar", "consecutive"]), head_saved_ms=NUMBERS,
     layers=st.lists(
         st.integers(1, 10**6).flatmap(
             lambda m: st.builds(
@@ -221,7 +224,7 @@ def test_truncated_anywhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 2}', b"[" * 100_000],
+    [b"", b"\xff\xfe\x00", b"[]", b"3", b"null", b'"plan"', b"{}", b'{"format": 3}', b"[" * 100_000],
     ids=lambda data: repr(data[:14]),
 )
 def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
@@ -235,7 +238,7 @@ def test_other_files_under_its_name(tmp_path: Path, data: bytes) -> None:
     "values",
     [
         {"format": 1},
-        {"format": 3},
+        {"format": 2},
         {"format": None},
         {"surprise": 1},
         {"layers": []},

@@ -79,6 +79,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
                 "and update.V before creating the Trainer"
             )
+        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
             logger.warning_once(
@@ -92,8 +93,6 @@ class SubquadCallback(TrainerCallback, ExportableState):
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
-        # After planning, which looks at logits.
-        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)
         sync_model(model, state.global_step)
 
     def on_step_end(

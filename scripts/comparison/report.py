@@ -1,12 +1,15 @@
 """From what the processes measured to the numbers that are reported: one dictionary, per-step rows, a table."""
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 from reporting import Panel, draw, text_table, write_whole
+
+from hf_subquad import Plan
 
 BASELINES = ("vanilla", "lora")
 _CLASSES = ("predicted", "context")
@@ -27,6 +30,7 @@ DEFINITIONS = {
     "steps": "of the one full training of each method, which gives losses and peak memory; not timed in turns",
     "predicted_share": "of the patched MLPs' neurons, computed for tokens at which the loss looks; context_share: for "
     "the other tokens, but for padding",
+    "planned": "what the plan predicted for a step, and its fidelity; None without a plan",
     "peak_memory_bytes": "resident memory of the method's process while it stepped (on a GPU: allocated memory); "
     "memory_before_model_bytes of it are Python and its libraries",
 }
@@ -67,8 +71,18 @@ def summarise(
     return summary | {
         **{f"{of}_share": sum(mlp[of] for mlp in patched) / neurons if patched else None for of in _CLASSES},
         "patched": [{key: mlp[key] for key in kept} for mlp in patched],
+        "planned": _planned(runs["subquad"]["plan"]) if patched else None,
         "definitions": DEFINITIONS,
     }
+
+
+def _planned(plan: str | None) -> dict[str, float] | None:
+    if plan is None:
+        return None
+    found = Plan.from_dict(json.loads(plan))
+    kept = ("step_speedup", "step_speedup_over_dense", "mlp_speedup_over_dense", "head_saved_ms", "step_ms")
+    kept += ("loss_increase", "gradient_cosine", "planning_seconds")
+    return {name: getattr(found, name) for name in kept}
 
 
 def _method(run: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
