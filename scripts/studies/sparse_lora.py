@@ -22,7 +22,6 @@ import functools
 import gc
 import itertools
 import json
-import math
 import random
 import sys
 import time
@@ -344,8 +343,8 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batc
 
 
 def table(report: Mapping[str, Any]) -> str:
-    head = ["method", "tolerance", "share", "step (s)", "cosine", "divergence", "loss", "against dense"]
-    exact = next((row["loss"] for row in report["rows"] if row["method"] == "dense"), math.nan)
+    head = ["method", "tolerance", "share", "step (s)", "cosine", "divergence", "loss", "against dense", "match"]
+    exact = next((row["loss"] for row in report["rows"] if row["method"] == "dense"), None)
     return text_table(
         head,
         (
@@ -355,7 +354,7 @@ def table(report: Mapping[str, Any]) -> str:
                 "" if row["share"] is None else f"{row['share']:.1%}",
                 "" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}",
                 f"{row['cosine']:.4f}", f"{row['divergence']:.4f}", f"{row['loss']:.4f}",
-                f"{row['loss'] / exact - 1:+.2%}",
+                "" if exact is None else f"{row['loss'] / exact - 1:+.2%}", f"{row['match']:.1%}",
             ]
             for row in report["rows"]
         ),
