@@ -73,7 +73,8 @@ class Plan:
         padding_share, context_share: shares of the tokens of the last batch, on which times were measured.
         tokens, dtype, device: of that batch.
         tile_size, tile_order: the settings used for the measurements.
-        head_saved_ms: what head and loss save where the head is limited to labelled positions (`patch_head`).
+        saved_elsewhere_ms: what a step saves outside of the MLPs: logits at labelled positions only (`patch_head`),
+            attention without padding.
         layers: in the model's order.
     """
 
@@ -89,7 +90,7 @@ class Plan:
     device: str
     tile_size: int
     tile_order: TileOrder
-    head_saved_ms: float
+    saved_elsewhere_ms: float
     layers: tuple[LayerPlan, ...]
 
     @property
@@ -115,7 +116,7 @@ class Plan:
 
     @property
     def _planned_ms(self) -> float:
-        saved = self.head_saved_ms + sum(layer.dense_ms - layer.sparse_ms for layer in self.layers)
+        saved = self.saved_elsewhere_ms + sum(layer.dense_ms - layer.sparse_ms for layer in self.layers)
         return max(self.step_ms - saved, _LEAST_TIME * self.step_ms)
 
     def with_neurons(self, neurons: Sequence[tuple[int, int]]) -> "Plan":
@@ -142,17 +143,21 @@ class Plan:
                 f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}"
             )
         predicted_share = 1 - self.padding_share - self.context_share
-        head = ", logits at labelled positions only" if self.head_saved_ms else ""
         lines += [
             f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
             "squared gradient that is propagated back, share of the dense time.",
             f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
-            f"step{head} {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
+            f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
             f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats per "
             f"token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
+        if self.saved_elsewhere_ms:
+            lines.append(
+                f"The step counts {self.saved_elsewhere_ms:.0f} of {self.step_ms:.0f} ms that logits at labelled "
+                "positions only and attention without padding save."
+            )
         if self.step_speedup_over_dense < _WORTHWHILE:
             lines.append(
                 "Nothing is gained here. Longer prompts with labels of -100, padded batches or wider MLPs would help; "
@@ -219,7 +224,7 @@ def _check(part: Plan | LayerPlan) -> None:
         elif field.type is float:
             good = type(value) in (int, float) and abs(value) <= sys.float_info.max
             good = good and (value >= 0 or field.name == "gradient_cosine")
-            good = good and (value > 0 or not field.name.endswith("_ms") or field.name == "head_saved_ms")
+            good = good and (value > 0 or not field.name.endswith("_ms") or field.name == "saved_elsewhere_ms")
         elif field.name == "tile_order":
             good = value in get_args(TileOrder)
         else:

@@ -221,16 +221,14 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
     )
 
 
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "autocast"])
-def test_a_head_limited_to_labelled_positions_is_counted_in(wrapped: bool) -> None:
+def test_what_is_saved_outside_of_the_mlps_is_counted_in() -> None:
     model = patch_model(llama(vocab_size=20_000), PLANNED)
     texts = text_batches(0, 1, shape=(8, 25), prompt=23)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=wrapped):
-        assert calibrate(model, texts).head_saved_ms == 0
-        plan = calibrate(patch_head(model), texts)
-    assert 0 < plan.head_saved_ms < plan.step_ms and ", logits at labelled positions only" in plan.table()
-    assert plan.step_speedup_over_dense > dataclasses.replace(plan, head_saved_ms=0.0).step_speedup_over_dense
-    assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).head_saved_ms == 0  # without labels there is nothing
+    assert calibrate(model, texts).saved_elsewhere_ms == 0
+    plan = calibrate(patch_head(model), texts)
+    assert 0 < plan.saved_elsewhere_ms < plan.step_ms and "logits at labelled positions only" in plan.table()
+    assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
+    assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

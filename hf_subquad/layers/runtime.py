@@ -1,7 +1,8 @@
 """What all sparse MLPs of a model share: settings, the mode they run in, and the current batch."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from ..config import SubquadConfig
 from ..errors import InactivePatchError
 from ..plan import Plan
 from ..weights.shards import is_fsdp
+from .attention_patch import skip_padding_in_attention
 from .preserve_mode_and_rng import preserve_mode_and_rng
 from .surroundings import Surroundings
 from .token_classes import BatchClasses, TokenClasses, classify
@@ -125,6 +127,9 @@ class Runtime:
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
+        if self.skips_padding:
+            with self._set_aside("dense"), preserve_mode_and_rng(model):
+                skip_padding_in_attention(model, inputs)
         if self.skips_padding is None:  # the test failed, or no MLP saw this batch's tokens (prompt tuning adds some)
             self._vain_tries += 1
             self.skips_padding = None if self._vain_tries < _VAIN_TRIES else False
@@ -169,27 +174,34 @@ class Runtime:
     ) -> bool | None:
         """Whether the model's loss is unchanged if MLPs return extreme values for padding; None if the test was
         inconclusive."""
-        before, held, self._trying = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy(), True
         try:
-            with preserve_mode_and_rng(model):
+            with self._set_aside("exact"), preserve_mode_and_rng(model):
                 self._batches.append(classes)
                 self._skipped = False
-                self.forward, self.elsewhere, self.skips_padding = "exact", _FAR, True
+                self.elsewhere, self.skips_padding = _FAR, True
                 poisoned = _loss(model, inputs)
                 self.elsewhere = 0.0
                 plain = _loss(model, inputs)
         except Exception as error:  # a model that trains need not run in evaluation mode
             logger.warning(f"padding is computed like other tokens: testing whether it can be skipped failed ({error})")
             return None
-        finally:
-            (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
-            self._batches = held
         if not self._skipped or (plain is not None and not plain.isfinite()):  # no token of the batch has a label
             return None
         if poisoned is None or plain is None:
             return False
         # The same products of the same shapes: a loss that does not depend on padding is the same to the bit.
         return bool((poisoned - plain).abs() <= _SAME * plain.abs().clamp_min(1.0))
+
+    @contextmanager
+    def _set_aside(self, forward: Forward) -> Iterator[None]:
+        """Context manager: inside, the model can be tried in a mode, and what is known of batches stays as it is."""
+        before, held = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy()
+        self.forward, self._trying = forward, True
+        try:
+            yield
+        finally:
+            (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
+            self._batches = held
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_batches": deque(maxlen=_REMEMBERED)}

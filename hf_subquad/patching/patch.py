@@ -13,6 +13,7 @@ from ..errors import (
     PlanError,
 )
 from ..index.activation_index import ActivationIndex
+from ..layers.attention_patch import attend_as_before
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
 from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
@@ -133,6 +134,7 @@ def unpatch_model(model: ModelT) -> ModelT:
             projection.set_rows(projection.merged_rows())
         _restore(mlp)
     unwatch_batches(model)
+    attend_as_before(model)
     return model
 
 

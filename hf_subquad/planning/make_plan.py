@@ -25,7 +25,7 @@ from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
-from .head_timing import head_saved_seconds
+from .exact_savings import saved_outside_mlps
 from .measured_mlp import measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, tokens_by_class
 from .predictions import Batch
@@ -152,7 +152,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         with sparse_forward(model):
             chosen, found = choose(measured, reference, tolerance)
         del reference  # its gradient is as large as the trained parameters
-        head_seconds = head_saved_seconds(model, batches[-1], getattr(torch, measured[0].dtype))
+        saved_seconds = saved_outside_mlps(model, batches[-1], step_seconds)
     for one, option in zip(measured, chosen, strict=True):
         one.run_with(option.budget)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
@@ -169,7 +169,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         device=mlps[0].output.weight.device.type,
         tile_size=config.tile_size,
         tile_order=config.tile_order,
-        head_saved_ms=1000 * max(0.0, head_seconds),
+        saved_elsewhere_ms=1000 * saved_seconds,
         layers=tuple(one.planned(option) for one, option in zip(measured, chosen, strict=True)),
     )
 

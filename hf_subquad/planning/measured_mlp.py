@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.attention_patch import stock_attention
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.find_mlps import patched_parts
@@ -140,7 +141,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    with recording(model, mlps) as judged:
+    with recording(model, mlps) as judged, stock_attention(model):  # what the plan's savings are counted from
         started = time.perf_counter()
         reference = DenseReference(model, batches[-1])
         step_seconds = time.perf_counter() - started

@@ -89,7 +89,7 @@ def _plan(mlps: list[str], shape: Shape, bench: Bench) -> Plan:
     return Plan(
         tolerance=0.003, loss_increase=0.0, gradient_cosine=1.0, step_ms=float(len(mlps)), planning_seconds=0.0,
         padding_share=shape.padding, context_share=shape.context, tokens=bench.tokens, dtype=bench.dtype,
-        device=bench.device.type, tile_size=bench.tile, tile_order="similar", head_saved_ms=0.0,
+        device=bench.device.type, tile_size=bench.tile, tile_order="similar", saved_elsewhere_ms=0.0,
         layers=tuple(
             LayerPlan(name, m, m, m * (i < half), _GRADIENT, **unmeasured) for i, name in enumerate(mlps)
         ),

@@ -288,7 +288,7 @@ def with_budgets(model: nn.Module, patched: Sequence[Mapping[str, Any]]) -> Plan
     return Plan(
         tolerance=config.tolerance, loss_increase=0.0, gradient_cosine=0.0, step_ms=float(len(layers)),
         planning_seconds=0.0, padding_share=0.0, context_share=0.0, tokens=1, dtype="float32", device="cpu",
-        tile_size=config.tile_size, tile_order=config.tile_order, head_saved_ms=0.0, layers=layers,
+        tile_size=config.tile_size, tile_order=config.tile_order, saved_elsewhere_ms=0.0, layers=layers,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def hand_plan(model: nn.Module, active: Sequence[int | tuple[int, int]], **of_la
     return Plan(
         tolerance=0.02, loss_increase=0.0123, gradient_cosine=0.98, step_ms=STEP_MS, planning_seconds=3.0,
         padding_share=0.25, context_share=0.5, tokens=15, dtype="float32", device="cpu", tile_size=config.tile_size,
-        tile_order=config.tile_order, head_saved_ms=0.0, layers=tuple(layers),
+        tile_order=config.tile_order, saved_elsewhere_ms=0.0, layers=tuple(layers),
     )  # fmt: skip
 
 

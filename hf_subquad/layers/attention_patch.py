@@ -1,0 +1,87 @@
+"""Lets the attention of a model skip padding and other sequences of a packed row, and undoes that."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from ..ops.attention import attend_by_sequence
+
+_OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
+_SAME = 1e-4  # relative difference of the losses of a row: rounding, by the dtype at least this
+
+
+def skip_padding_in_attention(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """`attend_by_sequences`, if the loss of the row with the most padding stays the same up to rounding.
+
+    A model may look at the name of its attention function, and do something else.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not attend_by_sequences(model):
+        return
+    row, rows = int(mask.count_nonzero(1).argmin()), len(mask)
+    chosen = {
+        name: value[row : row + 1] if isinstance(value, Tensor) and value.dim() and len(value) == rows else value
+        for name, value in inputs.items()
+    }
+    try:
+        ours = model(**chosen).loss
+        with stock_attention(model):
+            stock = model(**chosen).loss
+        tolerance = max(_SAME, 8 * torch.finfo(next(model.parameters()).dtype).eps)
+        same = bool((ours - stock).abs() <= tolerance * stock.abs().clamp_min(1.0))
+    except Exception:  # of whatever kind: a row need not run by itself
+        same = False
+    if not same:
+        attend_as_before(model)
+
+
+def attend_by_sequences(model: nn.Module) -> bool:
+    """Replace PyTorch's attention, on the CPU, by `attend_by_sequence`; returns whether the model used it.
+
+    Only for models whose loss does not depend on padding. It is not saved with the model.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu":
+        return False
+    AttentionInterface.register(_OURS, attend_by_sequence)
+    AttentionMaskInterface.register(_OURS, sdpa_mask)
+    return _rename(model, _STOCK, _OURS)
+
+
+def attends_by_sequences(model: nn.Module) -> bool:
+    """Whether `attend_by_sequences` is in effect."""
+    return bool(_configs(model, _OURS))
+
+
+def attend_as_before(model: nn.Module) -> bool:
+    """Undo `attend_by_sequences`; returns whether there was something to undo."""
+    return _rename(model, _OURS, _STOCK)
+
+
+@contextmanager
+def stock_attention(model: nn.Module) -> Iterator[None]:
+    """Context manager: inside, attention is that of the unpatched model."""
+    changed = attend_as_before(model)
+    try:
+        yield
+    finally:
+        if changed:
+            attend_by_sequences(model)
+
+
+def _rename(model: nn.Module, before: str, after: str) -> bool:
+    found = _configs(model, before)
+    for config in found:
+        config._attn_implementation = {"": after}  # not of the configs inside, which may have others
+    return bool(found)
+
+
+def _configs(model: nn.Module, attention: str) -> list[Any]:
+    """The configs in a model with this attention function."""
+    found: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) == attention]
