@@ -73,8 +73,7 @@ class Plan:
         padding_share, context_share: shares of the tokens of the last batch, on which times were measured.
         tokens, dtype, device: of that batch.
         tile_size, tile_order: the settings used for the measurements.
-        saved_elsewhere_ms: what a step saves outside of the MLPs: logits at labelled positions only (`patch_head`),
-            attention without padding.
+        saved_elsewhere_ms: what a step saves outside of the MLPs: no padding, logits at labelled positions only.
         layers: in the model's order.
     """
 
@@ -155,8 +154,8 @@ class Plan:
         ]
         if self.saved_elsewhere_ms:
             lines.append(
-                f"The step counts {self.saved_elsewhere_ms:.0f} of {self.step_ms:.0f} ms that logits at labelled "
-                "positions only and attention without padding save."
+                f"Of the step's {self.step_ms:.0f} ms, {self.saved_elsewhere_ms:.0f} are saved outside of the MLPs: no "
+                "padding, and logits at labelled positions only."
             )
         if self.step_speedup_over_dense < _WORTHWHILE:
             lines.append(

@@ -1,1 +1,1 @@
-"""Computes the language-model head and its loss at labelled positions only, which is exact."""
+"""The model's forward in training, where nobody reads logits: only labelled positions, no padding. Exact."""

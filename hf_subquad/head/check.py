@@ -33,7 +33,7 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         raise NotHereError(f"its main input is {model.main_input_name}, not input_ids")
     reasons = []
     with preserve_mode_and_rng(model), torch.autocast(model.device.type, enabled=False):
-        inputs = _few_tokens(model)
+        inputs = few_tokens(model)
         try:
             expected = stock(**inputs).loss
         except Exception as error:
@@ -49,13 +49,13 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
             except Exception as error:
                 reasons.append(f"{way}: {type(error).__name__}: {error}")
             else:
-                if _same(loss, expected, model.dtype):
+                if same_loss(loss, expected, model.dtype):
                     return way
                 reasons.append(f"{way}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
     raise NotHereError("labelled rows alone do not reproduce its loss (" + "; ".join(reasons) + ")")
 
 
-def _few_tokens(model: PreTrainedModel) -> dict[str, Any]:
+def few_tokens(model: PreTrainedModel) -> dict[str, Any]:
     embeddings = model.get_input_embeddings()
     vocabulary = min(embeddings.get_parameter("weight").shape[0], model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +99,7 @@ def _leaves(value: Tensor) -> set[int]:
     return found
 
 
-def _same(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def same_loss(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """A wrong row or label changes a loss of a few tokens by much more than a rounding of its logits."""
     tolerance = max(128 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps)
     return bool((loss - expected).abs() <= tolerance * max(1.0, expected.abs().item()))

@@ -1,4 +1,4 @@
-"""Replaces a model's forward by one that, in training, computes logits at the labelled positions only."""
+"""Replaces a model's forward in training: logits at the labelled positions only, and no padding."""
 
 import inspect
 from types import MethodType
@@ -8,8 +8,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..layers.attention_patch import attends_by_sequences
 from .check import find_way
 from .labelled_call import NotHereError, Way, run_on_labelled_rows
+from .padding_free import announce, keeps_sequences_apart, longest_row, without_padding
 
 logger = logging.get_logger(__name__)
 
@@ -24,6 +26,7 @@ class LabelledForward:
         replaced: the model's earlier instance attribute `forward`, if any.
         active: False once it was removed, perhaps while something still wraps it.
         way: how the labelled rows reach the loss; None: the stock forward runs.
+        takes_rows: whether the model takes a batch as one row without padding; None: not tried yet.
     """
 
     def __init__(self, model: PreTrainedModel, megabytes: int, automatic: bool = False) -> None:
@@ -31,6 +34,7 @@ class LabelledForward:
         self.replaced = model.__dict__.get("forward")
         self.active = True
         self.way: Way | None = None
+        self.takes_rows: bool | None = None
         self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `way` was found for
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,12 +56,28 @@ class LabelledForward:
             way = self.find_way()
             if way is not None:
                 inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+                inputs = self._without_padding(inputs)
                 return run_on_labelled_rows(self.model, self.stock, inputs, way, self.megabytes)
         except NotHereError as reason:
             if str(reason):
                 self.way = None
                 logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
         return self.stock(*args, **kwargs)
+
+    def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs as one row without padding, if they are padded, the model can have them so, and attention goes by
+        sequence: else a long row would be slow."""
+        if self.takes_rows is False or not attends_by_sequences(self.model):
+            return inputs
+        row = without_padding(inputs, longest_row(self.model))
+        if row is None:
+            return inputs
+        if self.takes_rows is None:
+            self.takes_rows = keeps_sequences_apart(self.model, self.stock)
+        if not self.takes_rows:
+            return inputs
+        announce(self.model, row)
+        return row
 
     def find_way(self) -> Way | None:
         """The method to run on labelled rows; found again if the head or the loss function is replaced (by PEFT, say).

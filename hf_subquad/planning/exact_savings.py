@@ -1,21 +1,22 @@
-"""How much time a training step saves outside of the MLPs: logits at labelled positions, attention without padding."""
+"""How much time a training step saves outside of the MLPs: no padding, and logits at labelled positions only."""
 
 import torch
 from torch import nn
 
 from ..head.patch_head import labelled_forward
 from ..layers.attention_patch import attends_by_sequences
-from ..layers.modes import dense_forward
+from ..layers.modes import sparse_forward
 from .mlp_timing import timed
 from .predictions import Batch
 
 
 @torch.enable_grad()
-def saved_outside_mlps(model: nn.Module, batch: Batch, stock_seconds: float) -> float:
-    """Seconds that a step with dense MLPs saves, forward and backward; 0.0 if nothing but the MLPs is patched.
+def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) -> float:
+    """Seconds by which a step with the current budgets, forward and backward, is shorter than expected; 0.0 if nothing
+    but the MLPs is patched.
 
     Args:
-        stock_seconds: of such a step with the whole head and stock attention.
+        expected_seconds: of a dense step, less what the budgets save in the MLPs.
     """
     head = labelled_forward(model)
     if "labels" not in batch or (head is None and not attends_by_sequences(model)):
@@ -29,8 +30,8 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, stock_seconds: float) -> 
     try:
         if head:
             head.model.training = True  # of this module alone, so that dropout stays off
-        with dense_forward(model):
-            return max(0.0, stock_seconds - timed(step, next(model.parameters()).device))
+        with sparse_forward(model):
+            return max(0.0, expected_seconds - timed(step, trained[0].device))
     finally:
         if head:
             head.model.training = before

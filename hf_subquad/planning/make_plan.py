@@ -152,9 +152,11 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         with sparse_forward(model):
             chosen, found = choose(measured, reference, tolerance)
         del reference  # its gradient is as large as the trained parameters
-        saved_seconds = saved_outside_mlps(model, batches[-1], step_seconds)
-    for one, option in zip(measured, chosen, strict=True):
-        one.run_with(option.budget)
+        layers = tuple(one.planned(option) for one, option in zip(measured, chosen, strict=True))
+        for one, option in zip(measured, chosen, strict=True):
+            one.run_with(option.budget)
+        in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in layers) / 1000
+        saved_seconds = saved_outside_mlps(model, batches[-1], step_seconds - in_mlps)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
     return Plan(
         tolerance=tolerance,
@@ -170,7 +172,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         tile_size=config.tile_size,
         tile_order=config.tile_order,
         saved_elsewhere_ms=1000 * saved_seconds,
-        layers=tuple(one.planned(option) for one, option in zip(measured, chosen, strict=True)),
+        layers=layers,
     )
 
 
