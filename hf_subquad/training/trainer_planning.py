@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..errors import CalibrationError
+from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.find_mlps import patched_parts, require_patched
@@ -63,19 +64,21 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
     if isinstance(shared[0], str):
         _go_without(mlps, shared[0], plans)
         return
-    plan, fitted, runtime.skips_padding = shared[0]
+    plan, fitted, runtime.skips_padding, by_sequence = shared[0]
     if plan is not None:
         apply_plan(model, plan)
     if args.process_index:
+        if by_sequence:
+            attend_by_sequences(model)
         for mlp, one in zip(mlps, fitted, strict=True):
             one.give_to(mlp)
 
 
 def _planned_and_fitted(
     model: nn.Module, dataloader: Any, rows: int, device: torch.device, plans: bool
-) -> tuple[Plan | None, list[Fitted], bool | None] | str:
-    """A plan, if one is wanted, what was fitted for each MLP, and whether padding is skipped; or the reason why that
-    failed."""
+) -> tuple[Plan | None, list[Fitted], bool | None, bool] | str:
+    """A plan, if one is wanted, what was fitted for each MLP, whether padding is skipped, and whether attention skips
+    it, too; or the reason why that failed."""
     started = time.perf_counter()
     mlps = require_patched(model)
     here = mlps[0].output.weight.device
@@ -93,7 +96,7 @@ def _planned_and_fitted(
     except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
         return f"{type(error).__name__}: {error}"
     logger.info(f"done in {time.perf_counter() - started:.1f} s")
-    return plan, [Fitted.of(mlp) for mlp in mlps], mlps[0].runtime.skips_padding
+    return plan, [Fitted.of(mlp) for mlp in mlps], mlps[0].runtime.skips_padding, attends_by_sequences(model)
 
 
 def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:

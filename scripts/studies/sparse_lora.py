@@ -117,7 +117,7 @@ class Candidate:
     """
 
     def __init__(self, base: nn.Module, options: argparse.Namespace, plan: Plan | None, share: float | None) -> None:
-        self.share, self.plan = share, plan
+        self.share, self.plan, self.dense_end = share, plan, options.dense_end
         config = SubquadConfig(
             rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
             sketch_rank=SVD_RANK if share is not None else SubquadConfig().sketch_rank,
@@ -173,6 +173,8 @@ class Candidate:
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
+            elif number >= (1 - self.dense_end) * len(batches):
+                self.set_share(None)
             self.step(batch)
             tick()
         unpatch_head(self.model)
@@ -230,7 +232,7 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     random.Random(options.seed).shuffle(training)
     dense = Candidate(base, options, None, None).model
     if options.budgets:
-        given = with_budgets(dense, json.loads(options.budgets.read_text())["patched"])
+        given = with_budgets(dense, json.loads(Path(options.budgets).read_text())["patched"])
         plans = {given.tolerance: given}
     else:
         plans = {tolerance: calibrate(dense, calibration, tolerance=tolerance) for tolerance in options.tolerances}
@@ -377,8 +379,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--tolerances", type=float, nargs="+", default=[0.003], help="of plans, one after the other")
-    parser.add_argument("--budgets", type=Path, metavar="FILE", help="a report of compare_vanilla.py, not a plan")
+    parser.add_argument("--budgets", metavar="FILE", help="a report of compare_vanilla.py, not a plan")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="that are trained")
+    parser.add_argument(
+        "--dense-end", type=float, default=0.0, help="share of the plan's steps, the last, that are dense"
+    )
     parser.add_argument("--train-shares", type=float, nargs="+", default=[], help="not those of equal time")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: nothing is timed")
     parser.add_argument("--seed", type=int, default=0)
