@@ -84,10 +84,10 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
 def _dtype(mlp: SparseMLP) -> torch.dtype:
     """Of the hidden states to test with: that of the weights or, if these are in 4 bits, which compute in any, that of
     biases and norms beside them, which PEFT's `prepare_model_for_kbit_training` casts to float32."""
-    others = (parameter for name, parameter in mlp.parent.named_parameters() if ".update." not in f".{name}")
-    floats = (parameter.dtype for parameter in others if parameter.is_floating_point())
     first = mlp.inputs[0]
-    return first.dtype if first.quantization is None else next(floats, first.dtype)
+    own = {id(value) for p in mlp.projections for value in (p.weight, *p.update.parameters())}
+    others = (value.dtype for value in mlp.parent.parameters() if id(value) not in own and value.is_floating_point())
+    return first.dtype if first.quantization is None else next(others, first.dtype)
 
 
 Run = Callable[[Tensor], Tensor]

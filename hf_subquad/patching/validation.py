@@ -52,7 +52,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
             )
         if in_4bit and quant_state(module) is None:
             raise UnsupportedModuleError(
-                f"{name} is a Linear4bit whose weight is not in 4 bits yet: move the model to its device before patching"
+                f"{name} is a Linear4bit whose weight is not in 4 bits yet: move the model to its device, then patch"
             )
         if not in_4bit and type(module.weight) is not nn.Parameter:
             raise UnsupportedModuleError(

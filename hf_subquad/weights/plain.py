@@ -3,13 +3,14 @@
 import copy
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PatchError
+from .projection import NeuronProjection
 from .quantized import dequantized_state, is_4bit
 from .shards import gathered, is_fsdp, reshard, whole
 
@@ -21,8 +22,9 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight) of every parameter and persistent buffer of the plain model.
 
     Names, shapes and dtypes are those of the model without the patch and without PEFT, as inference engines expect
-    them; weights in 4 bits are dequantised, before updates and adapters are added. Low-rank updates and adapters are merged in, one layer at a time, without changing the model. Tied weights
-    are yielded once for each of their names. Weights that FSDP2 shards are gathered, so all ranks must iterate.
+    them. Weights in 4 bits are dequantised. Low-rank updates and adapters are merged in, one layer at a time, without
+    changing the model. Tied weights are yielded once for each of their names. Weights that FSDP2 shards are gathered,
+    so all ranks must iterate.
 
     Args:
         model: patched or not, also wrapped by PEFT, DDP or `torch.compile`.
@@ -45,6 +47,8 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((key, whole(value)) for key, value in _prefixed(name, state))
         elif is_4bit(module):
             yield from _prefixed(name, dequantized_state(module))
+        elif _held_in_4bit(module):
+            yield from _prefixed(name, module.plain_state())
         else:
             own: dict[str, Any] = {}
             prefix = f"{name}." if name else ""
@@ -73,7 +77,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
     if not writes:
         return
     hidden = [(vars(bare), name) for name in _ADAPTERS]
-    if any(is_4bit(module) or getattr(module, "quantization", None) is not None for module in bare.modules()):
+    if any(is_4bit(module) or _held_in_4bit(module) for module in bare.modules()):
         hidden += [(vars(bare), "hf_quantizer"), (vars(bare.config), "quantization_config")]
     held = [(attributes, name, attributes.pop(name)) for attributes, name in hidden if name in attributes]
     try:
@@ -96,6 +100,10 @@ def _bare(model: nn.Module) -> nn.Module:
     if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
         raise PatchError("prompts that PEFT has learned cannot be merged into weights: keep its adapter checkpoint")
     return wrapped.get_base_model()
+
+
+def _held_in_4bit(module: nn.Module) -> TypeGuard[NeuronProjection]:
+    return isinstance(module, NeuronProjection) and module.quantization is not None
 
 
 def _inside_adapter(name: str, model: nn.Module) -> bool:

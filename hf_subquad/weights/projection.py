@@ -133,7 +133,7 @@ class NeuronProjection(nn.Module):
         self._copied_rows = None
 
     def matrix(self, dtype: torch.dtype, contiguous: bool = False) -> MergedWeight:
-        """Base rows as of `rows`, or yet to be loaded if they are in 4 bits, and the update's factors with gradients."""
+        """Base rows as of `rows`, those in 4 bits yet to be loaded, and the update's factors with gradients."""
         if self._quant_state is None:
             return MergedWeight(self.rows(dtype, contiguous), *self.update.factors(), self.bias)
         stored = cast(Tensor, self._quantized_rows(dtype, contiguous))
@@ -154,6 +154,11 @@ class NeuronProjection(nn.Module):
         """The weight in a plain checkpoint: the current rows in the weight's own shape, contiguous."""
         live = self.merged_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The state dict of the plain projection with the update merged in."""
+        found = {"weight": self.merged_weight()}
+        return found if self.bias is None else found | {"bias": self.bias.detach()}
 
     def sample(self, live: bool = False) -> Tensor:
         """Values spread over the base or the merged weight, used to recognise it: float32 [256 or fewer]."""
@@ -210,8 +215,9 @@ class NeuronProjection(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with gathered([self]):
             merged = self.merged_weight()
-        if self._quant_state is not None:  # dequantised MLPs of a whole model may not fit into a GPU's memory
-            merged = merged.cpu()
+        if self._quant_state is not None:
+            self._check_only_adapters_are_saved(prefix)
+            merged = merged.cpu()  # all of a model's MLPs dequantised may not fit beside it
         split = is_shard(self.weight)
         destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
@@ -220,6 +226,15 @@ class NeuronProjection(nn.Module):
             snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
                 self._handed_out.watch(merged, snapshot, self._written)
+
+    def _check_only_adapters_are_saved(self, prefix: str) -> None:
+        model = self.runtime and self.runtime.surroundings.model
+        if "peft_config" not in vars(model or self):  # then a checkpoint has only PEFT's adapters
+            raise PatchError(
+                f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, which "
+                "from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or save_sidecar for "
+                "the updates alone"
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
