@@ -152,6 +152,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         run.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
     run.add_argument("--methods", type=_methods, default=METHODS, help="default: vanilla,lora,subquad")
     run.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    run.add_argument("--quantize", choices=("nf4",), help="the frozen linear layers (QLoRA); with --model, not vanilla")
     run.add_argument("--autocast", action="store_true", help="the Trainer's bf16=True, on weights of --dtype")
     run.add_argument("--gradient-checkpointing", action="store_true")
     run.add_argument("--liger", action="store_true", help="the Trainer's use_liger_kernel=True")
@@ -178,6 +179,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.model and not (options.train_file and options.eval_file):
         parser.error("--model needs --train-file and --eval-file")
+    if options.quantize and (options.shape or "vanilla" in options.methods):
+        parser.error("--quantize needs --model, and --methods lora,subquad: vanilla would train quantised weights")
     for name in ("steps", "rounds", "turn_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from data import DataError, load_rows
 from lm_data import NO_LOSS, make_sequences
+from peft import prepare_model_for_kbit_training
 from settings import LmSettings
 from training import load_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
     LlamaConfig,
     OPTConfig,
@@ -59,9 +61,21 @@ def load_inputs(settings: RunSettings) -> Inputs:
         **settings.data,
     )
     tokenizer = load_tokenizer(recipe)
+    dtype = DTYPES[settings.dtype]
+    quantized: dict[str, Any] = {}
+    if settings.quantize:
+        form = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quantize,
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if settings.autocast else dtype,
+        )
+        quantized = {"quantization_config": form, "device_map": {"": settings.device}}
     model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=DTYPES[settings.dtype], attn_implementation="sdpa"
+        settings.model, dtype=dtype, attn_implementation="sdpa", **quantized
     )
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
     train, evaluation = (_sequences(recipe, part, tokenizer) for part in ("train", "eval"))
     collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)
     return Inputs(model, tokenizer, train, evaluation[: settings.max_eval_rows], collate)
