@@ -21,8 +21,7 @@ from typing import Any
 
 import yaml
 from comparison.apart import WorkerError, run_apart
-from comparison.measure import expected_memory, full_run, turn
-from comparison.memory import available_bytes, memory_bytes
+from comparison.measure import full_run, turn
 from comparison.report import summarise, table, write_csv, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
@@ -47,7 +46,6 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
     """
     common = next(iter(runs.values()))
     apart = partial(run_apart, start="spawn" if common.device == "cuda" else "forkserver")
-    print(_memory_note(runs), flush=True)
     turn_steps = common.untimed_steps + common.turn_steps + common.profile_steps
     losses: dict[str, str] = {}
     whole, turns = {}, {name: [] for name in runs}
@@ -86,23 +84,6 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
         "settings": settings | {"learning_rates": {name: run.learning_rate for name, run in runs.items()}},
         **provenance(),
     }
-
-
-def _memory_note(runs: Mapping[str, RunSettings]) -> str:
-    """What memory each method will take, about."""
-    common = next(iter(runs.values()))
-    expected = run_apart("the estimate of memory", expected_memory, common)
-    needs = {
-        name: expected["full" if name == "vanilla" or (name == "subquad" and run.rest == "full") else "low_rank"]
-        for name, run in runs.items()
-    }
-    text = ", ".join(f"{name} up to about {need / 1e9:.1f} GB" for name, need in needs.items())
-    note = (
-        f"memory: {text}, one at a time; {available_bytes() / 1e9:.1f} of {memory_bytes() / 1e9:.1f} GB are available"
-    )
-    if common.device == "cpu" and max(needs.values()) > available_bytes():
-        note += "\nThis may not fit. Reduce --batch-size or --seq-length, or end other programs."
-    return note
 
 
 # Options that are fields of RunSettings, with their defaults.
@@ -152,6 +133,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         run.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=text)
     run.add_argument("--methods", type=_methods, default=METHODS, help="default: vanilla,lora,subquad")
     run.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and computation")
+    run.add_argument("--quantize", choices=("nf4",), help="the frozen linear layers (QLoRA); with --model, not vanilla")
     run.add_argument("--autocast", action="store_true", help="the Trainer's bf16=True, on weights of --dtype")
     run.add_argument("--gradient-checkpointing", action="store_true")
     run.add_argument("--liger", action="store_true", help="the Trainer's use_liger_kernel=True")
@@ -178,6 +160,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.model and not (options.train_file and options.eval_file):
         parser.error("--model needs --train-file and --eval-file")
+    if options.quantize and (options.shape or "vanilla" in options.methods):
+        parser.error("--quantize needs --model, and --methods lora,subquad: vanilla would train quantised weights")
     for name in ("steps", "rounds", "turn_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")

@@ -81,7 +81,7 @@ class ActivationIndex:
     @property
     def neurons(self) -> int:
         """m."""
-        return self.output.weight.shape[0 if self.output.weight_is_rows else 1]
+        return self.output.shape[0]
 
     @torch.no_grad()
     def build(self) -> None:
@@ -334,7 +334,7 @@ class ActivationIndex:
 
 def _same(sample: Tensor, projection: NeuronProjection) -> bool:
     """Whether a sample is from a projection's base weights, up to a cast of them."""
-    now, rounding = projection.sample(), torch.finfo(projection.weight.dtype)
+    now, rounding = projection.sample(), torch.finfo(projection.dtype)
     return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
 
 

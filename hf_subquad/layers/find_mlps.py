@@ -67,6 +67,11 @@ def settle_shards(runtime: Runtime, mlps: Sequence[SparseMLP]) -> None:
     """Between passes: put weights back into shards, if `fully_shard` was called; the first time, note that it was."""
     model = runtime.surroundings.model
     if not runtime.sharded and (is_shard(mlps[0].output.weight) or is_fsdp(type(model))):
+        if any(projection.quantization is not None for mlp in mlps for projection in mlp.projections):
+            raise ParallelismError(
+                "fully_shard was called on patched MLPs whose weights are in 4 bits, which are read by rows of the "
+                "whole weight: train with DDP, or load the model unquantised for FSDP2"
+            )
         runtime.sharded = True
         for mlp in mlps:
             mlp.index.compare_weights()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..config import BackendName
-from .backends import Backend, MergedWeight, backend_for
+from .backends import Backend, MergedWeight, StoredRows, backend_for
 from .token_tiles import Selection
 
 _WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
@@ -119,13 +119,32 @@ def _flat(matrices: Sequence[MergedWeight]) -> list[Tensor | None]:
     return [getattr(matrix, name) for name in ("u", "v", "rows", "bias") for matrix in matrices]
 
 
-def _matrices(flat: Sequence[Any]) -> list[MergedWeight]:
-    """Undo `_flat`, in the dtype of the rows."""
+def _matrices(flat: Sequence[Any], parts: Sequence[Part]) -> list[MergedWeight]:
+    """Undo `_flat`, in the dtype of the rows, with the rows that the parts need loaded."""
     count = len(flat) // 4
+    needed = None
+    if not any(part.selection is None and not part.idle for part in parts):
+        chosen = [part.selection.neurons.flatten() for part in parts if part.selection is not None]
+        needed = torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=flat[0].device)
     return [
-        MergedWeight(rows, u.to(rows.dtype), v.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        MergedWeight(
+            rows, u.to(rows.dtype), v.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+        ).load(needed)
         for u, v, rows, bias in zip(*(flat[i * count : (i + 1) * count] for i in range(4)), strict=True)
-    ]
+    ]  # fmt: skip
+
+
+def _save(ctx: Any, *tensors: Tensor, flat: Sequence[Any]) -> None:
+    """Keep what the backward pass needs: rows that are held in another form stay in it, and are loaded again there."""
+    ctx.stored = [value if isinstance(value, StoredRows) else None for value in flat]
+    ctx.save_for_backward(*tensors, *(None if isinstance(value, StoredRows) else value for value in flat))
+
+
+def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any]]:
+    """The tensors and the `flat` that `_save` kept."""
+    saved, count = ctx.saved_tensors, len(ctx.stored)
+    flat = [value if stored is None else stored for value, stored in zip(saved[-count:], ctx.stored, strict=True)]
+    return saved[:-count], flat
 
 
 class _UpProject(torch.autograd.Function):
@@ -133,7 +152,7 @@ class _UpProject(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, parts: Sequence[Part], gradient: float, name: BackendName, joined: bool, *flat: Any
     ) -> Any:
-        matrices, backend = _matrices(flat), backend_for(name, x.device)
+        matrices, backend = _matrices(flat, parts), backend_for(name, x.device)
         neurons = len(matrices[0].rows)
         length = sum(part.size(neurons) for part in parts)
         whole = x.new_empty(len(matrices) * length) if joined else None
@@ -142,16 +161,15 @@ class _UpProject(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             for part, *views in _by_part(parts, neurons, outs, backend):
                 lows.append(_up(part, part.take(x), matrices, views, backend))
-        ctx.save_for_backward(x, *lows, *flat[: 3 * len(matrices)])
+        _save(ctx, x, *lows, flat=flat[: 3 * len(matrices)])
         ctx.parts, ctx.gradient, ctx.backend, ctx.joined = parts, gradient, backend, joined
         return tuple(outs) if whole is None else (whole,)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        parts, saved = ctx.parts, ctx.saved_tensors
-        x, lows, flat = saved[0], saved[1 : 1 + len(parts)], saved[1 + len(parts) :]
+        parts, ((x, *lows), flat) = ctx.parts, _saved(ctx)
         count = len(flat) // 3
-        matrices = _matrices([*flat, *(None,) * count])
+        matrices = _matrices([*flat, *(None,) * count], parts)
         neurons = len(matrices[0].rows)
         # A gradient that came through a sum or a mean may be one number for all.
         grads = gradients[0].contiguous().chunk(count) if ctx.joined else [grad.contiguous() for grad in gradients]
@@ -192,7 +210,7 @@ class _DownProject(torch.autograd.Function):
         ctx: Any, a: Tensor, parts: Sequence[Part], tokens: int, gradient: float, name: BackendName, elsewhere: float,
         *flat: Any,
     ) -> Tensor:  # fmt: skip
-        (matrix,), backend = _matrices(flat), backend_for(name, a.device)
+        (matrix,), backend = _matrices(flat, parts), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
         y = None
         if elsewhere:
@@ -213,15 +231,14 @@ class _DownProject(torch.autograd.Function):
                     y_part.addmm_(low, matrix.v)
                 lows.append(low)
                 y = _placed(y, tokens, part, None, y_part)
-        ctx.save_for_backward(a, *lows, *flat[:3])
+        _save(ctx, a, *lows, flat=flat[:3])
         ctx.parts, ctx.gradient, ctx.backend = parts, gradient, backend
         return a.new_zeros(tokens, width) if y is None else y.data  # no view, so that a residual may be added in place
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        parts, saved = ctx.parts, ctx.saved_tensors
-        a, lows, flat = saved[0], saved[1 : 1 + len(parts)], saved[1 + len(parts) :]
-        matrices = _matrices([*flat, None])
+        parts, ((a, *lows), flat) = ctx.parts, _saved(ctx)
+        matrices = _matrices([*flat, None], parts)
         matrix = matrices[0]
         neurons = len(matrix.rows)
         passing = None if _all_pass(grad_y, ctx.gradient) else rows_that_hold(grad_y, ctx.gradient)

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import SubquadConfig
 from ..errors import NoMatchError
+from ..weights.quantized import is_4bit
 
 Gate = Literal["none", "separate", "stacked"]
 
@@ -96,7 +97,10 @@ class Match:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out]."""
+    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out], Linear4bit packs them."""
+    if is_4bit(module):
+        quantized: Any = module
+        return quantized.in_features, quantized.out_features
     first, second = module.get_parameter("weight").shape
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
@@ -169,6 +173,8 @@ def _may_be_wide(match: Match) -> bool:
 
 def _is_plain(projection: nn.Module) -> bool:
     weight = projection._parameters.get("weight")
+    if is_4bit(projection):
+        return weight is not None
     return type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
 
 

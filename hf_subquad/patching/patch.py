@@ -1,6 +1,7 @@
 """Replaces a model's MLP projections by sparse ones, and restores them."""
 
 import hashlib
+import math
 from typing import TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
 from ..layers.surroundings import Surroundings, holders
 from ..plan import Plan
-from .mlp_patterns import Match, bare_model, find_activations, find_mlps
+from .mlp_patterns import Match, bare_model, find_activations, find_mlps, linear_sizes
 from .self_test import self_test
 from .validation import check_not_shared, check_projections
 
@@ -47,9 +48,10 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
     Raises:
         AlreadyPatchedError: the model is patched.
         NoMatchError: no MLP matches the config.
-        UnsupportedModuleError: an MLP is quantised, wrapped (by PEFT, say), or not elementwise between its projections.
+        UnsupportedModuleError: an MLP is quantised (other than to 4 bits by bitsandbytes), wrapped (by PEFT, say), or
+            not elementwise between its projections.
         WeightsError: weights hold NaN or infinite values.
-        ConfigError: `active` or `rank` exceeds a layer.
+        ConfigError: `active` or `rank` exceeds a layer, or updates would be folded into weights in 4 bits.
         BackendError: the config asks for a backend that is not installed.
         PlanError: the plan is for other MLPs or other tiles.
         In each case the model is unchanged.
@@ -62,7 +64,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
         check_projections(match, config)
     bare = bare_model(model)
     check_not_shared(bare, matches)
-    size = sum(match.projection(path).get_parameter("weight").numel() for match in matches for path in match.paths)
+    size = sum(math.prod(linear_sizes(match.projection(path))) for match in matches for path in match.paths)
     runtime = Runtime(config, Surroundings(bare, holders(bare, [match.name for match in matches])))
     keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []
@@ -126,12 +128,14 @@ def unpatch_model(model: ModelT) -> ModelT:
     Raises:
         NotPatchedError: the model is not patched.
         ParallelismError: FSDP holds its weights in shards.
+        PatchError: updates of weights in 4 bits were trained, which cannot be merged into them. The model is unchanged.
     """
     mlps = require_patched(model)
     require_whole(mlps)
+    trained = [p for mlp in mlps for p in mlp.projections if p.quantization is None or not p.update.is_zero()]
+    for projection in sorted(trained, key=lambda projection: projection.quantization is None):  # what can fail first
+        projection.set_rows(projection.merged_rows())
     for mlp in mlps:
-        for projection in mlp.projections:
-            projection.set_rows(projection.merged_rows())
         _restore(mlp)
     unwatch_batches(model)
     attend_as_before(model)

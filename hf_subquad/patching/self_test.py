@@ -34,13 +34,13 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     Raises:
         UnsupportedModuleError: the results differ, or the module that calls the projections cannot be run by itself.
     """
-    weight = mlp.inputs[0].weight
+    device, dtype = mlp.inputs[0].weight.device, _dtype(mlp)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].rows().shape[1], generator=generator, dtype=torch.float32)
-    x = x.to(weight)
+    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].shape[1], generator=generator, dtype=torch.float32)
+    x = x.to(device, dtype)
     selection = _half_of_the_neurons(mlp, x, generator)
     mixture, whole = _whole_and_half(selection), selection.tiles.slots[0]
-    mask = torch.zeros(_BATCH, mlp.index.neurons, device=weight.device, dtype=weight.dtype)
+    mask = torch.zeros(_BATCH, mlp.index.neurons, device=device, dtype=dtype)
     mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
     mixed_mask = mask.index_fill(0, whole, 1)
 
@@ -64,7 +64,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
         raise _refusal(mlp, "run by itself, it does not call its projections")
     if not (_close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)):
         raise _refusal(mlp, "it is not elementwise between its projections")
-    part, backend = Part(None, _BATCH * _TOKENS, selection), mlp.index.backend(weight.device)
+    part, backend = Part(None, _BATCH * _TOKENS, selection), mlp.index.backend(device)
     compact = part.compact(seen["a"], mlp.index.neurons, backend)
     for activation in activations:
         mlp.index.activation = activation
@@ -79,6 +79,15 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
             "stacked projection",
         )
     raise _refusal(mlp, "it has no activation under a usual name, and computes none of the common ones")
+
+
+def _dtype(mlp: SparseMLP) -> torch.dtype:
+    """Of the hidden states to test with: that of the weights or, if these are in 4 bits, which compute in any, that of
+    biases and norms beside them, which PEFT's `prepare_model_for_kbit_training` casts to float32."""
+    first = mlp.inputs[0]
+    own = {id(value) for p in mlp.projections for value in (p.weight, *p.update.parameters())}
+    others = (value.dtype for value in mlp.parent.parameters() if id(value) not in own and value.is_floating_point())
+    return first.dtype if first.quantization is None else next(others, first.dtype)
 
 
 Run = Callable[[Tensor], Tensor]
@@ -121,7 +130,7 @@ def _refusal(mlp: SparseMLP, why: str) -> UnsupportedModuleError:
 
 def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
     got, expected = got.float(), expected.float()
-    eps = max(torch.finfo(projection.weight.dtype).eps for projection in mlp.projections)
+    eps = max(torch.finfo(projection.dtype).eps for projection in mlp.projections)
     if got.is_cuda and torch.get_float32_matmul_precision() != "highest":
         eps = max(eps, 2.0**-10)  # of TF32
     tolerance = max(1e-4, 4 * eps) * expected.abs().amax().item()

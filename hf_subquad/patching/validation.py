@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import SubquadConfig
 from ..errors import ConfigError, UnsupportedModuleError, WeightsError
+from ..weights.quantized import dequantized_state, is_4bit, quant_state
 from .mlp_patterns import Match, linear_sizes
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,7 +23,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
         UnsupportedModuleError: a projection of the MLP is wrapped, hooked, quantised, split, not linear or has no
             weights yet.
         WeightsError: it holds NaN or infinite values.
-        ConfigError: `rank` or `active` exceeds its size.
+        ConfigError: `rank` or `active` exceeds its size, or updates would be folded into weights in 4 bits.
     """
     for path in match.paths:
         module, name = match.projection(path), match.full_name(path)
@@ -32,10 +33,12 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
                 "target_modules, or out of the patch; both would update the same weight"
             )
         dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
-        if not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS:
+        in_4bit = is_4bit(module)
+        if not in_4bit and (not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS):
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
-                "floating point can be patched; load the model unquantised, or leave the MLP out with exclude_modules"
+                "floating point, and bitsandbytes' Linear4bit, can be patched; load the model unquantised or with "
+                "load_in_4bit=True, or leave the MLP out with exclude_modules"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(
@@ -47,7 +50,11 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
                 f"{name} is split over processes (tensor parallelism, FSDP2 or DeepSpeed ZeRO-3), and indices are made "
                 "of whole rows: load the model whole on every process, patch it before fully_shard, or train with DDP"
             )
-        if type(module.weight) is not nn.Parameter:
+        if in_4bit and quant_state(module) is None:
+            raise UnsupportedModuleError(
+                f"{name} is a Linear4bit whose weight is not in 4 bits yet: move the model to its device, then patch"
+            )
+        if not in_4bit and type(module.weight) is not nn.Parameter:
             raise UnsupportedModuleError(
                 f"{name} holds its weight as a {type(module.weight).__name__}, not as a plain parameter (quantised, "
                 "sharded, computed?): patch the model before that, or make parametrizations permanent"
@@ -57,16 +64,21 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
                 f"{name} has no weights yet (meta device, or DeepSpeed ZeRO-3): load them before patching"
             )
         for kind in ("weight", "bias"):
-            values = getattr(module, kind)
+            values = dequantized_state(module).get(kind) if in_4bit else getattr(module, kind)
             if values is not None and not torch.isfinite(values).all():
                 raise WeightsError(f"{name}.{kind} holds NaN or infinite values: the checkpoint is damaged")
-        if type(module) not in (nn.Linear, Conv1D) and not _computes_linear(module):
+        if in_4bit and config.fold_steps:
+            raise ConfigError(
+                f"fold_steps={config.fold_steps} would fold updates into {name}, which is in 4 bits, and rounding it "
+                "again would lose most of them: set fold_steps=0"
+            )
+        if not in_4bit and type(module) not in (nn.Linear, Conv1D) and not _computes_linear(module):
             raise UnsupportedModuleError(
                 f"{name} is a {type(module).__name__}, which does not compute x W^T + b: only what nn.Linear computes "
                 "can be patched"
             )
-        if config.rank > min(module.weight.shape):
-            raise ConfigError(f"rank={config.rank} exceeds {name}, which is {tuple(module.weight.shape)}")
+        if config.rank > min(sizes := linear_sizes(module)):
+            raise ConfigError(f"rank={config.rank} exceeds {name}, which has {sizes[0]} inputs and {sizes[1]} outputs")
     config.active_neurons(match.neurons)
 
 

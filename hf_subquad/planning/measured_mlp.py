@@ -152,7 +152,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     measured_mlps = []
     for mlp in mlps:
         call = judged[mlp.name][0]
-        shapes = tuple((p.weight.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
+        shapes = tuple((p.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
         key = (shapes, call.x.shape, call.x.dtype, *classes[mlp.name])
         if key not in timings:
             timings[key] = _timed(mlp, call, classes[mlp.name])
@@ -198,7 +198,7 @@ def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeas
     """Times of an MLP, and the share of the rows with gradients that did not pass them in the timed pass."""
     budgets = [Budget(), Budget(gradient=PROBED_SHARE)]
     budgets += [only(name, k) for name in classes for k in _timed_counts(mlp, name)]
-    autocast = call.x.dtype != mlp.output.weight.dtype
+    autocast = mlp.output.quantization is None and call.x.dtype != mlp.output.dtype  # 4 bits compute in any dtype
     mlp.corrections = {name: next(iter(measured.corrections.values())) for name, measured in classes.items()}
     with torch.autocast(call.x.device.type, dtype=call.x.dtype, enabled=autocast):
         return time_mlp(mlp, call, budgets), sum(shares[PROBED_SHARE] for shares in _dropped([call]).values())

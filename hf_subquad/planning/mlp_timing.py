@@ -81,8 +81,8 @@ def _full(mlp: SparseMLP, x: Tensor, gradient: Tensor) -> None:
 
     def call(path: str, values: Tensor) -> Tensor:
         source, trainable = mlp.sources[path], mlp.trainable[path]
-        weights = {
-            name: value.detach().requires_grad_(trainable[name])
+        weights = {  # those in 4 bits as they are, never trainable: detached, they would lose their scales
+            name: value.detach().requires_grad_() if trainable[name] else value
             for name, value in mlp.parent.get_submodule(path).named_parameters(recurse=False)
         }
         wanted.extend(value for value in weights.values() if value.requires_grad)

@@ -32,7 +32,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     """Write the sidecar of the checkpoint in `folder`, atomically.
 
     For a checkpoint with merged weights (every plain one), the factors are enough. For a PEFT checkpoint, which has
-    only adapters, the sidecar also holds the base weights if folds change them.
+    only adapters, the sidecar also holds the base weights if folds change them. Base weights in 4 bits never change:
+    load them as before the training.
 
     Write it last: a checkpoint is complete if it has this file and the other files are unchanged since. Under FSDP2 all
     ranks must come here, and the first one writes.
@@ -40,7 +41,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     Raises:
         OutputError: the file could not be written; no partial file is left.
     """
-    merged = not hasattr(model, "peft_config")
+    in_4bit = any(projection.quantization is not None for projection in _projections(model).values())
+    merged = not hasattr(model, "peft_config") and not in_4bit
     config = runtime_of(model).config
     path = Path(folder) / SIDECAR_NAME
     tensors: dict[str, Tensor] = {}
@@ -218,7 +220,7 @@ def _check_fits(
         return
     expected = tensors[f"{name}.sample"]
     found = projection.sample(live=about["merged"]).cpu()
-    tolerance = 4 * torch.finfo(projection.weight.dtype).eps
+    tolerance = 4 * torch.finfo(projection.dtype).eps
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
         raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
 

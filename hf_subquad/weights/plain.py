@@ -3,13 +3,15 @@
 import copy
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PatchError
+from .projection import NeuronProjection
+from .quantized import dequantized_state, is_4bit
 from .shards import gathered, is_fsdp, reshard, whole
 
 _ADAPTERS = ("peft_config", "_hf_peft_config_loaded")
@@ -20,8 +22,9 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, weight) of every parameter and persistent buffer of the plain model.
 
     Names, shapes and dtypes are those of the model without the patch and without PEFT, as inference engines expect
-    them. Low-rank updates and adapters are merged in, one layer at a time, without changing the model. Tied weights
-    are yielded once for each of their names. Weights that FSDP2 shards are gathered, so all ranks must iterate.
+    them. Weights in 4 bits are dequantised. Low-rank updates and adapters are merged in, one layer at a time, without
+    changing the model. Tied weights are yielded once for each of their names. Weights that FSDP2 shards are gathered,
+    so all ranks must iterate.
 
     Args:
         model: patched or not, also wrapped by PEFT, DDP or `torch.compile`.
@@ -42,6 +45,10 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             trained = module.modules_to_save[module.active_adapters[0]] if not module.disable_adapters else None
             state = (trained or module.original_module).state_dict()
             yield from ((key, whole(value)) for key, value in _prefixed(name, state))
+        elif is_4bit(module):
+            yield from _prefixed(name, dequantized_state(module))
+        elif _held_in_4bit(module):
+            yield from _prefixed(name, module.plain_state())
         else:
             own: dict[str, Any] = {}
             prefix = f"{name}." if name else ""
@@ -52,8 +59,8 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
     """Write the plain checkpoint of a patched model, with PEFT adapters of any kind merged in. The model is unchanged.
 
-    With adapters, `save_pretrained` and `Trainer.save_model` write only the adapters. Under FSDP2 all ranks must call
-    this, and rank 0 writes.
+    With adapters, `save_pretrained` and `Trainer.save_model` write only the adapters. A model in 4 bits is written
+    dequantised, as a model that was never quantised. Under FSDP2 all ranks must call this, and rank 0 writes.
 
     Args:
         settings: further arguments of `save_pretrained`.
@@ -69,11 +76,15 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
     state = {name: value.cpu() if sharded else value for name, value in merged_named_weights(model) if writes}
     if not writes:
         return
-    hidden = {name: vars(bare).pop(name) for name in _ADAPTERS if name in vars(bare)}
+    hidden = [(vars(bare), name) for name in _ADAPTERS]
+    if any(is_4bit(module) or _held_in_4bit(module) for module in bare.modules()):
+        hidden += [(vars(bare), "hf_quantizer"), (vars(bare.config), "quantization_config")]
+    held = [(attributes, name, attributes.pop(name)) for attributes, name in hidden if name in attributes]
     try:
         bare.save_pretrained(folder, state_dict=state, **settings)
     finally:
-        vars(bare).update(hidden)
+        for attributes, name, value in held:
+            attributes[name] = value
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -91,6 +102,10 @@ def _bare(model: nn.Module) -> nn.Module:
     return wrapped.get_base_model()
 
 
+def _held_in_4bit(module: nn.Module) -> TypeGuard[NeuronProjection]:
+    return isinstance(module, NeuronProjection) and module.quantization is not None
+
+
 def _inside_adapter(name: str, model: nn.Module) -> bool:
     """Whether a module is inside one with adapters, which yields it."""
     parts = name.split(".")[:-1]
@@ -101,12 +116,30 @@ def _inside_adapter(name: str, model: nn.Module) -> bool:
 def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:
     """State of a layer with adapters as it would be after merging them."""
     merged: Any = copy.deepcopy(layer)
+    if is_4bit(merged.get_base_layer()):
+        return _merged_into_4bit(name, merged)
     try:
         if not merged.disable_adapters:
             merged.merge()
     except Exception as error:
         raise PatchError(f"the adapters of {name} ({type(layer).__name__}) cannot be merged: {error}") from error
     return merged.get_base_layer().state_dict()
+
+
+def _merged_into_4bit(name: str, layer: Any) -> dict[str, Tensor]:
+    """The same for LoRA on a layer in 4 bits; PEFT's own merge would round the result to 4 bits again."""
+    state = dequantized_state(layer.get_base_layer())
+    names = [] if layer.disable_adapters else [a for a in layer.active_adapters if a in getattr(layer, "lora_A", ())]
+    odd = layer.merged or not hasattr(layer, "get_delta_weight") or any(map(layer.lora_variant.get, names))
+    if odd or any(layer.lora_bias[adapter] for adapter in names):
+        raise PatchError(
+            f"the adapters of {name} ({type(layer).__name__}) cannot be merged into weights in 4 bits: only plain LoRA "
+            "(no DoRA, no lora_bias) that is not merged yet can"
+        )
+    weight = state["weight"]
+    for adapter in names:
+        weight = (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
+    return state | {"weight": weight}
 
 
 def _prefixed(name: str, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

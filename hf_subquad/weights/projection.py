@@ -1,6 +1,6 @@
 """One weight matrix of an MLP, as one row per neuron, with its low-rank update."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import SubquadConfig
-from ..errors import ParallelismError
+from ..errors import ParallelismError, PatchError
 from ..ops.backends import MergedWeight
 from .handed_out import HandedOut
 from .low_rank import LowRankUpdate
+from .quantized import QuantizedRows, dequantized, linear, quant_state
 from .shards import gathered, is_shard, split_like
 
 _SAMPLED = 256
@@ -31,10 +32,12 @@ class NeuronProjection(nn.Module):
     `rows()` is [m, d] with row i for neuron i, on both sides of an MLP: in the layout of `nn.Linear`, the weight of an
     input projection, and the transposed weight of an output projection. The current rows are rows + scale U V.
 
+    A weight in 4 bits stays in them: each pass dequantises what it needs, and nothing is folded into it.
+
     Subclasses set `is_input`.
 
     Args:
-        source: the projection replaced, an `nn.Linear` or a `Conv1D`; weight and bias are shared with it.
+        source: the projection replaced, an `nn.Linear`, `Conv1D` or `Linear4bit`; weight and bias are shared with it.
         config: rank and scale of the update.
         seed: of the update's random factor.
 
@@ -51,10 +54,11 @@ class NeuronProjection(nn.Module):
         super().__init__()
         self.weight = source.get_parameter("weight")
         self.bias = source._parameters["bias"]
+        self._quant_state = quant_state(source)
         # Linear stores [out, in], Conv1D [in, out]; neurons are the outputs of an input projection.
         self.weight_is_rows = self.is_input != isinstance(source, Conv1D)
         self.source_class = type(source).__name__
-        neurons, width = self.weight.shape if self.weight_is_rows else self.weight.shape[::-1]
+        neurons, width = self.shape
         zero: Literal["U", "V"] = "U" if self.is_input else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
         self.kept_frozen = False
@@ -68,14 +72,33 @@ class NeuronProjection(nn.Module):
         return self.runtime is not None and self.runtime.sharded
 
     @property
+    def quantization(self) -> Any:
+        """bitsandbytes' `QuantState` of a weight in 4 bits, or None."""
+        # Of the parameter, since copies and moves between devices keep that one right; it loses it where PyTorch makes
+        # a plain parameter of it.
+        return self._quant_state and (getattr(self.weight, "quant_state", None) or self._quant_state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight; of the dequantised one, if it is in 4 bits."""
+        return self.weight.dtype if self._quant_state is None else self._quant_state.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """m and d."""
+        shape = self.weight.shape if self._quant_state is None else self._quant_state.shape
+        first, second = shape if self.weight_is_rows else shape[::-1]
+        return first, second
+
+    @property
     def in_features(self) -> int:
         """Inputs, as of `nn.Linear`."""
-        return self.rows().shape[1 if self.is_input else 0]
+        return self.shape[1 if self.is_input else 0]
 
     @property
     def out_features(self) -> int:
         """Outputs, as of `nn.Linear`."""
-        return self.rows().shape[0 if self.is_input else 1]
+        return self.shape[0 if self.is_input else 1]
 
     def rows(self, dtype: torch.dtype | None = None, contiguous: bool = False) -> Tensor:
         """Base rows [m, d], detached.
@@ -86,7 +109,10 @@ class NeuronProjection(nn.Module):
 
         In another dtype or layout this is a copy, which is kept until the weight changes or `drop_copy` is called. Of
         weights that FSDP2 shards no copy is kept, and none is made for the layout: the backward pass would hold it.
+        Rows of a weight in 4 bits are dequantised in each call, and not kept.
         """
+        if self._quant_state is not None:
+            return self._quantized_rows(dtype or self.dtype, contiguous).load()
         if self._handed_out:
             self._handed_out.notice_writes()
         weight = self.weight.detach()
@@ -107,8 +133,11 @@ class NeuronProjection(nn.Module):
         self._copied_rows = None
 
     def matrix(self, dtype: torch.dtype, contiguous: bool = False) -> MergedWeight:
-        """Base rows as of `rows`, and the update's factors with gradients."""
-        return MergedWeight(self.rows(dtype, contiguous), *self.update.factors(), self.bias)
+        """Base rows as of `rows`, those in 4 bits yet to be loaded, and the update's factors with gradients."""
+        if self._quant_state is None:
+            return MergedWeight(self.rows(dtype, contiguous), *self.update.factors(), self.bias)
+        stored = cast(Tensor, self._quantized_rows(dtype, contiguous))
+        return MergedWeight(stored, *self.update.factors(), self.bias)
 
     def merged_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""
@@ -126,14 +155,29 @@ class NeuronProjection(nn.Module):
         live = self.merged_rows()
         return (live if self.weight_is_rows else live.t()).contiguous()
 
+    def plain_state(self) -> dict[str, Tensor]:
+        """The state dict of the plain projection with the update merged in."""
+        found = {"weight": self.merged_weight()}
+        return found if self.bias is None else found | {"bias": self.bias.detach()}
+
     def sample(self, live: bool = False) -> Tensor:
         """Values spread over the base or the merged weight, used to recognise it: float32 [256 or fewer]."""
-        values = (self.merged_weight() if live else self.weight.detach()).flatten()
+        whole = self.weight.detach() if self._quant_state is None else dequantized(self.weight, self.quantization)
+        values = (self.merged_weight() if live else whole).flatten()
         return values[:: max(1, len(values) // _SAMPLED)][:_SAMPLED].float()
 
     @torch.no_grad()
     def set_rows(self, rows: Tensor) -> None:
-        """Overwrite the base rows in place, so that tied weights follow."""
+        """Overwrite the base rows in place, so that tied weights follow.
+
+        Raises:
+            PatchError: they are in 4 bits.
+        """
+        if self._quant_state is not None:
+            raise PatchError(
+                "a base weight in 4 bits is never written to, as rounding it again would lose most of an update: set "
+                "fold_steps=0, and for the plain dequantised model, call save_merged or merged_named_weights"
+            )
         self.weight.copy_(rows if self.weight_is_rows else rows.t())
 
     def version(self) -> tuple[Any, ...]:
@@ -145,16 +189,24 @@ class NeuronProjection(nn.Module):
 
         Base weights get no gradients, whatever their `requires_grad`, as in sparse passes.
         """
-        weight = self.rows() if self.is_input else self.rows().t()
         bias = None if self.bias is None else self.bias.detach()
+        if self._quant_state is None:
+            weight = self.rows() if self.is_input else self.rows().t()
+            y = F.linear(x, weight, bias)
+        else:
+            y = linear(x, self._quantized_rows(compute_dtype(x)), self.is_input)
+            y = y if bias is None else y + bias.to(y.dtype)
         if self.runtime is not None and self.runtime.updates_off():
-            return F.linear(x, weight, bias)
+            return y
         u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
         low = F.linear(F.linear(x, v), u) if self.is_input else x @ u @ v
-        return torch.add(F.linear(x, weight, bias), low, alpha=self.update.scale)
+        return torch.add(y, low, alpha=self.update.scale)
+
+    def _quantized_rows(self, dtype: torch.dtype, contiguous: bool = False) -> QuantizedRows:
+        return QuantizedRows(self.weight.detach(), self.quantization, self.weight_is_rows, dtype, contiguous)
 
     def extra_repr(self) -> str:
-        neurons, width = self.rows().shape
+        neurons, width = self.shape
         return (
             f"{self.source_class} of {neurons} neurons x {width}, made sparse by hf_subquad: leave it out of PEFT's "
             "target_modules, or set them to 'all-linear'"
@@ -163,17 +215,35 @@ class NeuronProjection(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with gathered([self]):
             merged = self.merged_weight()
+        if self._quant_state is not None:
+            self._check_only_adapters_are_saved(prefix)
+            merged = merged.cpu()  # all of a model's MLPs dequantised may not fit beside it
         split = is_shard(self.weight)
         destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        if not merged.is_meta and not split:
+        if not merged.is_meta and not split and self._quant_state is None:
             snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
                 self._handed_out.watch(merged, snapshot, self._written)
 
+    def _check_only_adapters_are_saved(self, prefix: str) -> None:
+        model = self.runtime and self.runtime.surroundings.model
+        if "peft_config" not in vars(model or self):  # then a checkpoint has only PEFT's adapters
+            raise PatchError(
+                f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, which "
+                "from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or save_sidecar for "
+                "the updates alone"
+            )
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
+        if self._quant_state is not None and prefix + "weight" in state_dict:
+            errors.append(
+                f"{prefix}weight is in 4 bits and cannot be loaded into: load the weights before patch_model, and the "
+                "updates with load_sidecar"
+            )
+            return
         before = len(errors)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and len(errors) == before:

@@ -54,14 +54,6 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
     }
 
 
-def expected_memory(settings: RunSettings, report: OnProgress) -> dict[str, int]:
-    """See inputs.py."""
-    _prepare(settings)
-    from .inputs import expected_memory
-
-    return expected_memory(settings)
-
-
 def _prepare(settings: RunSettings) -> None:
     """This process: its threads, where the recipes lie, and what it does not print."""
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)
@@ -82,9 +74,9 @@ def _train(
 ) -> dict[str, Any]:
     _prepare(settings)
     import transformers
-    from methods import apply_method, plain_model
+    from methods import apply_method
 
-    from hf_subquad import SubquadConfig, sparse_forward
+    from hf_subquad import SubquadConfig, save_merged, sparse_forward
 
     from .inputs import load_inputs
     from .memory import resident_bytes
@@ -126,9 +118,8 @@ def _train(
     if loss_of and settings.method == "subquad":
         result["eval_loss_sparse"] = loss_of(model, sparse_forward)
     if evaluated and settings.save_to and inputs.tokenizer is not None:
-        plain = plain_model(model)
-        plain.config.use_cache = use_cache
-        plain.save_pretrained(settings.save_to)
+        model.config.use_cache = use_cache
+        save_merged(model, settings.save_to)
         inputs.tokenizer.save_pretrained(settings.save_to)
     return result
 

@@ -72,6 +72,7 @@ class RunSettings:
     max_eval_rows: int | None = None
 
     dtype: Literal["fp32", "bf16"] = "fp32"  # weights are loaded in it, and computed in it unless `autocast`
+    quantize: Literal["nf4"] | None = None  # the frozen linear layers, as QLoRA does; not for vanilla
     autocast: bool = False  # the Trainer's mixed precision, bf16
     gradient_checkpointing: bool = False
     liger: bool = False  # the Trainer's use_liger_kernel

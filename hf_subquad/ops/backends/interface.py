@@ -5,11 +5,34 @@ All are functions of tensors. None modifies an argument (except `out`), and none
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..token_tiles import TokenTiles
+
+
+class StoredRows(ABC):
+    """Base rows [m, d] that are held in another form, and computed anew for each pass.
+
+    Attributes:
+        shape: (m, d).
+        dtype: of the rows that `load` returns.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @abstractmethod
+    def load(self, neurons: Tensor | None = None) -> Tensor:
+        """The rows, [m, d]. If only some `neurons` (int64, any shape) are needed, other rows may be zeros."""
+
+    @abstractmethod
+    def __getitem__(self, neurons: slice) -> "StoredRows": ...
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 @dataclass(frozen=True)
@@ -17,7 +40,8 @@ class MergedWeight:
     """One weight matrix by neuron: row j is rows[j] + u[j] v.
 
     Attributes:
-        rows: [m, d] in the compute dtype; each row contiguous if tiles gather them.
+        rows: [m, d] in the compute dtype; each row contiguous if tiles gather them. `StoredRows` until they are loaded;
+            backends get them loaded.
         u: [m, q], any float dtype.
         v: [q, d], any float dtype; the update's scale is in it.
         bias: [m] into neurons, [d] out of them, or None.
@@ -27,6 +51,10 @@ class MergedWeight:
     u: Tensor
     v: Tensor
     bias: Tensor | None = None
+
+    def load(self, neurons: Tensor | None = None) -> "MergedWeight":
+        """With rows that are held in another form computed, all or those of some neurons."""
+        return replace(self, rows=self.rows.load(neurons)) if isinstance(self.rows, StoredRows) else self
 
     def split(self, count: int) -> "list[MergedWeight]":
         """The first `count` neurons and the rest, as two matrices: gate and up if they are stacked in one."""
