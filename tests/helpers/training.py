@@ -73,6 +73,12 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, seed=7,
         dataloader_pin_memory=False, optim="adamw_torch",
     )  # fmt: skip
+    if (
+        "activation_checkpointing" in TrainingArguments.__dataclass_fields__
+    ):  # its name in newer versions, which warn of the old one
+        settings = {
+            name.replace("gradient_checkpointing", "activation_checkpointing"): settings[name] for name in settings
+        }
     return TrainingArguments(**{**values, **settings})
 
 
