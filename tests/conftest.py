@@ -1,6 +1,7 @@
 """What every test file shares: one thread (the models are tiny), a fixed seed before each test, and without a GPU
 Triton's interpreter."""
 
+import gc
 import os
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +15,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+def pytest_collection_finish() -> None:
+    """Every training of the Trainer collects garbage: what was imported so far need not be walked each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

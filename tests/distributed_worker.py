@@ -1,13 +1,10 @@
-"""One of two processes that train together: started by `accelerate launch`, writes what each scenario ended with."""
+"""One of two processes that train together, and what each scenario ends with."""
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from helpers.distributed import SCENARIOS, found, loads_as_the_trainer_asks, run_scenario
 from helpers.models import opt
@@ -21,8 +18,6 @@ from transformers import Trainer
 
 from hf_subquad import ParallelismError, SubquadCallback, SubquadConfig, UnsupportedModuleError, apply_plan, patch_model
 
-torch.set_num_threads(1)
-RANK = int(os.environ["RANK"])
 PLANNED = SubquadConfig(**{**TRAIN.to_dict(), "active": None, "tolerance": 1e-5, "fold_steps": 2})
 
 
@@ -36,14 +31,14 @@ class DrawOtherwise(SubquadCallback):
     """Gives every rank a random state of its own before the callback does its part."""
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        torch.manual_seed(100 + RANK)
+        torch.manual_seed(100 + dist.get_rank())
         super().on_train_begin(*args, **kwargs)
 
 
-def of_one_plan(folder: Path) -> dict[str, Any]:
+def of_one_plan(rank: int, folder: Path) -> dict[str, Any]:
     """By itself, the second rank would plan all dense, and fit to other batches."""
     with MonkeyPatch.context() as patch:
-        set_times(patch, overhead=(0.2, 3.0)[RANK])
+        set_times(patch, overhead=(0.2, 3.0)[rank])
         trained_head(patch)
         run = Trainer(
             model=patch_model(opt(), PLANNED), args=arguments(folder, max_steps=5), train_dataset=Texts(),
@@ -94,13 +89,12 @@ def dropping_layers(folder: Path) -> dict[str, Any]:
     return found(run)
 
 
-if __name__ == "__main__":
-    out = Path(sys.argv[1])
+def work(rank: int, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {name: found(run_scenario(name, out / name)) for name in SCENARIOS}
-    results["one plan"] = of_one_plan(out / "one plan")
+    results["one plan"] = of_one_plan(rank, out / "one plan")
     if loads_as_the_trainer_asks():
         results["resumed"] = resumed(out / "resumed")
     results["dropping layers"] = dropping_layers(out / "dropping layers")
     results["fsdp"] = refused(out / "fsdp", fsdp=True, fsdp_config={"version": 2})
     results["sharded"] = sharded()
-    torch.save(results, out / f"rank{RANK}.pt")
+    return results

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import CONFIG, batch, build, fill_updates, leaf, logits, objective
+from helpers.models import CONFIG, batch, build, checkpoint_activations, fill_updates, leaf, logits, objective
 from helpers.reference import recorded_selections
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ def test_gradients_equal_those_without(family: str, reentrant: bool) -> None:
     fill_updates(model)
     expected = gradients(model, family)
     calls = [mlp.calls for mlp in sparse_mlps(model)]
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     with recorded_selections() as selections:
         found = gradients(model, family)
     mlps = sparse_mlps(model)
@@ -44,7 +44,7 @@ def test_another_selection_in_the_recompute_would_show() -> None:
     model = patch_model(build("opt"), CONFIG)
     fill_updates(model)
     expected = gradients(model, "opt")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    checkpoint_activations(model, True)
     inputs = batch("opt", model)
     model.zero_grad()
     loss = objective(logits(model, inputs))
@@ -65,7 +65,7 @@ def test_a_dense_pass_right_after(reentrant: bool) -> None:
     expected = logits(model, inputs)
     model.train()
     sparse = logits(model, inputs)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     objective(logits(model, inputs)).backward()
     model.eval()
     assert torch.equal(logits(model, inputs), expected)
@@ -79,7 +79,7 @@ def test_with_autocast_and_dropout() -> None:
     found = []
     for enabled in (False, True):
         if enabled:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model, False)
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16):
             found.append(gradients(model, "opt"))

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -26,6 +28,7 @@ SCRIPTS = REPOSITORY / "scripts"
 DEMO_MODEL = SCRIPTS / "demo_model"
 sys.path[:0] = [str(SCRIPTS), str(REPOSITORY / "tests")]
 
+import compare_vanilla as script  # noqa: E402
 import comparison.report as reports  # noqa: E402
 import reporting  # noqa: E402
 from apart_workers import die, double  # noqa: E402
@@ -54,12 +57,14 @@ def compare_vanilla(*arguments: str, check: bool = True) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def shape_run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("shape") / "new folder" / "run.json"
-    arguments = ["--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=opt", "--steps", "7"]
+    arguments = ["--threads", "1", "--shape", "hidden=32,intermediate=128,layers=2,vocab=64,arch=opt", "--steps", "7"]
     arguments += ["--batch-size", "2", "--seq-length", "32", "--rounds", "1", "--turn-steps", "2"]
     arguments += ["--untimed-steps", "1", "--profile-steps", "1"]
     arguments += ["--rank", "4", "--set", "sketch_rank=8", "tile_size=16", "active=0.25", "--json", str(path)]
-    done = compare_vanilla(*arguments)
-    return SimpleNamespace(path=path, report=json.loads(path.read_text()), stdout=done.stdout)
+    with redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare_vanilla.py", *arguments])
+        assert script.main() == 0
+    return SimpleNamespace(path=path, report=json.loads(path.read_text()), stdout=printed.getvalue())
 
 
 def test_report_has_every_key(shape_run: SimpleNamespace) -> None:
@@ -221,10 +226,8 @@ def test_failing_method_is_reported_with_its_traceback() -> None:
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from compare_vanilla import parse_options
-
     with pytest.raises(SystemExit):
-        parse_options(arguments)
+        script.parse_options(arguments)
     assert message in capsys.readouterr().err
 
 

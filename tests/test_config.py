@@ -84,7 +84,7 @@ CONFIGS = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(CONFIGS, st.integers(1, 10**6))
 def test_any_config_survives_json_and_gives_possible_budgets(config: SubquadConfig, neurons: int) -> None:
     assert SubquadConfig.from_json(config.to_json()) == config

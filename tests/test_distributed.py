@@ -9,10 +9,11 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from distributed_worker import work
 from helpers.distributed import SCENARIOS, found, loads_as_the_trainer_asks, run_scenario
 from helpers.models import assert_same as assert_unchanged
 from helpers.models import opt, snapshot
-from helpers.processes import assert_same, two_processes
+from helpers.processes import assert_same, two_forks
 from helpers.training import TRAIN, Texts, arguments, patched_opt
 from packaging.version import Version
 from transformers import Trainer
@@ -22,9 +23,9 @@ from hf_subquad import ParallelismError, SubquadCallback, UnsupportedModuleError
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of one launch of two processes that ran every scenario, and what each rank found."""
+    """The folder of two processes that ran every scenario, and what each rank found."""
     folder = tmp_path_factory.mktemp("launched")
-    return folder, two_processes("distributed_worker.py", folder)
+    return folder, two_forks(work, folder)
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """Are the gathered products and all their gradients right, in every dtype, and what do they keep for backward?"""
 
+import itertools
 import threading
 
 import pytest
@@ -22,11 +23,18 @@ def tokens(count: int, d: int = D) -> Tensor:
     return torch.randn(count, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# By default the first shape with every kind, and every other shape with one.
+GRADCHECKED = {(kind, SHAPES[0]) for kind in KINDS} | set(zip(itertools.cycle(KINDS), SHAPES[1:], strict=False))
+
+
 @pytest.mark.parametrize(
-    "bias", [pytest.param(True, marks=pytest.mark.slow, id="bias"), pytest.param(False, id="no-bias")]
+    ("kind", "bias", "shape"),
+    [
+        pytest.param(*case, marks=[] if case[::2] in GRADCHECKED and not case[1] else pytest.mark.slow)
+        for case in itertools.product(KINDS, (True, False), SHAPES)
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind: Kind, bias: bool, shape: tuple[int, int, int]) -> None:
     """Numerical against analytical derivatives with respect to x and every U and V."""
     count, tile, k = shape

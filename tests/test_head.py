@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers.models import _LLAMA, VOCABULARY, assert_same, build, snapshot, tokens
+from helpers.models import _LLAMA, VOCABULARY, assert_same, build, checkpoint_activations, snapshot, tokens
 from helpers.tiny_models import LARGEST, NotBuiltError, _filled, tiny_config
 from helpers.training import TRAIN, Texts, arguments, losses
 from peft import LoraConfig, get_peft_model
@@ -414,7 +414,7 @@ def test_compiled_model_is_left_whole() -> None:
 def test_gradient_checkpointing(reentrant: bool, four_rows: None) -> None:
     model, inputs = model_of("llama"), labelled_batch()
     _, expected = loss_and_gradients(model, inputs)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     model.enable_input_require_grads()
     _, gradients = loss_and_gradients(patch_head(model, 1), inputs)
     assert distance(gradients, expected) <= 16 * EPS * largest(expected)

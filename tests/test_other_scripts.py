@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import build, fill_updates, objective, opt, tokens
+from helpers.models import build, checkpoint_activations, fill_updates, objective, opt, tokens
 from helpers.training import TRAIN, Texts, arguments, factors, patched_opt, trainer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -89,7 +89,7 @@ def test_rollouts_in_training_mode_are_dense(family: str, checkpointing: bool) -
     model = patch_model(build(family), TRAIN)
     fill_updates(model)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model, False)
     found = new_tokens(model.train())
     assert not any(mlp.calls for mlp in sparse_mlps(model))
     with torch.no_grad():

@@ -139,8 +139,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float =
         )
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "bias"), zip(KINDS, (True, False, True, True), strict=True))
 def test_equals_the_masked_dense_twin(kind: Kind, bias: bool) -> None:
     """Rows that pass no gradients count for U and V of the output projection, and for nothing before it."""
     module, mlp, twin = patched(kind, D, M, bias)
@@ -304,18 +303,23 @@ def test_autocast_computes_in_its_dtype(kind: Kind) -> None:
         assert (one.double() - other).norm() <= 8 * torch.finfo(torch.bfloat16).eps * other.norm()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_triton_computes_the_same(kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name", "share"),
+    [
+        ("plain", "two k", 1.0),
+        ("gated", "one token of k", 0.6),
+        ("stacked", "idle, k, dense", 0.5),
+        ("conv1d", "idle, k, dense", 1.0),
+    ],
+)
+def test_triton_computes_the_same(kind: Kind, name: str, share: float) -> None:
     pytest.importorskip("triton", minversion="3.3")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: run -m gpu")
     module, mlp, twin = patched(kind, D, M, dtype=torch.float32, backend="triton")
-    x, upstream = random(N, D).float(), random(N, D, seed=2)
-    for name, share in (("two k", 1.0), ("one token of k", 0.6), ("idle, k, dense", 0.5)):
-        parts = mixture(name)
-        expected = run_twin(twin, mlp, parts, x.double(), upstream, share)
-        # float32 sums of at most 23 products.
-        assert_equal(run(module, mlp, parts, x, upstream, share), expected, 1e-4, f"{name}, {share}")
+    x, upstream, parts = random(N, D).float(), random(N, D, seed=2), mixture(name)
+    expected = run_twin(twin, mlp, parts, x.double(), upstream, share)
+    assert_equal(run(module, mlp, parts, x, upstream, share), expected, 1e-4)  # float32 sums of at most 23 products
 
 
 # Which rows pass gradients

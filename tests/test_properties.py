@@ -126,7 +126,7 @@ def run(
 DEGENERATE = Case("gated", "silu", True, 1, 2, 1, 1, 1, "similar", 1, 1.0, 1)
 
 
-@examples(200)
+@examples(80)
 @given(cases())
 @example(DEGENERATE)
 @example(Case("stacked", "gelu", False, 7, 23, 33, 5, 16, "similar", 3, 5.0, 4))
@@ -143,7 +143,7 @@ def test_forward_and_all_gradients_equal_the_masked_dense_model(case: Case) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@examples(40)
+@examples(20)
 @given(cases(least=5, alpha=3.0))
 def test_rounding_is_that_of_the_stock_model(dtype: torch.dtype, case: Case) -> None:
     """Its root mean square over the output and all gradients is at most three times the stock one, or a few roundings:
@@ -158,7 +158,7 @@ def test_rounding_is_that_of_the_stock_model(dtype: torch.dtype, case: Case) -> 
     assert error(sparse) <= 3 * error(stock) + 4 * torch.finfo(dtype).eps
 
 
-@examples(60)
+@examples(30)
 @given(cases())
 def test_all_neurons_are_the_dense_model(case: Case) -> None:
     module, _, _ = replace(case, k=case.m).made()
@@ -171,7 +171,7 @@ def test_all_neurons_are_the_dense_model(case: Case) -> None:
 # What should not matter
 
 
-@examples(60)
+@examples(30)
 @given(cases(), st.integers(0, 99))
 def test_order_of_tokens_with_all_neurons(case: Case, seed: int) -> None:
     module, _, _ = replace(case, k=case.m).made()
@@ -180,7 +180,7 @@ def test_order_of_tokens_with_all_neurons(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("tile_order", ORDERS)
-@examples(40)
+@examples(20)
 @given(cases(), st.integers(0, 3), st.integers(1, 16), st.integers(0, 99))
 def test_order_of_tokens_in_whole_tiles(tile_order: str, case: Case, rounds: int, size: int, seed: int) -> None:
     """Without spare slots, and with every token scored (16 of a tile are). Tiles of similar tokens are the same in any
@@ -199,7 +199,7 @@ def test_order_of_tokens_in_whole_tiles(tile_order: str, case: Case, rounds: int
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-@examples(60)
+@examples(30)
 @given(cases(sketch_rank=12), st.integers(0, 3), st.integers(1, 16), st.integers(0, 99))
 def test_order_of_neurons(case: Case, rounds: int, size: int, seed: int) -> None:
     """Of the rows of W1, b1 and U and the columns of W2: the sketch is full, so the same neurons are chosen, but for
@@ -221,7 +221,7 @@ def test_order_of_neurons(case: Case, rounds: int, size: int, seed: int) -> None
     torch.testing.assert_close(module(case.x()), expected, rtol=1e-9, atol=1e-9)
 
 
-@examples(60)
+@examples(30)
 @given(cases(activation="relu", bias=False), st.integers(-12, 12))
 def test_size_of_tokens(case: Case, power: int) -> None:
     """ReLU without biases (times as much again if gated) is homogeneous, and so is the choice: to the bit, for powers
@@ -235,7 +235,7 @@ def test_size_of_tokens(case: Case, power: int) -> None:
         assert torch.equal(module(x * factor), module(x) * factor**degree)
 
 
-@examples(40)
+@examples(20)
 @given(cases(), st.integers(1, 3))
 def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None:
     module, mlp, _ = case.made(fold_steps=1)
@@ -257,7 +257,7 @@ def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None
 # Inputs and weights that cannot be told apart
 
 
-@examples(80)
+@examples(40)
 @given(
     cases(),
     st.sampled_from(["zeros", "equal", "one outlier", "huge", "tiny", "nan", "inf"]),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers.models import build, fill_updates, opt, tokens
+from helpers.models import build, checkpoint_activations, fill_updates, opt, tokens
 from helpers.training import TRAIN, factors, patched_opt, trainer
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def test_gradients_recomputed_after_a_reference_pass() -> None:
         model = get_peft_model(patched_opt(), LORA)
         fill_updates(model)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_activations(model, False)
         policy = model(input_ids=tokens()).logits
         with torch.no_grad(), model.disable_adapter():
             reference = model(input_ids=tokens()).logits

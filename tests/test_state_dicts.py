@@ -37,9 +37,15 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
 }
 
 
-@pytest.mark.parametrize("average_of", ["fresh", "trained"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize(
+    ("write", "family", "average_of"),
+    [
+        *((write, "opt", "trained") for write in WRITES),
+        *((write, family, "trained") for write, family in zip(WRITES, FAMILIES[1:], strict=True)),
+        ("copy_", "gpt2", "fresh"),
+        ("average", "llama", "fresh"),
+    ],
+)
 def test_averages_written_into_a_state_dict_reach_the_model(write: str, family: str, average_of: str) -> None:
     model = ready(family, seed=5)
     average = ready(family) if average_of == "trained" else patch_model(build(family), CONFIG)

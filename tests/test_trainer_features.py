@@ -1,12 +1,13 @@
 """Does the patch go along with what else the Trainer can do, one feature a test?"""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, NEURONS, batch, build, llama, opt, tokens
+from helpers.models import CONFIG, NEURONS, batch, build, tokens
 from helpers.planning import budgets_of, hand_plan, set_times, trained_head
 from helpers.training import TRAIN, Texts, Watch, arguments, factors, losses, patched_opt, trainer
 from torch import Tensor, nn
@@ -128,8 +129,11 @@ def test_gradient_checkpointing_trains_alike(tmp_path: Path, reentrant: bool) ->
 # Compiled
 
 
-@pytest.mark.parametrize("family", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
-def test_a_compiled_step_equals_the_plain_one(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 1), pytest.param("llama", 3, marks=pytest.mark.slow),
+                           pytest.param("opt", 3, marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_compiled_step_equals_the_plain_one(family: str, layers: int) -> None:
     """From the third step on, nothing is compiled anew. With the compiled mask, attention may run another kernel."""
     graphs: list[torch.fx.GraphModule] = []
 
@@ -140,7 +144,7 @@ def test_a_compiled_step_equals_the_plain_one(family: str) -> None:
     grads, calls, counts = [], [], []
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = patch_model({"opt": opt, "llama": llama}[family]().train(), CONFIG)
+        model = patch_model(build(family, num_hidden_layers=layers), replace(CONFIG, layers_to_transform="all"))
         run = torch.compile(model, backend=backend) if compiled else model
         for seed in (1, 2, 3):
             run(tokens(seed), labels=tokens(seed), use_cache=False).loss.backward()

@@ -1,6 +1,7 @@
 """Do the Triton kernels choose the tiles and neurons that PyTorch would? Interpreted where there is no GPU."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -57,17 +58,24 @@ def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(triton_tiles, "_HELD", 64)
 
 
+def same_again(made: Tensor, make: Callable[[], Tensor]) -> bool:
+    """On a GPU; the interpreter has one order only."""
+    return DEVICE == "cpu" or torch.equal(made, make())
+
+
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize(
     ("tokens", "r", "count", "size"),
-    [(600, 32, 2, 300), (611, 3, 4, 153), (90, 1, 8, 12), (99, 33, 4, 25), (61, 5, 32, 2), (64, 64, 8, 8)],
+    [(301, 32, 2, 151), (99, 33, 4, 25), (61, 5, 8, 8), (22, 1, 8, 3),
+     *(pytest.param(*shape, marks=pytest.mark.slow) for shape in
+       ((600, 32, 2, 300), (611, 3, 4, 153), (90, 1, 8, 12), (61, 5, 32, 2), (64, 64, 8, 8)))],
 )  # fmt: skip
 def test_tiles_are_those_of_the_definition(tokens: int, r: int, count: int, size: int) -> None:
     features = normal(tokens, r) + 5 * normal(1, r, seed=1)
     entries = bisect(features, count, size)
     check_permutation(entries, count, size)
     assert (entries == by_definition(features, count, size)).double().mean() > 0.99  # all but rounding
-    assert torch.equal(entries, bisect(features, count, size))
+    assert same_again(entries, lambda: bisect(features, count, size))
 
 
 def test_one_tile() -> None:
@@ -77,30 +85,31 @@ def test_one_tile() -> None:
 @pytest.mark.usefixtures("held")
 def test_a_mean_far_from_zero_costs_no_digits() -> None:
     """Nor does one token far from the others."""
-    features = normal(512, 8) * torch.linspace(1, 3, 8, device=DEVICE) + 1e4
-    assert (bisect(features, 4, 128) == by_definition(features, 4, 128)).double().mean() > 0.97
-    features = normal(512, 8)
+    features = normal(256, 8) * torch.linspace(1, 3, 8, device=DEVICE) + 1e4
+    assert (bisect(features, 4, 64) == by_definition(features, 4, 64)).double().mean() > 0.97
+    features = normal(256, 8)
     features[0] = 1e3
-    assert (bisect(features, 4, 128) == by_definition(features, 4, 128)).double().mean() > 0.97
+    assert (bisect(features, 4, 64) == by_definition(features, 4, 64)).double().mean() > 0.97
 
 
 @pytest.mark.usefixtures("held")
 def test_ties_keep_their_order() -> None:
-    constant = bisect(torch.full((300, 5), 2.5, device=DEVICE), 4, 75)
-    assert torch.equal(constant.flatten().cpu(), torch.arange(300))
-    features = torch.randint(0, 3, (700, 1), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
-    assert torch.equal(bisect(features, 2, 350).flatten(), features.flatten().argsort(stable=True))
+    constant = bisect(torch.full((150, 5), 2.5, device=DEVICE), 2, 75)
+    assert torch.equal(constant.flatten().cpu(), torch.arange(150))
+    features = torch.randint(0, 3, (300, 1), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    assert torch.equal(bisect(features, 2, 150).flatten(), features.flatten().argsort(stable=True))
     zeros = torch.tensor([[0.0, 1.0, -0.0, 0.0, -1.0, -0.0]], device=DEVICE).t()
     assert bisect(zeros, 2, 3).tolist() == [[4, 0, 2], [3, 5, 1]]
 
 
 @pytest.mark.usefixtures("held")
-@pytest.mark.parametrize("spoil", [NAN, INF, 3e38])
-@pytest.mark.parametrize("rows", [slice(7, 8), slice(0, 1), slice(None)])
+@pytest.mark.parametrize(
+    ("spoil", "rows"), [(NAN, slice(7, 8)), (INF, slice(0, 1)), (3e38, slice(7, 8)), (INF, slice(None))], ids=str
+)
 def test_whatever_the_features_no_entry_is_lost(spoil: float, rows: slice) -> None:
-    features = normal(150, 6)
+    features = normal(75, 6)
     features[rows, 2] = spoil
-    check_permutation(bisect(features, 4, 38), 4, 38)
+    check_permutation(bisect(features, 4, 19), 4, 19)
 
 
 # Scores
@@ -137,23 +146,23 @@ def relative_error(values: Tensor, reference: Tensor) -> float:
     return ((values.double() - reference).norm() / reference.norm()).item()
 
 
-@pytest.fixture(params=[1, 12])
-def _multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All neurons in one share, or in several."""
-    monkeypatch.setattr(triton_neurons, "_multiprocessors", lambda device: request.param)
-
-
-@pytest.mark.usefixtures("_multiprocessors")
-@pytest.mark.parametrize(("gated", "bias"), [(False, False), (True, True)])
+@pytest.mark.parametrize(
+    ("multiprocessors", "gated", "bias"), [(1, True, True), (12, False, False)], ids=["one share", "several shares"]
+)
 @pytest.mark.parametrize(
     ("n", "t", "r", "q", "m"), [(5, 16, 64, 16, 301), (9, 5, 3, 3, 129), (130, 1, 32, 1, 77), (1, 12, 17, 20, 1)]
 )
-def test_scores(n: int, t: int, r: int, q: int, m: int, gated: bool, bias: bool) -> None:
+def test_scores(
+    n: int, t: int, r: int, q: int, m: int, multiprocessors: int, gated: bool, bias: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """All neurons in one share, or in several."""
+    monkeypatch.setattr(triton_neurons, "_multiprocessors", lambda device: multiprocessors)
     sketched, inputs, norms = scoring(n, t, r, q, m, gated, bias)
     scores = tile_scores(sketched, inputs, "silu", norms)
     assert scores.shape == (n, m) and scores.dtype == torch.float32
     assert relative_error(scores, importance(sketched, inputs, "silu", norms)) < (1e-5 if DEVICE == "cpu" else 2e-3)
-    assert torch.equal(scores, tile_scores(sketched, inputs, "silu", norms))
+    assert same_again(scores, lambda: tile_scores(sketched, inputs, "silu", norms))
 
 
 @pytest.mark.parametrize(("r", "q"), [(128, 16), (64, 70), (256, 16), (16, 130)])
@@ -250,7 +259,7 @@ def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_neurons, "_GATHERED", 64)
 
 
-SHAPES = [(1, 1, 1), (3, 70, 1), (3, 70, 70), (5, 129, 33), (2, 1000, 411), (2, 1024, 1023)]
+SHAPES = [(1, 1, 1), (3, 70, 1), (3, 70, 70), (2, 129, 33), (1, 1000, 411), (1, 1024, 1023)]
 
 
 @pytest.mark.parametrize(("n", "m", "k"), SHAPES)
@@ -268,7 +277,7 @@ def test_largest_of_rows_longer_than_a_block(n: int, m: int, k: int) -> None:
     assert torch.equal(top_neurons(scores, k).cpu(), largest(scores, k))
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 7, 10, 15, 16])
+@pytest.mark.parametrize("k", [1, 5, 10, 16])
 def test_largest_of_special_values(k: int) -> None:
     rows = [
         [0.0, -0.0] * 8,

@@ -14,6 +14,9 @@ from .mlp_time import MlpTimer
 from .settings import RunSettings
 
 Batch = Mapping[str, torch.Tensor]
+# By the name that this version of transformers does not warn of.
+_KNOWN = TrainingArguments.__dataclass_fields__
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _KNOWN else "gradient_checkpointing"
 
 
 class TimedTrainer(Trainer):
@@ -154,7 +157,7 @@ def training_arguments(settings: RunSettings, output_dir: str, steps: int) -> Tr
         warmup_steps=settings.lr_warmup_steps,
         optim="adamw_torch_fused",
         bf16=settings.autocast,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **({_CHECKPOINTING: True} if settings.gradient_checkpointing else {}),
         use_liger_kernel=settings.liger,
         seed=settings.seed,
         data_seed=settings.seed,

@@ -171,6 +171,12 @@ def fill_updates(model: nn.Module, seed: int = 3, size: float = 0.3) -> None:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
+def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
+    """By the method's newer name where there is one: that version warns of the old one."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that a refused patch must leave alone: modules, parameters, values, flags, memory layout, mode."""
     return {

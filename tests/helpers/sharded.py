@@ -24,7 +24,7 @@ from hf_subquad import (
 from hf_subquad.layers.find_mlps import runtime_of
 from hf_subquad.weights.shards import gathered, whole
 
-from .models import NEURONS, build, tokens
+from .models import NEURONS, build, checkpoint_activations, tokens
 from .planning import budgets_of, hand_plan
 from .training import TRAIN, factors
 
@@ -57,7 +57,7 @@ def patched(name: str) -> nn.Module:
         apply_plan(model, hand_plan(model, [(NEURONS, 13), (39, 0)], gradient=0.9))
     compensate(model, [micro_batch(-1, 0), micro_batch(-1, 1)])
     if "checkpointing" in more:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model, False)
     return model
 
 

@@ -73,6 +73,9 @@ def arguments(folder: Path, **settings: Any) -> TrainingArguments:
         lr_scheduler_type="constant", logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, seed=7,
         dataloader_pin_memory=False, optim="adamw_torch",
     )  # fmt: skip
+    old, new = "gradient_checkpointing", "activation_checkpointing"  # versions that know the new name warn of the old
+    if new in TrainingArguments.__dataclass_fields__:
+        settings = {name.replace(old, new): value for name, value in settings.items()}
     return TrainingArguments(**{**values, **settings})
 
 
