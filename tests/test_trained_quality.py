@@ -1,4 +1,4 @@
-"""The study of SparseLoRA's recipe: its neuron sets are those of sequences, and its times are read off as said."""
+"""The study of SparseLoRA's recipe: its neuron sets are those of sequences."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ pytest.importorskip("yaml")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from studies.sparse_lora import SequenceSets, sequence_tiles, share_at
+from studies.trained_quality import SequenceSets, sequence_tiles
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
 from hf_subquad.layers.budget import Budget
@@ -43,11 +43,3 @@ def test_context_tokens_of_a_sequence_share_their_neurons(monkeypatch: pytest.Mo
     [selection] = made
     assert selection.tiles.shape == (2, 6) and selection.tiles.tokens == 9
     assert selection.neurons.shape[0] == 2
-
-
-def test_the_share_that_takes_as_long() -> None:
-    times = {0.1: 1.0, 0.5: 3.0, 0.75: 5.0}
-    assert share_at(times, 2.0) == (pytest.approx(0.3), True)
-    assert share_at(times, 1.0) == (0.1, True)
-    assert share_at(times, 0.5) == (0.1, False)  # it cannot be as fast
-    assert share_at(times, 9.0) == (0.75, True)

@@ -1,12 +1,11 @@
-"""SparseLoRA's recipe beside this library's plan, at equal measured time of a training step.
+"""Quality after training, and time of a step: a plan, all neurons, and SparseLoRA's recipe, on the same batches.
 
-    python scripts/studies/sparse_lora.py --model smollm2-135m --train-file train.jsonl --eval-file test.jsonl
+    python scripts/studies/trained_quality.py --model smollm2-135m --train-file train.jsonl --eval-file test.jsonl
 
 SparseLoRA (Khaki et al., ICML 2025) is made from this library's parts: neurons of a token's MLP are chosen by a rank-8
 SVD of the weights, one set for all context tokens of a sequence; tokens at which the loss looks run dense, and so do
-the first 5% of the steps. Its share of neurons is the one at which its step takes as long as the plan's, or those of
-`--train-shares`. Both have the same low-rank updates, LoRA on attention, and skip padding. `dense` is the same model
-with all neurons.
+the first 5% of the steps. All have the same low-rank updates, LoRA on attention, and the exact savings; `dense` has all
+neurons.
 
 Budgets are planned here, or are those that a run of compare_vanilla.py reports (`--budgets answers.json`), so that
 what was timed is what is trained.
@@ -17,10 +16,7 @@ the same start on the same batches, and the dense model's loss is measured on he
 
 import argparse
 import copy
-import dataclasses
-import functools
 import gc
-import itertools
 import json
 import random
 import sys
@@ -69,14 +65,12 @@ Batch = dict[str, Tensor]
 SVD_RANK = 8
 SCORED_ONE_IN = 4  # tokens, as of this library's tiles of 64
 DENSE_STEPS = 0.05  # share of the steps, at the start
-SHARES = (0.02, 0.1, 0.25, 0.5, 0.75)  # of the neurons, at which SparseLoRA's step is timed
 PLANNED_ON = 3  # batches
 METHODS = ("dense", "plan", "SparseLoRA")
 
 DEFINITIONS = {
-    "step_seconds": "median over rounds in which all take turns: forward, backward, clipping, AdamW and sync_model",
-    "share": "SparseLoRA's share of neurons for context tokens, read off the straight pieces between timed shares; "
-    "`reached`: it can be as fast as the plan",
+    "step_seconds": "median over rounds in which all take turns: forward, backward, clipping, AdamW and sync_model; "
+    "null if none were asked for",
     "cosine, gradient_error, divergence": "of the gradient of all trained parameters, and of the predictions, against "
     "the dense forward, before training",
     "loss": "held-out, of the dense forward after training; nats per token that carries loss",
@@ -117,7 +111,7 @@ class Candidate:
     """
 
     def __init__(self, base: nn.Module, options: argparse.Namespace, plan: Plan | None, share: float | None) -> None:
-        self.share, self.plan, self.dense_end = share, plan, options.dense_end
+        self.share, self.plan = share, plan
         config = SubquadConfig(
             rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
             sketch_rank=SVD_RANK if share is not None else SubquadConfig().sketch_rank,
@@ -173,8 +167,6 @@ class Candidate:
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
-            elif number >= (1 - self.dense_end) * len(batches):
-                self.set_share(None)
             self.step(batch)
             tick()
         unpatch_head(self.model)
@@ -203,80 +195,33 @@ class Candidate:
         return {"cosine": found.cosine, "gradient_error": found.gradient_error, "divergence": found.divergence}
 
 
-def share_at(times: Mapping[float, float], seconds: float) -> tuple[float, bool]:
-    """The share whose step takes so long, on straight pieces between those timed, and whether there is one so fast."""
-    points = sorted(times.items())
-    if seconds <= points[0][1]:
-        return points[0][0], seconds >= points[0][1]
-    for (low, low_seconds), (high, high_seconds) in itertools.pairwise(points):
-        if low_seconds <= seconds <= high_seconds:
-            return low + (high - low) * (seconds - low_seconds) / (high_seconds - low_seconds), True
-    return points[-1][0], True
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """What is trained, and how long its step takes: `seconds` is None if nothing was timed; `reached` is false for a
-    share of SparseLoRA that is slower than the plan."""
-
-    method: str
-    tolerance: float | None = None
-    share: float | None = None
-    reached: bool = True
-    step_seconds: float | None = None
-
-
 def study(options: argparse.Namespace) -> dict[str, Any]:
     base, train, held_out = load(options)
     calibration, judged, training = train[:PLANNED_ON], train[PLANNED_ON], train[PLANNED_ON + 1 :]
     random.Random(options.seed).shuffle(training)
     dense = Candidate(base, options, None, None).model
     if options.budgets:
-        given = with_budgets(dense, json.loads(Path(options.budgets).read_text())["patched"])
-        plans = {given.tolerance: given}
+        plan = with_budgets(dense, json.loads(Path(options.budgets).read_text())["patched"])
     else:
-        plans = {tolerance: calibrate(dense, calibration, tolerance=tolerance) for tolerance in options.tolerances}
+        plan = calibrate(dense, calibration, tolerance=options.tolerance)
     del dense
 
-    times = time_in_turns(base, options, plans, calibration, training) if options.rounds else {}
-    sparse_lora_times = {share: times["share", share] for share in SHARES} if times else {}
+    wanted: list[tuple[str, Plan | None, float | None]] = [("dense", None, None), ("plan", plan, None)]
+    wanted += [(f"SparseLoRA, {share:.0%} for context", None, share) for share in options.shares]
+    wanted = [one for one in wanted if one[0].startswith(tuple(options.methods))]
+    times = time_in_turns(base, options, wanted, calibration, training) if options.rounds else {}
     rows = []
-    wanted = contenders(options, list(plans), times, sparse_lora_times)
     with tqdm(total=len(wanted) * options.steps, unit="step", desc="training") as bar:
-        for one in wanted:
-            plan = plans[one.tolerance] if one.method == "plan" and one.tolerance is not None else None
-            candidate = Candidate(base, options, plan, one.share).prepare(calibration)
-            row = {
-                **dataclasses.asdict(one),
-                **candidate.fidelity(judged),
-                "start": candidate.evaluate(held_out)["loss"],
-            }
+        for name, budgets, share in wanted:
+            candidate = Candidate(base, options, budgets, share).prepare(calibration)
+            row = {"method": name, "step_seconds": times.get(name), **candidate.fidelity(judged)}
+            row["start"] = candidate.evaluate(held_out)["loss"]
             candidate.train(training[: options.steps], bar.update)
             rows.append(row | candidate.evaluate(held_out))
             tqdm.write(json.dumps(rows[-1]))  # a study takes hours: what is known is on record if it is cut off
             del candidate
             gc.collect()
-    return {"rows": rows, "sparse_lora_seconds": [{"share": s, "seconds": t} for s, t in sparse_lora_times.items()]}
-
-
-def contenders(
-    options: argparse.Namespace, tolerances: Sequence[float], times: Mapping[Any, float],
-    sparse_lora_times: Mapping[float, float],
-) -> list[Contender]:  # fmt: skip
-    """All that are trained: dense, plans, and SparseLoRA at the given shares, or as fast as each plan."""
-    wanted = [Contender("dense", step_seconds=times.get("dense"))]
-    wanted += [Contender("plan", one, step_seconds=times.get(("plan", one))) for one in tolerances]
-    if not options.train_shares and sparse_lora_times:
-        for tolerance in tolerances:
-            target = times["plan", tolerance]
-            share, reached = share_at(sparse_lora_times, target)
-            seconds = max(target, min(sparse_lora_times.values()))
-            wanted.append(Contender("SparseLoRA", tolerance, share, reached, seconds))
-    wanted += [
-        Contender("SparseLoRA", share=share, step_seconds=sparse_lora_times.get(share))
-        for share in options.train_shares
-    ]
-    return [one for one in wanted if one.method in options.methods]
+    return {"rows": rows}
 
 
 def with_budgets(model: nn.Module, patched: Sequence[Mapping[str, Any]]) -> Plan:
@@ -295,24 +240,15 @@ def with_budgets(model: nn.Module, patched: Sequence[Mapping[str, Any]]) -> Plan
 
 
 def time_in_turns(
-    base: nn.Module, options: argparse.Namespace, plans: Mapping[float, Plan], calibration: Sequence[Batch],
-    batches: Sequence[Batch],
-) -> dict[Any, float]:  # fmt: skip
-    """Median seconds of a training step, all neurons, by plan, and by SparseLoRA's share."""
-    dense, sparse = Candidate(base, options, None, None), Candidate(base, options, None, SHARES[0])
-
-    def at_share(share: float, batch: Batch) -> float:
-        sparse.set_share(share)
-        return sparse.step(batch)
-
-    works: dict[Any, Callable[[Batch], float]] = {"dense": dense.step}
-    for tolerance, plan in plans.items():
-        works["plan", tolerance] = Candidate(base, options, plan, None).prepare(calibration).step
-    works |= {("share", share): functools.partial(at_share, share) for share in SHARES}
-    seconds: dict[Any, list[float]] = {name: [] for name in works}
+    base: nn.Module, options: argparse.Namespace, wanted: Sequence[tuple[str, Plan | None, float | None]],
+    calibration: Sequence[Batch], batches: Sequence[Batch],
+) -> dict[str, float]:  # fmt: skip
+    """Median seconds of a training step, by method."""
+    candidates = {name: Candidate(base, options, plan, share).prepare(calibration) for name, plan, share in wanted}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in tqdm(range(options.rounds + 1), unit="round", desc="timing in turns"):
-        for name, work in works.items():
-            taken = work(batches[number % len(batches)])
+        for name, candidate in candidates.items():
+            taken = candidate.step(batches[number % len(batches)])
             if number:  # the first round warms up
                 seconds[name].append(taken)
     return {name: median(values) for name, values in seconds.items()}
@@ -345,16 +281,13 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batc
 
 
 def table(report: Mapping[str, Any]) -> str:
-    head = ["method", "tolerance", "share", "step (s)", "cosine", "divergence", "loss", "against dense", "match"]
+    head = ["method", "step (s)", "cosine", "divergence", "loss", "against dense", "match"]
     exact = next((row["loss"] for row in report["rows"] if row["method"] == "dense"), None)
     return text_table(
         head,
         (
             [
-                row["method"] + ("" if row["reached"] else " (slower)"),
-                "" if row["tolerance"] is None else f"{row['tolerance']:g}",
-                "" if row["share"] is None else f"{row['share']:.1%}",
-                "" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}",
+                row["method"], "" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}",
                 f"{row['cosine']:.4f}", f"{row['divergence']:.4f}", f"{row['loss']:.4f}",
                 "" if exact is None else f"{row['loss'] / exact - 1:+.2%}", f"{row['match']:.1%}",
             ]
@@ -378,13 +311,10 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=16.0)
-    parser.add_argument("--tolerances", type=float, nargs="+", default=[0.003], help="of plans, one after the other")
+    parser.add_argument("--tolerance", type=float, default=SubquadConfig().tolerance, help="of the plan")
     parser.add_argument("--budgets", metavar="FILE", help="a report of compare_vanilla.py, not a plan")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="that are trained")
-    parser.add_argument(
-        "--dense-end", type=float, default=0.0, help="share of the plan's steps, the last, that are dense"
-    )
-    parser.add_argument("--train-shares", type=float, nargs="+", default=[], help="not those of equal time")
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.5], help="of SparseLoRA's neurons for context")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: nothing is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
