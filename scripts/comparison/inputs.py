@@ -66,9 +66,7 @@ def load_inputs(settings: RunSettings) -> Inputs:
             bnb_4bit_compute_dtype=torch.bfloat16 if settings.autocast else dtype,
         )
         quantized = {"quantization_config": form, "device_map": {"": settings.device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        settings.model, dtype=dtype, attn_implementation="sdpa", **quantized
-    )
+    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=dtype, attn_implementation="sdpa", **quantized)
     if quantized:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=settings.gradient_checkpointing)
     train, evaluation = (_sequences(recipe, part, tokenizer) for part in ("train", "eval"))
