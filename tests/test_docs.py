@@ -66,7 +66,7 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What blocks take for granted: the library, a model, some data."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: opt())
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **settings: opt())
     model, ids = opt(), tokens(shape=(4, 16))
     hand_plan(patch_model(opt(), SubquadConfig(rank=16)), [52, 20, 52]).save(Path("plan.json"))
     return {

@@ -336,3 +336,20 @@ def test_export_is_a_plain_dequantised_checkpoint(tmp_path: Path, adapters: bool
     # Merged weights are rounded to bfloat16, and the plain model computes in it: each of its ten products a layer does.
     tolerance = 10 * models.LAYERS * torch.finfo(torch.bfloat16).eps
     assert (logits.float() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_weights_packed_for_evaluation_on_a_cpu_are_unpacked() -> None:
+    """bitsandbytes packs them in another way in the first evaluation on CPUs with AVX512-BF16."""
+    model = in_4bit(plain("llama"))
+    expected = copy.deepcopy(model)
+    for module in model.modules():
+        if is_4bit(module):
+            packed = bnb.functional._convert_weight_packed_for_cpu(module.weight.data, module.weight.quant_state)
+            module.weight.data, module.weight.quant_state = packed
+            assert module.weight.quant_state.packing_format_for_cpu
+    patch_model(model, CONFIG)
+    patch_model(expected, CONFIG)
+    for mlp, wanted in zip(sparse_mlps(model), sparse_mlps(expected), strict=True):
+        for found, other in zip(mlp.projections, wanted.projections, strict=True):
+            tolerance = torch.finfo(torch.bfloat16).eps * other.rows().abs().amax()  # it rounds the scales
+            assert (found.rows() - other.rows()).abs().amax() <= tolerance

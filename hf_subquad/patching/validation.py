@@ -78,7 +78,7 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
                 "can be patched"
             )
         if config.rank > min(sizes := linear_sizes(module)):
-            raise ConfigError(f"rank={config.rank} exceeds {name}, which has {sizes[0]} inputs and {sizes[1]} outputs")
+            raise ConfigError(f"rank={config.rank} exceeds {name}, which is {sizes[::-1]}")
     config.active_neurons(match.neurons)
 
 
