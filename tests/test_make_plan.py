@@ -309,8 +309,8 @@ def test_context_gets_a_budget_of_its_own() -> None:
 
 
 def test_the_last_layers_context_is_given_up_for_nothing() -> None:
-    """At a tolerance that allows no other change."""
-    plan = calibrate(llama(), text_batches(0, 1, 2, shape=(6, 12), prompt=9), PLANNED, tolerance=1e-9)
+    """At a tolerance that allows no other change, though more than float32 rounds a cosine to."""
+    plan = calibrate(llama(), text_batches(0, 1, 2, shape=(6, 12), prompt=9), PLANNED, tolerance=1e-6)
     assert neurons_of(plan)[-1] == (NEURONS, 0)
     assert plan.gradient_cosine == pytest.approx(1, abs=1e-6) and plan.loss_increase < 1e-9
 

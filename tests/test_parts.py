@@ -139,7 +139,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float =
         )
 
 
-@pytest.mark.parametrize(("kind", "bias"), zip(KINDS, (True, False, True, True), strict=True))
+@pytest.mark.parametrize(("kind", "bias"), list(zip(KINDS, (True, False, True, True), strict=True)))
 def test_equals_the_masked_dense_twin(kind: Kind, bias: bool) -> None:
     """Rows that pass no gradients count for U and V of the output projection, and for nothing before it."""
     module, mlp, twin = patched(kind, D, M, bias)

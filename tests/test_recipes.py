@@ -686,15 +686,30 @@ def launch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     )
 
 
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "apart"])
 def test_accelerate_launch(
-    models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    apart: bool, models_folder: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    """By default the script runs in this process, with the arguments and the environment that the launcher gives it."""
+
+    launcher = sys.modules[launch_command.__module__]
+
+    def here(args: Any) -> None:
+        command, environment = launcher.prepare_simple_launcher_cmd_env(args)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert command[1] == "recipes/finetune_lm.py"
+        finetune_lm.main(command[2:])
+
+    if not apart:
+        monkeypatch.setattr(launcher, "simple_launcher", here)
     run_of = ["--config", "recipes/relu-opt-14m-lora.yaml", "--dry-run", "--set", f"model={models_folder / 'opt'}"]
     files = [f"train_file={data_folder / 'train.jsonl'}", f"eval_file={data_folder / 'test.jsonl'}"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     launch(monkeypatch, *run_of, *files, f"output_dir={tmp_path}")
-    assert f"plain checkpoint: {tmp_path}/dry-run/final" in capfd.readouterr().out
+    if apart:
+        assert f"plain checkpoint: {tmp_path}/dry-run/final" in capfd.readouterr().out
     assert json.loads((tmp_path / "dry-run" / "results.json").read_text())["device"].startswith("cpu")
 
 

@@ -1,5 +1,6 @@
 """Runs work in a process of its own, so that its memory is given back and its peak is its own; one at a time."""
 
+import gc
 import math
 import multiprocessing
 import signal
@@ -97,6 +98,7 @@ def _context(start: str) -> Any:
 def _run(work: Work, argument: Any, sending: Connection) -> None:
     """What the process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    gc.freeze()  # what a fork was born with need not be looked through for garbage
     try:
         message = ("result", work(argument, lambda progress: sending.send(("progress", progress))))
     except BaseException:
