@@ -87,7 +87,7 @@ def attend_by_sequence(
         plain = query.shape[2] == key.shape[2] and all(kwargs.get(name) is None for name in _NOT_HERE)
         found = _worthwhile(attention_mask) if plain else None
     if found is None:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     groups = getattr(module, "num_key_value_groups", 1)

@@ -71,7 +71,7 @@ def summarise(
     return summary | {
         **{f"{of}_share": sum(mlp[of] for mlp in patched) / neurons if patched else None for of in _CLASSES},
         "patched": [{key: mlp[key] for key in kept} for mlp in patched],
-        "planned": _planned(runs["subquad"]["plan"]) if patched else None,
+        "planned": _planned(runs["subquad"].get("plan")) if patched else None,
         "definitions": DEFINITIONS,
     }
 
