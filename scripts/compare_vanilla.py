@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 from comparison.apart import WorkerError, run_apart
-from comparison.measure import full_run, turn
+from comparison.measure import expected_memory, full_run, turn
+from comparison.memory import available_bytes, memory_bytes
 from comparison.report import summarise, table, write_csv, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
@@ -46,6 +47,7 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
     """
     common = next(iter(runs.values()))
     apart = partial(run_apart, start="spawn" if common.device == "cuda" else "forkserver")
+    print(_memory_note(runs), flush=True)
     turn_steps = common.untimed_steps + common.turn_steps + common.profile_steps
     losses: dict[str, str] = {}
     whole, turns = {}, {name: [] for name in runs}
@@ -84,6 +86,23 @@ def compare(runs: Mapping[str, RunSettings]) -> dict[str, Any]:
         "settings": settings | {"learning_rates": {name: run.learning_rate for name, run in runs.items()}},
         **provenance(),
     }
+
+
+def _memory_note(runs: Mapping[str, RunSettings]) -> str:
+    """What memory each method will take, about."""
+    common = next(iter(runs.values()))
+    expected = run_apart("the estimate of memory", expected_memory, common)
+    needs = {
+        name: expected["full" if name == "vanilla" or (name == "subquad" and run.rest == "full") else "low_rank"]
+        for name, run in runs.items()
+    }
+    text = ", ".join(f"{name} up to about {need / 1e9:.1f} GB" for name, need in needs.items())
+    note = (
+        f"memory: {text}, one at a time; {available_bytes() / 1e9:.1f} of {memory_bytes() / 1e9:.1f} GB are available"
+    )
+    if common.device == "cpu" and max(needs.values()) > available_bytes():
+        note += "\nThis may not fit. Reduce --batch-size or --seq-length, or end other programs."
+    return note
 
 
 # Options that are fields of RunSettings, with their defaults.

@@ -130,6 +130,11 @@ def test_csv_has_a_row_per_step(shape_run: SimpleNamespace) -> None:
     assert float(rows[6]["training_seconds"]) == pytest.approx(last)
 
 
+def test_memory_is_told_before(shape_run: SimpleNamespace) -> None:
+    first = shape_run.stdout.splitlines()[0]
+    assert first.startswith("memory: vanilla up to about ") and "one at a time" in first and "GB are available" in first
+
+
 def test_table_and_picture(shape_run: SimpleNamespace) -> None:
     assert all(name in shape_run.stdout for name in METHODS)
     assert f"{shape_run.report['speedup_vs_lora']:.2f}x" in shape_run.stdout

@@ -10,6 +10,7 @@ from peft import prepare_model_for_kbit_training
 from settings import LmSettings
 from training import load_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     DataCollatorForSeq2Seq,
@@ -23,6 +24,10 @@ from transformers import (
 
 from .random_rows import random_rows
 from .settings import RunSettings, Shape
+
+_LIBRARIES = 700_000_000
+# Copies of the weights, and values that a layer keeps of a token, in units of its sizes; adapters keep more.
+_KEPT = {"full": (4, 12, 4), "low_rank": (1, 20, 6)}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -114,3 +119,28 @@ def shape_config(shape: Shape, positions: int) -> PretrainedConfig:
     return OPTConfig(
         **common, ffn_dim=shape.intermediate, word_embed_proj_dim=shape.hidden, dropout=0.0, attention_dropout=0.0
     )
+
+
+def expected_memory(settings: RunSettings) -> dict[str, int]:
+    """About how many bytes a process of each kind of training will take on a CPU, at most: "full" (every weight is
+    trained) and "low_rank". For a batch of the longest sequences.
+
+    Counted are libraries, weights (trained in full: with gradients and two moments), what a transformer layer keeps of
+    its tokens for the backward pass, and logits with their gradient and softmax. Freed memory that the allocator keeps
+    comes on top.
+    """
+    if settings.shape is not None:
+        config = shape_config(settings.shape, settings.seq_length)
+    else:
+        config = AutoConfig.from_pretrained(settings.model)
+    with torch.device("meta"):
+        weights = sum(w.numel() for w in AutoModelForCausalLM.from_config(config).parameters())
+    size = DTYPES[settings.dtype].itemsize
+    tokens = settings.batch_size * settings.seq_length
+    neurons = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * config.hidden_size
+    logits = 3 * tokens * config.vocab_size * 4  # the loss is computed in fp32
+    found = {}
+    for kind, (copies, of_hidden, of_neurons) in _KEPT.items():
+        kept = tokens * config.num_hidden_layers * (of_hidden * config.hidden_size + of_neurons * neurons) * size
+        found[kind] = _LIBRARIES + copies * weights * size + kept + logits
+    return found

@@ -54,6 +54,14 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
     }
 
 
+def expected_memory(settings: RunSettings, report: OnProgress) -> dict[str, int]:
+    """See inputs.py."""
+    _prepare(settings)
+    from .inputs import expected_memory
+
+    return expected_memory(settings)
+
+
 def _prepare(settings: RunSettings) -> None:
     """This process: its threads, where the recipes lie, and what it does not print."""
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)

@@ -59,6 +59,11 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def available_bytes() -> int:
+    """Memory that a new program could take now; on systems other than Linux, all there is."""
+    return _read("/proc/meminfo", "MemAvailable") or memory_bytes()
+
+
 def _read(path: str, field: str) -> int:
     """A field in kilobytes, as bytes; 0 where there is none."""
     try:

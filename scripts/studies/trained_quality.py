@@ -16,6 +16,7 @@ the same start on the same batches, and the dense model's loss is measured on he
 
 import argparse
 import copy
+import dataclasses
 import gc
 import json
 import random
@@ -42,10 +43,7 @@ from settings import LmSettings
 from training import load_tokenizer
 
 from hf_subquad import (
-    LayerPlan,
-    Plan,
     SubquadConfig,
-    apply_plan,
     calibrate,
     compensate,
     dense_forward,
@@ -61,6 +59,7 @@ from hf_subquad.ops.token_tiles import TokenTiles
 from hf_subquad.planning.fidelity import DenseReference
 
 Batch = dict[str, Tensor]
+Wanted = tuple[str, list[Budget] | None, float | None]  # name; budgets of a plan; SparseLoRA's share
 
 SVD_RANK = 8
 SCORED_ONE_IN = 4  # tokens, as of this library's tiles of 64
@@ -110,8 +109,10 @@ class Candidate:
         share: SparseLoRA's, of the neurons; None for a plan, or for all neurons if there is none.
     """
 
-    def __init__(self, base: nn.Module, options: argparse.Namespace, plan: Plan | None, share: float | None) -> None:
-        self.share, self.plan = share, plan
+    def __init__(
+        self, base: nn.Module, options: argparse.Namespace, budgets: list[Budget] | None, share: float | None
+    ) -> None:
+        self.share, self.budgets = share, budgets
         config = SubquadConfig(
             rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
             sketch_rank=SVD_RANK if share is not None else SubquadConfig().sketch_rank,
@@ -132,8 +133,9 @@ class Candidate:
 
     def prepare(self, calibration: Sequence[Batch]) -> "Candidate":
         """Set the budgets that it trains with."""
-        if self.plan is not None:
-            apply_plan(self.model, self.plan)
+        if self.budgets is not None:
+            for mlp, budget in zip(self.mlps, self.budgets, strict=True):
+                mlp.set_budget(budget)
             compensate(self.model, calibration)
         else:
             self.set_share(self.share)
@@ -163,13 +165,15 @@ class Candidate:
         return time.perf_counter() - started
 
     def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
-        patch_head(self.model)  # exact, and the same for all
+        if self.share is None:  # whose sets are those of padded rows
+            patch_head(self.model)  # exact
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
             self.step(batch)
             tick()
-        unpatch_head(self.model)
+        if self.share is None:
+            unpatch_head(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -201,50 +205,37 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     random.Random(options.seed).shuffle(training)
     dense = Candidate(base, options, None, None).model
     if options.budgets:
-        plan = with_budgets(dense, json.loads(Path(options.budgets).read_text())["patched"])
+        rows = json.loads(Path(options.budgets).read_text())["patched"]
     else:
         plan = calibrate(dense, calibration, tolerance=options.tolerance)
+        rows = [dataclasses.asdict(layer) for layer in plan.layers]
+    budgets = [Budget(row["predicted"], row["context"], row["gradient"]) for row in rows]
     del dense
 
-    wanted: list[tuple[str, Plan | None, float | None]] = [("dense", None, None), ("plan", plan, None)]
+    wanted: list[Wanted] = [("dense", None, None), ("plan", budgets, None)]
     wanted += [(f"SparseLoRA, {share:.0%} for context", None, share) for share in options.shares]
     wanted = [one for one in wanted if one[0].startswith(tuple(options.methods))]
     times = time_in_turns(base, options, wanted, calibration, training) if options.rounds else {}
-    rows = []
+    found = []
     with tqdm(total=len(wanted) * options.steps, unit="step", desc="training") as bar:
-        for name, budgets, share in wanted:
-            candidate = Candidate(base, options, budgets, share).prepare(calibration)
+        for name, planned, share in wanted:
+            candidate = Candidate(base, options, planned, share).prepare(calibration)
             row = {"method": name, "step_seconds": times.get(name), **candidate.fidelity(judged)}
             row["start"] = candidate.evaluate(held_out)["loss"]
             candidate.train(training[: options.steps], bar.update)
-            rows.append(row | candidate.evaluate(held_out))
-            tqdm.write(json.dumps(rows[-1]))  # a study takes hours: what is known is on record if it is cut off
+            found.append(row | candidate.evaluate(held_out))
+            tqdm.write(json.dumps(found[-1]))  # a study takes hours: what is known is on record if it is cut off
             del candidate
             gc.collect()
-    return {"rows": rows}
-
-
-def with_budgets(model: nn.Module, patched: Sequence[Mapping[str, Any]]) -> Plan:
-    """A plan with the budgets of a report of compare_vanilla.py. It was not measured here, so its times are nominal."""
-    layers = tuple(
-        LayerPlan(row["name"], row["neurons"], row["predicted"], row["context"], row["gradient"], error=0.0,
-                  context_error=0.0, full_ms=1.0, dense_ms=1.0, sparse_ms=1.0)
-        for row in patched
-    )  # fmt: skip
-    config = SubquadConfig()
-    return Plan(
-        tolerance=config.tolerance, loss_increase=0.0, gradient_cosine=0.0, step_ms=float(len(layers)),
-        planning_seconds=0.0, padding_share=0.0, context_share=0.0, tokens=1, dtype="float32", device="cpu",
-        tile_size=config.tile_size, tile_order=config.tile_order, saved_elsewhere_ms=0.0, layers=layers,
-    )  # fmt: skip
+    return {"rows": found}
 
 
 def time_in_turns(
-    base: nn.Module, options: argparse.Namespace, wanted: Sequence[tuple[str, Plan | None, float | None]],
+    base: nn.Module, options: argparse.Namespace, wanted: Sequence[Wanted],
     calibration: Sequence[Batch], batches: Sequence[Batch],
 ) -> dict[str, float]:  # fmt: skip
     """Median seconds of a training step, by method."""
-    candidates = {name: Candidate(base, options, plan, share).prepare(calibration) for name, plan, share in wanted}
+    candidates = {name: Candidate(base, options, *how).prepare(calibration) for name, *how in wanted}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in tqdm(range(options.rounds + 1), unit="round", desc="timing in turns"):
         for name, candidate in candidates.items():
