@@ -305,7 +305,7 @@ def test_an_activation_with_parameters_in_any_dtype(dtype: torch.dtype, autocast
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         module(x.to(weights)).sum().backward()
     assert mlp.index.activation.weight.grad.isfinite().all()
-    assert recall(mlp.index, x.to(weights), 9, 8) > 1.5 * 9 / M  # chance finds 9 / M
+    assert recall(mlp.index, x.to(weights), 9, 8) > 0.5
 
 
 def test_select_in_float16_does_not_overflow() -> None:

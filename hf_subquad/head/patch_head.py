@@ -3,9 +3,9 @@
 from typing import TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError
+from ..layers.surroundings import language_model
 from .labelled_call import NotHereError
 from .labelled_forward import LabelledForward
 
@@ -94,8 +94,3 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
     while found is not None and not isinstance(found, LabelledForward):  # accelerate wraps it for mixed precision
         found = getattr(found, "__wrapped__", None)
     return found if found is not None and found.active else None
-
-
-def language_model(model: nn.Module) -> PreTrainedModel | None:
-    """The outermost transformers model in a model."""
-    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

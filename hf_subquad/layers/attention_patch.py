@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..ops.attention import attend_by_sequence
+from .surroundings import language_model
 
 _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
 _SAME = 1e-4  # relative difference of the losses of a row: rounding, by the dtype at least this
@@ -54,8 +55,9 @@ def attend_by_sequences(model: nn.Module) -> bool:
 
 
 def attends_by_sequences(model: nn.Module) -> bool:
-    """Whether `attend_by_sequences` is in effect."""
-    return bool(_configs(model, _OURS))
+    """Whether `attend_by_sequences` is in effect for the text."""
+    root = language_model(model)  # runs in every step, so not all modules are asked
+    return root is not None and root.config.get_text_config(decoder=True)._attn_implementation == _OURS
 
 
 def attend_as_before(model: nn.Module) -> bool:
@@ -75,13 +77,8 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
 
 
 def _rename(model: nn.Module, before: str, after: str) -> bool:
-    found = _configs(model, before)
+    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    found = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == before]
     for config in found:
         config._attn_implementation = {"": after}  # not of the configs inside, which may have others
     return bool(found)
-
-
-def _configs(model: nn.Module, attention: str) -> list[Any]:
-    """The configs in a model with this attention function."""
-    found: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
-    return [config for config in found.values() if getattr(config, "_attn_implementation", None) == attention]

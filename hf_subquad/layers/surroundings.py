@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 _REFERENCE = "ref"  # the name that TRL gives a frozen copy of the adapters, which it compares with
 
@@ -73,3 +74,8 @@ def holders(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
             if hasattr(module, "gradient_checkpointing"):
                 found[id(module)] = module
     return list(found.values())
+
+
+def language_model(model: nn.Module) -> PreTrainedModel | None:
+    """The outermost transformers model in a model."""
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)

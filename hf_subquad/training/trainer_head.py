@@ -6,7 +6,8 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import UnsupportedModuleError
-from ..head.patch_head import install, labelled_forward, language_model, remove
+from ..head.patch_head import install, labelled_forward, remove
+from ..layers.surroundings import language_model
 
 logger = logging.get_logger(__name__)
 
