@@ -122,16 +122,17 @@ def _flat(matrices: Sequence[MergedWeight]) -> list[Tensor | None]:
 def _matrices(flat: Sequence[Any], parts: Sequence[Part]) -> list[MergedWeight]:
     """Undo `_flat`, in the dtype of the rows, with the rows that the parts need loaded."""
     count = len(flat) // 4
+    found = [
+        MergedWeight(rows, u.to(rows.dtype), v.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+        for u, v, rows, bias in zip(*(flat[i * count : (i + 1) * count] for i in range(4)), strict=True)
+    ]
+    if not any(isinstance(matrix.rows, StoredRows) for matrix in found):
+        return found
     needed = None
     if not any(part.selection is None and not part.idle for part in parts):
         chosen = [part.selection.neurons.flatten() for part in parts if part.selection is not None]
         needed = torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=flat[0].device)
-    return [
-        MergedWeight(
-            rows, u.to(rows.dtype), v.to(rows.dtype), None if bias is None else bias.to(rows.dtype)
-        ).load(needed)
-        for u, v, rows, bias in zip(*(flat[i * count : (i + 1) * count] for i in range(4)), strict=True)
-    ]  # fmt: skip
+    return [matrix.load(needed) for matrix in found]
 
 
 def _save(ctx: Any, *tensors: Tensor, flat: Sequence[Any]) -> None:
