@@ -131,20 +131,31 @@ def test_nothing_missed_is_nothing() -> None:
     assert not found.weight.any() and not found.bias.any()
 
 
+def test_a_map_of_high_rank_is_reduced_to_what_explains_the_most() -> None:
+    """As good as the best map of that rank, a truncated SVD of what the whole regression predicts, up to a tenth."""
+    width, tokens = 300, 4000
+    spectrum = 0.97 ** torch.arange(width)
+    x = noise(tokens, width, seed=7)
+    missed = (x @ torch.linalg.qr(noise(width, width, seed=8)).Q * spectrum) @ noise(width, width, seed=9)
+    found = fitted(None, (x, missed))
+    assert found.basis.shape[0] == found.weight.shape[1] < width
+    singular = torch.linalg.svdvals(missed)[len(found.basis) :]
+    assert (found(x) - missed).norm() < 1.1 * singular.norm()
+    assert torch.equal(fitted(None, (x, missed)).basis, found.basis)
+
+
+def test_the_whole_input_explains_more_than_a_basis() -> None:
+    x = noise(N, D)
+    missed = x @ noise(D, OUT, seed=6)
+    whole, part = fitted(None, (x, missed)), fitted(orthogonal(), (x, missed))
+    assert (whole(x) - missed).norm() < 0.01 * missed.norm() < (part(x) - missed).norm()
+
+
 def test_tokens_that_are_all_zero_give_the_mean() -> None:
     missed = noise(N, OUT, seed=6)
     found = fitted(orthogonal(), (torch.zeros(N, D), missed))
     torch.testing.assert_close(found.bias, missed.mean(0), rtol=0.01, atol=1e-3)
     assert found.weight.isfinite().all()
-
-
-def test_between_two() -> None:
-    basis = orthogonal()
-    one, other = random_compensation(basis, OUT), fitted(basis, (noise(N, D), noise(N, OUT)))
-    x = noise(9, D)
-    assert torch.equal(one.towards(other, 0.0)(x), one(x))
-    torch.testing.assert_close(one.towards(other, 1.0)(x), other(x))
-    torch.testing.assert_close(one.towards(other, 0.25)(x), 0.75 * one(x) + 0.25 * other(x))
 
 
 def test_call_by_hand_in_any_shape_and_dtype() -> None:

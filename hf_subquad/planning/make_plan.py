@@ -8,14 +8,14 @@ on a batch to which nothing was fitted.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
-from ..layers.batch_hook import watch_batches
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
@@ -57,11 +57,8 @@ def calibrate(
     if not patched:
         patch_model(model, config)
     try:
-        before = Snapshot(require_patched(model))
-        try:
+        with _restored(require_patched(model), always=True):
             return _calibrate(model, batches, tolerance)
-        finally:
-            before.restore()
     finally:
         if not patched:
             unpatch_model(model)
@@ -73,13 +70,8 @@ def plan_and_fit(model: nn.Module, batches: Iterable[Batch]) -> Plan:
     Raises:
         CalibrationError: as `calibrate`. The model is unchanged.
     """
-    before = Snapshot(require_patched(model))
-    try:
+    with _restored(require_patched(model)):
         plan = _calibrate(model, list(batches), None)
-    except BaseException:
-        before.restore()
-        raise
-    before.restore_calls()  # of training, which those of planning are not
     apply_plan(model, plan)
     return plan
 
@@ -102,38 +94,33 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     if not mlps:
         return
     require_whole(mlps)
-    watch_batches(model, runtime)
-    before = Snapshot(mlps)
-    try:
-        with preserve_mode_and_rng(model):
-            calls = recorded(model, runtime, mlps, batches)
-            with no_autocast(mlps):
-                corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
-    except BaseException:
-        before.restore()
-        raise
+    with _restored(mlps), preserve_mode_and_rng(model):
+        calls = recorded(model, runtime, mlps, batches)
+        with no_autocast(mlps):
+            corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
     for mlp, fitted in zip(mlps, corrections, strict=True):
         mlp.corrections = fitted
 
 
-class Snapshot:
-    """The current budgets, corrections and indices of some MLPs, to be restored later."""
+@contextmanager
+def _restored(mlps: Sequence[SparseMLP], always: bool = False) -> Iterator[None]:
+    """Context manager: after an error, or `always`, budgets, corrections and indices are as before.
 
-    def __init__(self, mlps: Sequence[SparseMLP]) -> None:
-        self._states = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]
-
-    def restore_calls(self) -> None:
-        """Restore only the counts of forward passes."""
-        for mlp, _, _, calls, _ in self._states:
+    The counts of forward passes are restored in any case: they are of training, and this is none.
+    """
+    before = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]
+    restore = True
+    try:
+        yield
+        restore = always
+    finally:
+        for mlp, budget, corrections, calls, index in before:
             mlp.calls = calls
-
-    def restore(self) -> None:
-        self.restore_calls()
-        for mlp, budget, corrections, _, index in self._states:
-            mlp.set_budget(budget)
-            mlp.corrections = corrections
-            mlp.index.restore(index)
-            mlp.forget_call()
+            if restore:
+                mlp.set_budget(budget)
+                mlp.corrections = corrections
+                mlp.index.restore(index)
+                mlp.forget_call()
 
 
 def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | None) -> Plan:
@@ -187,6 +174,5 @@ def _fit_budget(mlp: SparseMLP, calls: Sequence[MLPCall]) -> dict[TokenClass, Co
         if (k := mlp.budget.neurons(name)) is not None:
             measured = ClassMeasurements(mlp, [k])
             measured.fit(tokens)
-            measured.solve()
             found[name] = measured.corrections[k]
     return found

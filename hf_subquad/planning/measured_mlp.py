@@ -128,7 +128,6 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
         is evaluated; and the seconds of a dense step on it.
     """
     runtime, mlps = patched_parts(model)
-    watch_batches(model, runtime)
     seen = recorded(model, runtime, mlps, batches[:-1] or batches)
     classes: dict[str, dict[TokenClass, ClassMeasurements]] = {}
     with no_autocast(mlps):
@@ -170,6 +169,7 @@ def recorded(
     model: nn.Module, runtime: Runtime, mlps: Sequence[SparseMLP], batches: Sequence[Batch]
 ) -> dict[str, list[MLPCall]]:
     """Every MLP's inputs on some batches, in dense passes without gradients."""
+    watch_batches(model, runtime)
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
     if runtime.skips_padding is None:

@@ -21,7 +21,10 @@ from ..weights.projection import compute_dtype
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the neurons, at which MLPs are measured and may run
 _MULTIPLE = 8  # of neurons, which GEMMs like
 _TILES_AT_ONCE = 8
-_FITTED_TOKENS = 2048  # of a class, to which an index and corrections are fitted
+_FITTED_TOKENS = 8192  # of a class, to which an index and corrections are fitted
+# A correction that replaces the whole MLP is fitted to all features of the tokens if there are so many times as many of
+# them, and explains far more than one fitted to the sketch. What a selection misses is hardly more linear in them.
+_TOKENS_PER_FEATURE = 2
 
 
 @dataclass
@@ -64,24 +67,22 @@ class ClassMeasurements:
     def __init__(self, mlp: SparseMLP, ks: Sequence[int]) -> None:
         self._mlp = mlp
         self.ks = list(ks)
-        self._fits = {k: CompensationFit(mlp.index.sketch.basis) for k in self.ks}
         self.corrections: dict[int, Compensation] = {}
         self.errors: dict[int, float] = {}
         self.costs: dict[int, float] = {}
 
     def fit(self, tokens: Tensor) -> None:
-        """Fit to tokens [N, d] of the class."""
-        for _, x, _, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
-            for k, fit in self._fits.items():
-                fit.add(x, missed[k])
-
-    def solve(self) -> None:
-        """Fit the corrections.
+        """Fit corrections to tokens [N, d] of the class.
 
         Raises:
             CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
         """
-        self.corrections = {k: fit.solve() for k, fit in self._fits.items()}
+        enough = len(tokens) >= _TOKENS_PER_FEATURE * tokens.shape[1]
+        fits = {k: CompensationFit(None if enough and not k else self._mlp.index.sketch.basis) for k in self.ks}
+        for _, x, _, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
+            for k, fit in fits.items():
+                fit.add(x, missed[k])
+        self.corrections = {k: fit.solve() for k, fit in fits.items()}
 
     def judge(self, tokens: Tensor, energy: Tensor) -> None:
         """Measure the remaining error on tokens [N, d] of another batch, with gradients of squared norm `energy` [N].
@@ -89,7 +90,6 @@ class ClassMeasurements:
         Raises:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
-        self.solve()
         whole, missing, costs = 0.0, dict.fromkeys(self.ks, 0.0), dict.fromkeys(self.ks, 0.0)
         for slots, x, added, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             whole += added.square().sum().item()

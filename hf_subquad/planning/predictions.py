@@ -11,7 +11,6 @@ from ..errors import CalibrationError
 from ..layers.token_classes import predicts_next_token
 
 Batch = Mapping[str, Any]
-Kind = Literal["classes", "labels", "values"]
 
 _JUDGED = 1024  # predictions
 _LEAST = 1e-4  # information: where there is less, rounding decides
@@ -111,7 +110,7 @@ def _channels_first(logits: Tensor, labels: Any) -> bool:
     return isinstance(labels, Tensor) and logits.dim() > 3 and labels.dim() == logits.dim() - 1
 
 
-def _kind(model: nn.Module, logits: Tensor, labels: Any) -> Kind:
+def _kind(model: nn.Module, logits: Tensor, labels: Any) -> Literal["classes", "labels", "values"]:
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if problem == "multi_label_classification":
         return "labels"
