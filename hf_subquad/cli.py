@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     plan.add_argument("--device", default=_device(), help="default: %(default)s")
     plan.add_argument("--save", type=Path, help="write the plan as JSON, for patch_model(model, config, plan=...)")
-    commands.add_parser("env", help="print versions and hardware, to paste into an issue")
+    commands.add_parser("env", help="print versions and hardware, for a bug report")
     options = parser.parse_args(arguments)
     try:
         if options.command == "env":

@@ -47,7 +47,7 @@ class SubquadConfig:
     layers_to_transform: list[int] | LayerGroup = _setting(
         "all",
         "Layer numbers to patch, or 'all', or 'all_but_first'. The first layer of a stack is far less sparse than the "
-        "rest: a plan accounts for that, a fixed `active` does not, so combine it with 'all_but_first'.",
+        "rest. A plan accounts for that; with a fixed `active`, use 'all_but_first'.",
     )
     target_modules: list[str] | None = _setting(
         None,

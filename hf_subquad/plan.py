@@ -47,16 +47,6 @@ class LayerPlan:
     dense_ms: float
     sparse_ms: float
 
-    @property
-    def active(self) -> int:
-        """Number of neurons for predicted tokens."""
-        return self.predicted
-
-    @property
-    def dense(self) -> bool:
-        """Whether it computes all neurons for all tokens and propagates the whole gradient."""
-        return self.predicted == self.context == self.neurons and self.gradient == 1
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -91,11 +81,6 @@ class Plan:
     tile_order: TileOrder
     saved_elsewhere_ms: float
     layers: tuple[LayerPlan, ...]
-
-    @property
-    def mlp_speedup(self) -> float:
-        """Predicted: time of the patched MLPs before the patch, divided by their time in this plan."""
-        return sum(layer.full_ms for layer in self.layers) / sum(layer.sparse_ms for layer in self.layers)
 
     @property
     def mlp_speedup_over_dense(self) -> float:
@@ -143,13 +128,13 @@ class Plan:
             )
         predicted_share = 1 - self.padding_share - self.context_share
         lines += [
-            f"Of {self.tokens} tokens a batch {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
-            f"and {predicted_share:.0%} predicted. Columns: neurons for predicted and for context tokens, share of the "
-            "squared gradient that is propagated back, share of the dense time.",
-            f"Predicted in {self.dtype} on {self.device}: these MLPs {self.mlp_speedup_over_dense:.2f}x and the whole "
-            f"step {self.step_speedup_over_dense:.2f}x faster than dense with low-rank updates (LoRA), the step "
-            f"{self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} nats per "
-            f"token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
+            f"Of {self.tokens} tokens a batch, {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
+            f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens, share "
+            "of the squared gradient that is propagated back, share of the dense time.",
+            f"Predicted for {self.dtype} on {self.device}: these MLPs are {self.mlp_speedup_over_dense:.2f}x and the "
+            f"step is {self.step_speedup_over_dense:.2f}x faster than with all neurons and low-rank updates (LoRA); "
+            f"the step is {self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} "
+            f"nats per token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.saved_elsewhere_ms:

@@ -131,7 +131,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder or Hub name of a causal language model")
     source.add_argument(
-        "--shape", type=_checked(Shape.parse), help="random weights and tokens: hidden=..,intermediate=..,"
+        "--shape", type=_shape, help="random weights and tokens: hidden=..,intermediate=..,"
         "layers=..,vocab=..,arch=opt|llama,padding=SHARE,context=SHARE; losses of held-out text are then null",
     )  # fmt: skip
 
@@ -240,21 +240,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _checked(parse: Any) -> Any:
-    """As an argparse type whose own message is shown."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parsed
+def _shape(text: str) -> Shape:
+    try:
+        return Shape.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error  # a ValueError's message would not be shown
 
 
 def _methods(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
-    if not names or set(names) - set(METHODS) or len(set(names)) < len(names):
+    if set(names) - set(METHODS) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"expected some of {','.join(METHODS)}, got {text!r}")
     return names
 

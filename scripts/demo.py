@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from compare_vanilla import METHODS, compare
 from comparison.apart import WorkerError
 from comparison.report import table, write_csv, write_plot
 from comparison.settings import RunSettings
-from corpus import language_reference_text
 from reporting import plots_available, write_json, write_whole
 
 FOLDER = Path(__file__).resolve().parent
@@ -38,6 +37,33 @@ What this shows: the shapes of the demo model (MLPs {ratio:.0f} times as wide as
 the MLPs dominate a training step, as they do in large language models at their usual 4x. The smaller the share of a
 step that is spent in MLPs, the smaller the gain; the Amdahl limits above say what was possible here. Losses are of
 held-out text under the dense forward, which is what the saved checkpoint computes."""
+
+
+def language_reference_text() -> tuple[list[str], list[str]]:
+    """Topics of Python's language reference, English prose: (training documents, held-out documents).
+
+    Every fourth topic, in alphabetical order, is held out. Long topics repeat paragraphs of short ones: of those only
+    the first stays, and none that is held out stays in the training text.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [topics[name].split("\n\n") for name in sorted(topics)]
+    held_out = documents[3::4]
+    train = [paragraphs for index, paragraphs in enumerate(documents) if index % 4 != 3]
+    seen: set[str] = set()
+    held_out_texts = _without(seen, held_out)
+    return _without(seen, train), held_out_texts
+
+
+def _without(seen: set[str], documents: list[list[str]]) -> list[str]:
+    """Documents without the paragraphs in `seen`, which is added to."""
+    texts = []
+    for paragraphs in documents:
+        fresh = [text for text in dict.fromkeys(paragraphs) if text not in seen]
+        seen.update(fresh)
+        if any(text.strip() for text in fresh):
+            texts.append("\n\n".join(fresh))
+    return texts
 
 
 def write_texts(folder: Path) -> dict[str, str]:
@@ -103,14 +129,6 @@ def check_checkpoint(folder: Path, run: RunSettings) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def describe_check(checked: Mapping[str, Any], expected: float, folder: Path) -> str:
-    return (
-        f"{folder} is a plain Hugging Face checkpoint: a fresh process without hf_subquad and PEFT got held-out loss "
-        f"{checked['eval_loss']:.4f} from it (in training: {expected:.4f}), and generates:\n"
-        f"  {checked['prompt']!r} -> {checked['text']!r}"
-    )
-
-
 def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
@@ -128,11 +146,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
-    runs = demo_runs(options)
+    runs, folder = demo_runs(options), options.output / "checkpoint"
     print("vanilla, lora and subquad train, then take turns on the same batches; 3 to 10 minutes on two free cores")
     try:
         report = compare(runs)
-        checked = check_checkpoint(options.output / "checkpoint", runs["subquad"])
+        checked = check_checkpoint(folder, runs["subquad"])
     except (WorkerError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -142,7 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plots_available():
         write_plot(report, options.output / "loss_against_time.png", "demo model, language reference")
     print(table(report))
-    print(describe_check(checked, report["methods"]["subquad"]["eval_loss_dense"], options.output / "checkpoint"))
+    print(
+        f"{folder} is a plain Hugging Face checkpoint: a fresh process without hf_subquad and PEFT got held-out loss "
+        f"{checked['eval_loss']:.4f} from it (in training: {report['methods']['subquad']['eval_loss_dense']:.4f}), and "
+        f"generates:\n  {checked['prompt']!r} -> {checked['text']!r}"
+    )
     config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     print(NOTE.format(ratio=config["ffn_dim"] / config["hidden_size"]))
     print(f"JSON, CSV and picture are in {options.output}")

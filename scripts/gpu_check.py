@@ -1,7 +1,7 @@
 """Say on a GPU whether the kernels are right, and how fast everything is, in one call of a few minutes.
 
     python scripts/gpu_check.py
-    python scripts/gpu_check.py --only device,correctness
+    python scripts/gpu_check.py --only device correctness
     TRITON_INTERPRET=1 python scripts/gpu_check.py --tiny --device cpu
 
 Sections run in order of importance, each in a process of its own: one that hangs is stopped, one that crashes or loses

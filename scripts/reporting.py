@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 from environment import provenance
 
-Points = Mapping[str, Sequence[tuple[float, float]]]  # (x, y) by the name of the line
-
 
 class Panel(NamedTuple):
     x_label: str
     y_label: str
-    lines: Points
+    lines: Mapping[str, Sequence[tuple[float, float]]]  # (x, y) by the name of the line
     x_scale: str = "linear"  # or "log"
     y_scale: str = "linear"
 
@@ -29,14 +27,6 @@ def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
         "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in cells)
     )
-
-
-def lines_of(rows: Iterable[Mapping[str, Any]], name: str, x: str, y: str) -> dict[str, list[tuple[float, float]]]:
-    """(row[x], row[y]) by row[name], in order of x."""
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        lines.setdefault(row[name], []).append((row[x], row[y]))
-    return {name: sorted(points) for name, points in lines.items()}
 
 
 def plots_available() -> bool:

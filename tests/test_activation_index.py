@@ -10,10 +10,11 @@ from helpers.models import CONFIG, assert_same, fill_updates, llama, opt, snapsh
 from torch import Tensor
 
 from hf_subquad import CalibrationError, ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps, sync_model
+from hf_subquad.config import TileOrder
 from hf_subquad.index import activation_index as index_module
 from hf_subquad.index.activation_index import ActivationIndex
 from hf_subquad.index.half_space import Report, ReportingIndex
-from hf_subquad.index.selection_quality import evaluate_selection, outputs, recall
+from hf_subquad.index.selection_quality import evaluate_selection, outputs
 from hf_subquad.index.sketch import add_low_rank
 
 D, M, N = 12, 40, 21
@@ -32,6 +33,12 @@ def inputs(count: int = N, d: int = D) -> Tensor:
 
 def integers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+def recall(index: ActivationIndex, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
+    """Share of the truly most important k neurons of each tile of x [N, d] that `select` finds."""
+    selection = index.select(x, k, tile_size, order)
+    return evaluate_selection(index, x[selection.tiles.slots], selection.neurons).recall
 
 
 def check_report(report: Report, scores: Tensor, threshold: float) -> None:

@@ -197,7 +197,7 @@ def test_demo_model_is_small_trained_and_described() -> None:
 
 
 def test_language_reference_is_split_without_overlap() -> None:
-    from corpus import language_reference_text
+    from demo import language_reference_text
 
     train, held_out = (
         {paragraph for text in part for paragraph in text.split("\n\n")} for part in language_reference_text()

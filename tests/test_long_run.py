@@ -113,7 +113,7 @@ def test_two_thousand_steps_take_no_more_memory_nor_time_than_the_first(tmp_path
     resident, step, product = (by_quarter(values) for values in (memory, steps, products))
     relative = [a / b for a, b in zip(step, product, strict=True)]
     print(f"resident {resident} bytes, step {step} s, product {product} s, ratio {relative}, losses {found}")
-    assert [mlp.active for mlp in sparse_mlps(model)] == [least] * 5
+    assert [mlp.k for mlp in sparse_mlps(model)] == [least] * 5
     assert resident[3] <= 1.02 * resident[1]
     assert relative[3] <= 1.1 * relative[1]
     assert len(found) == 40 and all(math.isfinite(loss) for loss in found)

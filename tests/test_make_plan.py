@@ -25,7 +25,7 @@ from helpers.models import (
     snapshot,
     tokens,
 )
-from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches, trained_head
+from helpers.planning import STEP_MS, budgets_of, hand_plan, is_dense, set_times, text_batches, trained_head
 from torch import Tensor, nn
 
 from hf_subquad import (
@@ -143,7 +143,7 @@ def test_what_is_promised_is_what_the_fitted_model_does() -> None:
     fill_updates(model, size=0.1)
     batches = text_batches(0, 1, 2, shape=(6, 9), prompt=4)
     plan = plan_and_fit(model, batches)
-    assert faithful(plan) and not all(layer.dense for layer in plan.layers) and runtime_of(model).plan is plan
+    assert faithful(plan) and not all(map(is_dense, plan.layers)) and runtime_of(model).plan is plan
     with dense_forward(model):
         reference = DenseReference(model, batches[-1])
     with sparse_forward(model):
@@ -197,7 +197,7 @@ def test_plans_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
         set_times(monkeypatch, backward=0.5)
         random.random(), torch.rand(1)
         plans.append(calibrate(opt(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED))
-    assert plans[0] == plans[1] and not all(layer.dense for layer in plans[0].layers)
+    assert plans[0] == plans[1] and not all(map(is_dense, plans[0].layers))
     set_times(monkeypatch, backward=0.5)
     assert calibrate(opt(), text_batches(3, 4, 5, shape=(4, 9), prompt=4), PLANNED) != plans[0]
 
@@ -207,7 +207,7 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
     """And the table says in one line that nothing is gained."""
     set_times(monkeypatch, overhead=2.5, idle=2.5)
     plan = calibrate(llama(), text_batches(0, 1, 2, shape=(4, 9), prompt=4), PLANNED, tolerance)
-    assert all(layer.dense and layer.error == layer.context_error == 0 for layer in plan.layers)
+    assert all(is_dense(layer) and layer.error == layer.context_error == 0 for layer in plan.layers)
     assert plan.loss_increase < 1e-6 and plan.gradient_cosine == pytest.approx(1, abs=1e-6)  # up to rounding
     assert plan.step_speedup_over_dense == pytest.approx(
         STEP_MS / (STEP_MS - 2 * 2 * NEURONS / 9)
@@ -237,8 +237,8 @@ def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     set_times(monkeypatch, overhead=slow, idle=3.0)
     model, batches = t5("t5")
     plan = calibrate(model, batches, PLANNED, tolerance=1e9)
-    assert [layer.dense for layer in plan.layers] == [layer.name.startswith("encoder") for layer in plan.layers]
-    assert {layer.dense for layer in plan.layers} == {True, False}
+    assert [is_dense(layer) for layer in plan.layers] == [layer.name.startswith("encoder") for layer in plan.layers]
+    assert {is_dense(layer) for layer in plan.layers} == {True, False}
 
 
 def few_firing(count: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -270,7 +270,7 @@ def test_a_loss_that_is_zero_at_one_budget_is_not_zero_at_all(count: int) -> Non
     config = SubquadConfig(rank=2, tile_size=16, sketch_rank=WIDTH, layers_to_transform="all")
     plan = calibrate(model, batches, config, tolerance=1e-3)
     assert faithful(plan)
-    assert min(count, 16) <= plan.layers[0].active < 256
+    assert min(count, 16) <= plan.layers[0].predicted < 256
 
 
 def test_batches_differ_in_size_and_can_be_iterated_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,7 @@ def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dty
     fill_updates(model)
     plan = calibrate(model, text_batches(0, 1, 2, prompt=2))
     times = [getattr(layer, name) for layer in plan.layers for name in ("full_ms", "dense_ms", "sparse_ms")]
-    assert all(0 < ms < math.inf for ms in (*times, plan.step_ms, plan.step_speedup, plan.mlp_speedup))
+    assert all(0 < ms < math.inf for ms in (*times, plan.step_ms, plan.step_speedup, plan.mlp_speedup_over_dense))
     assert len({layer.full_ms for layer in plan.layers}) == 1  # one shape is timed once
     assert plan.planning_seconds > plan.step_ms / 1000
     assert all(p.grad is None for p in model.parameters())

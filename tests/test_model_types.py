@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tools"
 import list_models
 from helpers.proof import NotComparedError, prove
 from helpers.tiny_models import class_name, model_types, tiny_batch, tiny_model
-from list_models import PAGE, SECTIONS, Verdict, listed, page, verdict
+from list_models import PAGE, SECTIONS, Verdict, page, verdict
 
 from hf_subquad.layers.sparse_mlp import OutputProjection
 from hf_subquad.ops.backends.torch_backend import TorchBackend
@@ -26,7 +26,11 @@ from hf_subquad.patching.mlp_patterns import FAMILIES
 from hf_subquad.weights.projection import NeuronProjection
 
 TEXT = PAGE.read_text(encoding="utf-8")
-ROWS = listed(TEXT)
+ROWS = {
+    line.split(" | ")[0].removeprefix("| "): line
+    for line in TEXT.splitlines()
+    if line.startswith("| ") and not line.startswith("| type |")
+}
 
 # Decoders, encoders, both, vision, video and speech.
 SPARSE = (

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 from helpers.models import NEURONS, opt, tokens
-from helpers.planning import STEP_MS, budgets_of, hand_plan, set_times, text_batches, trained_head
+from helpers.planning import STEP_MS, budgets_of, hand_plan, is_dense, set_times, text_batches, trained_head
 from helpers.training import ROWS, TRAIN, StopAt, Texts, Watch, arguments, factors, losses, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -106,7 +106,7 @@ def test_the_callback_plans_logs_and_keeps_the_plan(tmp_path: Path, caplog: pyte
     run = trainer(model, tmp_path, [AtStart(lambda m: seen.append((budgets_of(m), runtime_of(m).plan)))], max_steps=2)
     run.train()
     budgets, plan = seen[0]
-    assert budgets == [layer.active for layer in plan.layers] != default
+    assert budgets == [layer.predicted for layer in plan.layers] != default
     assert 0 < plan.loss_increase <= 10 * plan.tolerance == 1e-2 and 0.99 <= plan.gradient_cosine < 1
     assert plan.tokens == 14 and plan.step_ms == STEP_MS  # two rows of seven tokens
     assert all(set(mlp.corrections) == {"predicted"} for mlp in sparse_mlps(model) if not mlp.dense)
@@ -287,7 +287,7 @@ def test_a_model_with_only_a_loss_is_planned_by_its_gradient(tmp_path: Path) -> 
     model = to_plan(Bare(loss=True), tolerance=0.02)
     trainer(model, tmp_path, [AtStart(lambda m: found.append(runtime_of(m).plan))], max_steps=1).train()
     assert found[0].loss_increase == 0 and 0.8 <= found[0].gradient_cosine < 1
-    assert not all(layer.dense for layer in found[0].layers)
+    assert not all(map(is_dense, found[0].layers))
 
 
 def test_a_model_without_logits_or_loss_to_plan_with(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
@@ -437,4 +437,4 @@ def test_best_model_at_end_keeps_the_plan(tmp_path: Path) -> None:
     model = to_plan()
     trainer(model, tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
             **{**SAVING, "max_steps": 2}).train()  # fmt: skip
-    assert [layer.active for layer in runtime_of(model).plan.layers] == budgets_of(model)
+    assert [layer.predicted for layer in runtime_of(model).plan.layers] == budgets_of(model)

@@ -304,7 +304,7 @@ def test_trials_of_a_hyperparameter_search_keep_apart(
     names = ["trial 0", "trial 1"] if named else ["run-0", "run-1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name, active in zip(names, (13, 26), strict=True):
-        assert Plan.load(tmp_path / name / "subquad_plan.json").layers[1].active == active
+        assert Plan.load(tmp_path / name / "subquad_plan.json").layers[1].predicted == active
         whole = last_whole_checkpoint(tmp_path / name)
         assert whole == str(tmp_path / name / "checkpoint-4")
         again = trainer(patched_opt(active=None, refresh_steps=0), tmp_path / name, max_steps=5)

@@ -193,9 +193,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Iterator[Tried]:
     monkeypatch.setattr(choice, "_triton", lambda: "triton")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    choice._warn.cache_clear()
+    choice.logger.warning_once.__func__.cache_clear()
     yield found
-    choice._warn.cache_clear()
+    choice.logger.warning_once.__func__.cache_clear()
 
 
 @pytest.fixture

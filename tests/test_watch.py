@@ -124,7 +124,7 @@ def test_past_the_plan_the_least_budget_that_serves(enough: int) -> None:
     aim = error_at(mlp, enough)
     seen = live(mlp)
     change = reviewed(mlp, planned(aim * 1.0001), seen)
-    assert mlp.k == enough and mlp.active == enough
+    assert mlp.k == enough
     assert all(error_at(mlp, k) > aim * 1.0001 for k in STEPS if 24 < k < enough)
     assert (change.name, change.before, change.after) == (mlp.name, 24, enough)
     for part in (f"{seen.error:.3f}", f"{aim:.3f}", f"{enough} neurons"):
@@ -136,7 +136,7 @@ def test_what_no_budget_mends_is_dense() -> None:
     mlp = mlp_with(24)
     mlp.corrections["predicted"] = Compensation(mlp.index.sketch.basis, torch.ones(D, D), torch.ones(D))  # hopeless
     change = reviewed(mlp, planned(0.1), live(mlp))
-    assert mlp.dense and mlp.active == change.after == M and change.before == 24
+    assert mlp.dense and mlp.k == change.after == M and change.before == 24
     assert "only all neurons bring it back" in change.reason
     assert reviewed(mlp, planned(0.1), Audit(1.0, 9.0)) is None and mlp.dense
 
@@ -303,7 +303,7 @@ def trained_one_step(active: list[Any], refresh_steps: int = 1, prompt: int = 0,
 
 
 def planned_budgets(model: nn.Module) -> list[int]:
-    return [layer.active for layer in runtime_of(model).plan.layers]
+    return [layer.predicted for layer in runtime_of(model).plan.layers]
 
 
 def test_sync_gives_more_and_says_so() -> None:

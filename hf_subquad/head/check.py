@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .labelled_call import NotHereError, Way, run_on_labelled_rows, supported_loss
+from .labelled_call import NotHereError, Way, run_on_labelled_rows
 from .labelled_rows import IGNORED
 
 _LENGTH, _TARGETS = 12, 8
@@ -38,7 +39,8 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
             expected = stock(**inputs).loss
         except Exception as error:
             raise NotHereError(f"it does not run on a few test tokens ({type(error).__name__}: {error})") from error
-        ways: tuple[Way, ...] = ("chunks", "rows") if supported_loss(model) else ()
+        known_loss = model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
+        ways: tuple[Way, ...] = ("chunks", "rows") if known_loss else ()
         for way in (*ways, "labels"):
             try:
                 if way == "chunks":
@@ -72,18 +74,14 @@ def few_tokens(model: PreTrainedModel) -> dict[str, Any]:
 
 def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
     """Chunks collect gradients for the head's own parameters, so its output must not depend on any others."""
-    with torch.enable_grad():
-        hidden = torch.zeros(1, _width(head), dtype=model.dtype, device=model.device, requires_grad=True)
-        found = _leaves(head.forward(hidden))
-    if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
-        raise NotHereError("the head depends on trainable parameters that are not its own")
-
-
-def _width(head: nn.Module) -> int:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
-    return width
+    with torch.enable_grad():
+        hidden = torch.zeros(1, width, dtype=model.dtype, device=model.device, requires_grad=True)
+        found = _leaves(head.forward(hidden))
+    if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
+        raise NotHereError("the head depends on trainable parameters that are not its own")
 
 
 def _leaves(value: Tensor) -> set[int]:

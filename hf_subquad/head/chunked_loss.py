@@ -39,15 +39,12 @@ def chunked_cross_entropy(
     Raises:
         IndexError: a label lies outside the vocabulary (PyTorch's own error).
     """
-    rows = max(1, megabytes * MEGABYTE // (vocabulary * bytes_per_logit(hidden.dtype)))
+    # Logits and log-probabilities in float32; in other dtypes, also the logits and their gradient in that dtype.
+    bytes_per_logit = 8 if hidden.dtype == torch.float32 else 8 + 2 * hidden.dtype.itemsize
+    rows = max(1, megabytes * MEGABYTE // (vocabulary * bytes_per_logit))
     denominator = torch.as_tensor(denominator, device=hidden.device)
     loss: Tensor = _ChunkedCrossEntropy.apply(head, rows, labels, denominator, weight, hidden, *parameters)
     return loss
-
-
-def bytes_per_logit(dtype: torch.dtype) -> int:
-    """Logits and log-probabilities in float32; in other dtypes, also the logits and their gradient in that dtype."""
-    return 8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .chunked_loss import chunked_cross_entropy
 from .labelled_rows import IGNORED, LabelledRows
@@ -24,10 +24,6 @@ class NotHereError(Exception):
 
     It has a message if the reason is the model rather than this call.
     """
-
-
-def supported_loss(model: PreTrainedModel) -> bool:
-    return model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
 
 
 def run_on_labelled_rows(
@@ -69,9 +65,7 @@ class _Call:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         loss = {"chunks": self.loss_of_chunks, "rows": self.loss_of_rows, "labels": self.unexpected_loss}[self.way]
-        with ExitStack() as stack:
-            stack.enter_context(_attribute(self.head, "forward", self.gathered))
-            stack.enter_context(_attribute(self.model, "_loss_function", loss))
+        with _attribute(self.head, "forward", self.gathered), _attribute(self.model, "_loss_function", loss):
             yield
 
     def gathered(self, hidden: Tensor) -> Tensor:
@@ -87,7 +81,7 @@ class _Call:
         return labelled
 
     def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        _, compact = self._checked(logits, labels, kwargs)
+        compact = self._compact_labels(logits, labels, kwargs)
         if self.loss_function is ForCausalLMLoss:
             kwargs["shift_labels"] = compact
         return self.loss_function(logits, compact, vocab_size, *args, **kwargs)
@@ -98,13 +92,13 @@ class _Call:
     ) -> Tensor:  # fmt: skip
         if self.stand_in is None:
             return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
-        hidden, compact = self._checked(logits, labels, kwargs)
-        if hidden is not self.stand_in:
+        compact = self._compact_labels(logits, labels, kwargs)
+        if logits is not self.stand_in:
             raise NotHereError("its forward changes the logits between head and loss")
         return chunked_cross_entropy(
             self.head_forward,
             [parameter for parameter in self.head.parameters() if parameter.requires_grad],
-            hidden[0],
+            self.stand_in[0],
             compact[0],
             len(compact[0]) if num_items_in_batch is None else num_items_in_batch,
             vocab_size,
@@ -115,26 +109,24 @@ class _Call:
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotHereError("its loss function is not one of transformers' for language models")
 
-    def _checked(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Logits of the labelled rows and their labels, both as a batch of one."""
+    def _compact_labels(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The labels of the labelled rows, as a batch of one: shape (1, rows)."""
         self.loss_calls += 1
         if not self.head_calls or logits.shape[:-1] != (1, len(self.rows.index)) or labels is not self.labels:
             raise NotHereError("its forward changes logits or labels between head and loss")
         if kwargs.get("shift_labels") is not None or kwargs.get("ignore_index", IGNORED) != IGNORED:
             raise NotHereError("its loss is called with shift_labels or ignore_index")
-        return logits, self.rows.labels.unsqueeze(0).to(logits.device)
+        return self.rows.labels.unsqueeze(0).to(logits.device)
 
 
 def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:
     """Whether a call asks for the loss of token ids, and for nothing that needs the logits of all positions."""
-    if labels.dim() != 2 or labels.is_floating_point():
+    if labels.dim() != 2 or labels.is_floating_point() or {"shift_labels", "ignore_index"} & set(inputs):
         return False
     if inputs.get("return_dict", getattr(model.config, "return_dict", True)) is False:
         return False
     keep = inputs.get("logits_to_keep")
-    return (keep is None or (isinstance(keep, int) and keep == 0)) and not {"shift_labels", "ignore_index"} & set(
-        inputs
-    )
+    return keep is None or (isinstance(keep, int) and keep == 0)
 
 
 def _with_decoder_inputs(model: PreTrainedModel, inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _KEPT = ("num_items_in_batch", "return_dict", "use_cache")
 
 
 def without_padding(inputs: dict[str, Any], longest: float = math.inf) -> dict[str, Any] | None:
-    """The inputs of a causal language model as one row; None for inputs that are something else than padded at the end.
+    """The inputs of a causal language model as one row; None unless they are a batch that is padded at the end.
 
     Args:
         inputs: `input_ids`, `attention_mask` and `labels`, each [B, S].

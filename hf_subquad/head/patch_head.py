@@ -11,10 +11,8 @@ from .labelled_forward import LabelledForward
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-HEAD_MEGABYTES = 64
 
-
-def patch_head(model: ModelT, megabytes: int = HEAD_MEGABYTES) -> ModelT:
+def patch_head(model: ModelT, megabytes: int = 64) -> ModelT:
     """Patch a model, in place, to compute logits and loss in training only at labelled positions, in chunks of rows.
 
     Loss and gradients equal those of the stock forward up to rounding. `outputs.logits` is None, so do not use this if

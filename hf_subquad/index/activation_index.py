@@ -91,7 +91,7 @@ class ActivationIndex:
             WeightsError: an input weight holds NaN or infinite values, which may come from a checkpoint loaded after
                 the patch. The index is unchanged.
         """
-        self._build(self.summary)
+        self.adopt(self.summary)
 
     @torch.no_grad()
     def fit(self, tokens: Tensor) -> None:
@@ -115,13 +115,10 @@ class ActivationIndex:
             raise CalibrationError(
                 f"{self.name} cannot be fitted to its input: {error}; leave that batch out"
             ) from error
-        self._build(summary)
+        self.adopt(summary)
 
     def adopt(self, summary: Tensor | None) -> None:
-        """Fit the sketch to the tokens of a `summary` from another index of the same MLP."""
-        self._build(summary)
-
-    def _build(self, summary: Tensor | None) -> None:
+        """Fit the sketch to the tokens of a `summary`, from this or another index of the same MLP."""
         stacked = torch.cat([projection.rows() for projection in self.inputs])
         try:
             sketch = build_sketch(stacked, self.rank, self.seed, summary)
@@ -166,7 +163,7 @@ class ActivationIndex:
             self._seen = self._base_version()
 
     def compare_weights(self) -> None:
-        """Weights have become other tensors: take them for changed only if their values differ."""
+        """Weights are other tensors now: treat them as changed only if their values differ."""
         self._seen = None
 
     @torch.no_grad()
@@ -260,8 +257,8 @@ class ActivationIndex:
         gate = self.inputs[0]
         u, v = gate.update.factors()
         if self._reporting is None or not torch.equal(self._reporting[0], u):
-            bias = _bias(gate, torch.float32).expand(len(u))[:, None]
-            rows = torch.cat([self.sketch.codes[: len(u)], u.float(), bias], 1)[: self.neurons]
+            bias = u.new_zeros(len(u)) if gate.bias is None else gate.bias
+            rows = torch.cat([self.sketch.codes[: len(u)], u.float(), bias.float()[:, None]], 1)[: self.neurons]
             self._reporting = (u.clone(), ReportingIndex(rows, self.factory))
         x = x.float()
         queries = torch.cat([x @ self.sketch.basis.t(), x @ v.float().t(), x.new_ones(len(x), 1)], 1)
@@ -336,10 +333,3 @@ def _same(sample: Tensor, projection: NeuronProjection) -> bool:
     """Whether a sample is from a projection's base weights, up to a cast of them."""
     now, rounding = projection.sample(), torch.finfo(projection.dtype)
     return torch.allclose(sample.to(now.device), now, rtol=rounding.eps, atol=rounding.smallest_normal)
-
-
-def _bias(projection: NeuronProjection, dtype: torch.dtype) -> Tensor:
-    """The bias in `dtype`, or one zero that broadcasts."""
-    if projection.bias is None:
-        return torch.zeros(1, device=projection.weight.device, dtype=dtype)
-    return projection.bias.detach().to(dtype)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TileOrder
 from ..ops.backends import MergedWeight
 from ..ops.importance import importance
 from ..ops.token_tiles import TokenTiles
@@ -37,18 +36,13 @@ def evaluate_selection(index: ActivationIndex, tile_tokens: Tensor, neurons: Ten
     """
     count, size, width = tile_tokens.shape
     tokens = tile_tokens.reshape(-1, width)
-    scores = exact_importance(index, tokens).view(count, size, -1).sum(1) * index.output.row_norms()
+    by_token = importance(_pre_activations(index, tokens), index.activation, index.gated)
+    scores = by_token.view(count, size, -1).sum(1) * index.output.row_norms()
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
     found = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
     activations, rows = exact_activations(index, tokens).view(count, size, -1), index.output.merged_rows().float()
     whole = activations @ rows
     return SelectionQuality(found, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
-
-
-def recall(index: ActivationIndex, x: Tensor, k: int, tile_size: int, order: TileOrder = "similar") -> float:
-    """Share of the truly most important k neurons of each tile of x [N, d] that `select` finds."""
-    selection = index.select(x, k, tile_size, order)
-    return evaluate_selection(index, x[selection.tiles.slots], selection.neurons).recall
 
 
 @torch.no_grad()
@@ -74,11 +68,6 @@ def outputs(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> Ten
     compact = [backend.compact(x.new_empty(len(x) * neurons_in.shape[1]), tiles, neurons_in.shape[1]) for _ in inputs]
     backend.gathered_up(x, tiles, neurons_in, inputs, compact)
     return backend.gathered_down([index.combine(compact)], tiles, neurons, [output])[0]
-
-
-def exact_importance(index: ActivationIndex, x: Tensor) -> Tensor:
-    """True importance of all neurons to x [N, d], before output norms: float32 [N, m]."""
-    return importance(_pre_activations(index, x), index.activation, index.gated)
 
 
 def exact_activations(index: ActivationIndex, x: Tensor) -> Tensor:

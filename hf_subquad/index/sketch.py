@@ -1,4 +1,4 @@
-"""A low-rank factorisation W ~ B A of weight rows, fitted to the inputs of the weights, or to none."""
+"""A low-rank factorisation W ~ B A of weight rows, fitted to the inputs of the weights or to the weights alone."""
 
 from dataclasses import dataclass
 

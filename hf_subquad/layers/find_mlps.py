@@ -36,19 +36,25 @@ def require_patched(model: nn.Module) -> list[SparseMLP]:
 
 
 def runtime_of(model: nn.Module) -> Runtime:
-    """The runtime that the sparse MLPs of a model share.
+    """The runtime that the sparse MLPs of a model share; raises the errors of `patched_parts`."""
+    return patched_parts(model)[0]
+
+
+def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
+    """The runtime that the sparse MLPs of a model share, and the MLPs.
 
     Raises:
         NotPatchedError: the model is not patched.
         PatchError: its parts were patched separately, so they have no common schedule.
     """
-    return _shared_runtime(model, require_patched(model))
-
-
-def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
-    """`runtime_of` and `require_patched` in one search of the model."""
     mlps = require_patched(model)
-    return _shared_runtime(model, mlps), mlps
+    runtimes = {id(mlp.runtime) for mlp in mlps}
+    if len(runtimes) > 1:
+        raise PatchError(
+            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's "
+            "modules_to_save): unpatch it and patch the whole model once, choosing layers with layers_to_transform"
+        )
+    return mlps[0].runtime, mlps
 
 
 def require_whole(mlps: Sequence[SparseMLP]) -> None:
@@ -58,8 +64,8 @@ def require_whole(mlps: Sequence[SparseMLP]) -> None:
     """
     if mlps[0].runtime.sharded or any(is_shard(projection.weight) for mlp in mlps for projection in mlp.projections):
         raise ParallelismError(
-            "FSDP holds the weights in shards: calibrate, apply the plan and compensate before fully_shard; for the "
-            "plain model, save it with save_merged and load it, instead of unpatch_model"
+            "FSDP holds the weights in shards: calibrate, apply the plan and compensate before fully_shard; instead of "
+            "unpatch_model, save the plain model with save_merged and load it"
         )
 
 
@@ -79,13 +85,3 @@ def settle_shards(runtime: Runtime, mlps: Sequence[SparseMLP]) -> None:
                 projection.drop_copy()
     if runtime.sharded and model is not None:
         reshard(model)
-
-
-def _shared_runtime(model: nn.Module, mlps: list[SparseMLP]) -> Runtime:
-    runtimes = {id(mlp.runtime): mlp.runtime for mlp in mlps}
-    if len(runtimes) > 1:
-        raise PatchError(
-            f"{type(model).__name__} was patched in {len(runtimes)} parts (or copied in parts by PEFT's "
-            "modules_to_save): unpatch it and patch the whole model once, choosing layers with layers_to_transform"
-        )
-    return next(iter(runtimes.values()))

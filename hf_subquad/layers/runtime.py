@@ -92,9 +92,6 @@ class Runtime:
             )
         return "sparse"
 
-    def sparse(self, training: bool) -> bool:
-        return self.mode(training) == "sparse"
-
     def updates_off(self) -> bool:
         """Whether this pass must run the base model alone, as PEFT's `disable_adapter` requires.
 
@@ -136,7 +133,7 @@ class Runtime:
         elif not self.skips_padding:
             logger.warning(
                 f"the loss of {type(model).__name__} depends on padding tokens (does it pool without the attention "
-                "mask?): they are computed like all others"
+                "mask?), so padding is computed like all other tokens"
             )
 
     def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:
@@ -155,9 +152,6 @@ class Runtime:
                 return None
             self._skipped = True
         return classes
-
-    def forget_batches(self) -> None:
-        self._batches.clear()
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
         """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""

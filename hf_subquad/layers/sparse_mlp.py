@@ -25,9 +25,6 @@ from .runtime import Runtime
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
 
-Corrections = Mapping[TokenClass, Compensation]
-Audited = tuple[Tensor, Tensor]
-
 
 class SparseMLP:
     """One MLP: its projections, its index, its budget, and the current forward pass.
@@ -74,7 +71,7 @@ class SparseMLP:
         self.corrections: dict[TokenClass, Compensation] = {}
         self.calls = 0
         self.auditing = False
-        self.audited: dict[TokenClass, Audited] = {}
+        self.audited: dict[TokenClass, tuple[Tensor, Tensor]] = {}
         self.selection_override: Selection | Sequence[Part] | None = None
         self.opens: InputProjection = self.inputs[0]
         self.shares_input = False
@@ -98,11 +95,6 @@ class SparseMLP:
     def dense(self) -> bool:
         """Whether all neurons are computed for all tokens."""
         return self.budget.predicted is None and self.budget.context is None
-
-    @property
-    def active(self) -> int:
-        """Neurons computed for predicted tokens in training: k as rounded up for the device, or all m."""
-        return self.index.neurons if self.budget.predicted is None else self.index.round_up_k(self.budget.predicted)
 
     def work_share(self) -> float:
         """Share of all token-neuron products that a sparse forward computes, for the classes of the latest batch."""
@@ -131,7 +123,7 @@ class SparseMLP:
     def using(
         self,
         budget: Budget | None = None,
-        corrections: Corrections | None = None,
+        corrections: Mapping[TokenClass, Compensation] | None = None,
         selection: Selection | Sequence[Part] | None = None,
     ) -> Iterator[None]:
         """Context manager: inside, run with another budget, other corrections or a given selection. On exit everything
@@ -226,18 +218,14 @@ class SparseMLP:
         if self.selection_override is not None:
             self.calls += 1
             given = self.selection_override
-            parts = [_tiled(None, given)] if isinstance(given, Selection) else list(given)
+            parts = [Part(None, given.tiles.tokens, given)] if isinstance(given, Selection) else list(given)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         groups = self._groups(x, budget)
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
         if everything and not torch.is_grad_enabled():
             return _Call(x, None)
         tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        parts = [
-            Part(rows, len(tokens) if rows is None else len(rows)) if k is None
-            else self._select(tokens, rows, k, training, token_class)
-            for token_class, rows, k in groups
-        ]  # fmt: skip
+        parts = [self._part(tokens, rows, k, training, token_class) for token_class, rows, k in groups]
         if not budget.exact:
             self.calls += 1
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
@@ -255,27 +243,24 @@ class SparseMLP:
         ]
         return [group for group in groups if group[1] is not None and len(group[1])]
 
-    def _select(self, tokens: Tensor, rows: Tensor | None, k: int, training: bool, token_class: TokenClass) -> Part:
+    def _part(
+        self, tokens: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass
+    ) -> Part:
+        """A group of the tokens [N, d], with the neurons selected for it. What an audit needs is kept."""
+        count = len(tokens) if rows is None else len(rows)
         if not k:
-            return Part(rows, len(tokens) if rows is None else len(rows), idle=True)
+            return Part(rows, count, idle=k == 0)
         tokens = tokens if rows is None else tokens.index_select(0, rows)
-        size = self.runtime.config.tile_size
+        size, order = self.runtime.config.tile_size, self.runtime.config.tile_order
         # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
-        size = 1 if not training and _FEW * len(tokens) <= size else size
-        return _tiled(rows, self.select(tokens, k, size, training, token_class))
-
-    def select(
-        self, tokens: Tensor, k: int, tile_size: int, training: bool, token_class: TokenClass = "predicted"
-    ) -> Selection:
-        """Select neurons for tokens [N, d], and keep what an audit needs."""
-        with torch.autocast(
-            tokens.device.type, enabled=False
-        ):  # so that the audit, made outside of it, judges the same
-            selection = self.index.select(tokens, k, tile_size, self.runtime.config.tile_order)
+        size = 1 if not training and _FEW * count <= size else size
+        # Without autocast, so that the audit, made outside of it, judges the same.
+        with torch.autocast(tokens.device.type, enabled=False):
+            selection = self.index.select(tokens, k, size, order)
         if self.auditing and training:
             some = slice(None, None, -(-len(selection.neurons) // _AUDITED_TILES))
             self.audited[token_class] = tokens[selection.tiles.slots[some]], selection.neurons[some]
-        return selection
+        return Part(rows, count, selection)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_call": None, "audited": {}}
@@ -303,10 +288,6 @@ class _Call:
     def tiled(self) -> bool:
         """Whether some part gathers weight rows."""
         return any(part.selection is not None for part in self.parts or ())
-
-
-def _tiled(rows: Tensor | None, selection: Selection) -> Part:
-    return Part(rows, selection.tiles.tokens, selection)
 
 
 class InputProjection(NeuronProjection):

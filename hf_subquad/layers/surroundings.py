@@ -21,18 +21,14 @@ class Surroundings:
     """
 
     def __init__(self, model: nn.Module | None = None, holders: Sequence[nn.Module] = ()) -> None:
-        self._model = model
+        self.model = model
         self._holders = list(holders)
         self._adapter: Any = None
-
-    @property
-    def model(self) -> nn.Module | None:
-        return self._model
 
     def adapters_off(self) -> bool:
         """Whether PEFT's adapters are switched off (`disable_adapter`), or TRL's reference adapters are on; trained
         updates must then have no effect. All adapter layers share one state, so one is checked."""
-        if self._adapter is None and "peft_config" in vars(self._model or self):
+        if self._adapter is None and "peft_config" in vars(self.model or self):
             self.find_adapter()
         if self._adapter is None:
             return False
@@ -40,7 +36,7 @@ class Surroundings:
 
     def find_adapter(self) -> None:
         """Look for an adapter layer of PEFT's in the model."""
-        modules = self._model.modules() if self._model is not None else ()
+        modules = self.model.modules() if self.model is not None else ()
         self._adapter = next(
             (m for m in modules if isinstance(getattr(type(m), "disable_adapters", None), property)), None
         )
@@ -56,7 +52,7 @@ class Surroundings:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Surroundings":
-        if id(self._model) not in memo:
+        if id(self.model) not in memo:
             return self
         memo[id(self)] = copied = Surroundings()
         for name, value in vars(self).items():

@@ -14,14 +14,8 @@ from torch import Tensor, nn
 Stack = Literal["encoder", "decoder", "only"]
 
 _IGNORED = -100  # the label of tokens that a loss leaves out
-_OTHER_INPUTS = (
-    "vision",
-    "visual",
-    "image",
-    "audio",
-    "speech",
-    "experts",
-)  # MLPs that see something else than the text
+# In the names of MLPs that see something else than the text.
+_OTHER_INPUTS = ("vision", "visual", "image", "audio", "speech", "experts")
 _SAMPLED = 64
 _STRIDE = 2654435761  # prime, so that samples are of many tokens and features whatever the shape
 
@@ -139,10 +133,8 @@ def predicts_next_token(model: nn.Module) -> bool | None:
 
 def _encoder_decoder(inputs: Mapping[str, Any], labels: Tensor | None) -> dict[Stack, TokenClasses]:
     found: dict[Stack, TokenClasses] = {}
-    source = inputs.get("attention_mask")
-    shape = _text_shape(inputs)
-    real = _real(source, shape, labels)
-    if real is not None and shape is not None:
+    real = _real(inputs.get("attention_mask"), _text_shape(inputs), labels)
+    if real is not None:
         found["encoder"] = TokenClasses.of(torch.zeros_like(real), real)
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         predicted = labels != _IGNORED
@@ -157,8 +149,8 @@ def _one_stack(
 ) -> TokenClasses | None:
     shape = _text_shape(inputs)
     by_token = shifted if isinstance(shifted, Tensor) else labels
-    real = None if shape is None else _real(inputs.get("attention_mask"), shape, by_token)
-    if shape is None or real is None or by_token is None:
+    real = _real(inputs.get("attention_mask"), shape, by_token)
+    if real is None or by_token is None:
         return None
     if by_token.shape != shape or by_token.is_floating_point():  # one label a row, or several
         return TokenClasses.of(_first_and_last(real), real)

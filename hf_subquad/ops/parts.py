@@ -184,7 +184,7 @@ class _UpProject(torch.autograd.Function):
                 kept = None if _all_pass(x, ctx.gradient) else _kept(part, neurons, _nonzero_tokens(part, views))
                 if part.selection is not None and kept is None:
                     grad, grad_low = ctx.backend.gathered_down(
-                        views, part.selection.tiles, part.selection.neurons, _plain(matrices)
+                        views, part.selection.tiles, part.selection.neurons, matrices
                     )
                     grad_x = _placed(grad_x, len(x), part, None, grad)
                     chunks = zip(views, grad_low.chunk(count, dim=1), lows_by_matrix, strict=True)
@@ -258,9 +258,7 @@ class _DownProject(torch.autograd.Function):
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
                 if part.selection is not None and kept is None:
-                    ctx.backend.gathered_up(
-                        grad, part.selection.tiles, part.selection.neurons, _plain([matrix]), [grad_view]
-                    )
+                    ctx.backend.gathered_up(grad, part.selection.tiles, part.selection.neurons, matrices, [grad_view])
                 elif kept is None:
                     torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
                 else:
@@ -339,11 +337,6 @@ def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor], backe
         found.append((part, *(part.compact(flat[start:end], neurons, backend) for flat in flats)))
         start = end
     return found
-
-
-def _plain(matrices: Sequence[MergedWeight]) -> list[MergedWeight]:
-    """Without biases, which have no part in gradients."""
-    return [MergedWeight(matrix.rows, matrix.u, matrix.v) for matrix in matrices]
 
 
 def _all_pass(gradient: Tensor, share: float) -> bool:

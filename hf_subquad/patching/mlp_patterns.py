@@ -15,8 +15,6 @@ from ..config import SubquadConfig
 from ..errors import NoMatchError
 from ..weights.quantized import is_4bit
 
-Gate = Literal["none", "separate", "stacked"]
-
 
 @dataclass(frozen=True)
 class Family:
@@ -25,37 +23,35 @@ class Family:
     Attributes:
         inputs: the projection(s) into neurons, the activated one first.
         output: the projection out of neurons.
-        examples: model types, for readers.
     """
 
     inputs: tuple[str, ...]
     output: str
-    examples: str
 
 
 # A module matches the first row whose names it has.
 FAMILIES = (
-    Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear", "Gemma 4 vision"),
-    Family(("gate_proj", "up_proj"), "down_proj", "Llama, Mistral, Qwen, Gemma"),
-    Family(("gate_up_proj",), "down_proj", "Phi-3, GLM"),
-    Family(("up_proj",), "down_proj", "Nemotron, Arcee, MPT, DINOv3"),
-    Family(("wi_0", "wi_1"), "wo", "T5 v1.1, Flan-T5, mT5"),
-    Family(("wi",), "wo", "T5, Switch Transformers"),
-    Family(("Wi",), "Wo", "ModernBERT"),
-    Family(("w1", "w3"), "w2", "LFM2"),
-    Family(("fc1",), "fc2", "OPT, BART, Whisper, ViT"),
-    Family(("c_fc",), "c_proj", "GPT-2"),
-    Family(("fc_in",), "fc_out", "GPT-J, CodeGen"),
-    Family(("dense_h_to_4h",), "dense_4h_to_h", "GPT-NeoX, Bloom, Falcon"),
-    Family(("intermediate.dense",), "output.dense", "BERT, RoBERTa, ELECTRA"),
-    Family(("intermediate_dense",), "output_dense", "Wav2Vec2, HuBERT"),
-    Family(("ffn",), "ffn_output", "ALBERT"),
-    Family(("lin1",), "lin2", "DistilBERT, XLM, SAM"),
-    Family(("linear1",), "linear2", "Parakeet"),
-    Family(("linear_1",), "linear_2", "Funnel"),
-    Family(("layer_1",), "layer_2", "XLNet"),
-    Family(("linear_fc1",), "linear_fc2", "Qwen-VL"),
-    Family(("proj_in",), "proj_out", "SAM 2"),
+    Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear"),  # Gemma 4 vision
+    Family(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    Family(("gate_up_proj",), "down_proj"),  # Phi-3, GLM
+    Family(("up_proj",), "down_proj"),  # Nemotron, Arcee, MPT, DINOv3
+    Family(("wi_0", "wi_1"), "wo"),  # T5 v1.1, Flan-T5, mT5
+    Family(("wi",), "wo"),  # T5, Switch Transformers
+    Family(("Wi",), "Wo"),  # ModernBERT
+    Family(("w1", "w3"), "w2"),  # LFM2
+    Family(("fc1",), "fc2"),  # OPT, BART, Whisper, ViT
+    Family(("c_fc",), "c_proj"),  # GPT-2
+    Family(("fc_in",), "fc_out"),  # GPT-J, CodeGen
+    Family(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
+    Family(("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, ELECTRA
+    Family(("intermediate_dense",), "output_dense"),  # Wav2Vec2, HuBERT
+    Family(("ffn",), "ffn_output"),  # ALBERT
+    Family(("lin1",), "lin2"),  # DistilBERT, XLM, SAM
+    Family(("linear1",), "linear2"),  # Parakeet
+    Family(("linear_1",), "linear_2"),  # Funnel
+    Family(("layer_1",), "layer_2"),  # XLNet
+    Family(("linear_fc1",), "linear_fc2"),  # Qwen-VL
+    Family(("proj_in",), "proj_out"),  # SAM 2
 )
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation", "activation_function")
@@ -82,7 +78,7 @@ class Match:
         return f"{self.name}.{path}" if self.name else path
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> Literal["none", "separate", "stacked"]:
         """'none': neurons are activation(input). Otherwise they are activation(gate) * up, with two projections
         ('separate') or one that stacks the gate rows above the up rows ('stacked')."""
         if len(self.family.inputs) == 2:
@@ -131,8 +127,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
 def bare_model(model: nn.Module) -> nn.Module:
     """The model inside PEFT's wrapper, if any, so that names do not depend on which was applied first."""
     unwrap = getattr(model, "get_base_model", None)
-    bare = unwrap() if callable(unwrap) else model
-    return bare if isinstance(bare, nn.Module) else model
+    return unwrap() if callable(unwrap) else model
 
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
@@ -173,9 +168,8 @@ def _may_be_wide(match: Match) -> bool:
 
 def _is_plain(projection: nn.Module) -> bool:
     weight = projection._parameters.get("weight")
-    if is_4bit(projection):
-        return weight is not None
-    return type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
+    of_matrix = type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
+    return of_matrix or (is_4bit(projection) and weight is not None)
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
@@ -184,10 +178,10 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     names = {match.full_name(path): match for match in found for path in match.paths}
     for target in targets:
         if not any(_is_named(name, target) for name in names):
-            near = difflib.get_close_matches(target, sorted({path for m in found for path in m.paths}), cutoff=0.4)
+            known = sorted({path for m in found for path in m.paths})
+            near = difflib.get_close_matches(target, known, cutoff=0.4)
             raise NoMatchError(
-                f"target_modules: no MLP projection is named {target!r}; "
-                f"nearest are {near}, all are {sorted({path for m in found for path in m.paths})}"
+                f"target_modules: no MLP projection is named {target!r}; nearest are {near}, all are {known}"
             )
     kept = []
     for match in found:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
-from ..layers.runtime import Forward
+from ..layers.modes import dense_forward, sparse_forward
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
@@ -44,14 +44,14 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
     mixed_mask = mask.index_fill(0, whole, 1)
 
-    with _evaluating(mlp.parent), _forward(mlp, "dense"):
+    with _evaluating(mlp.parent), dense_forward(mlp.parent):
         with _noting_calls(mlp), _masked(mlp, mask):
             run, expected = _runnable(mlp, x)
         with _masked(mlp, mixed_mask):
             expected_of_mixture = run(x)
     seen: dict[str, Tensor] = {}
     otherwise = "the code between its projections does not run on a subset of its neurons"
-    with _evaluating(mlp.parent), _forward(mlp, "sparse"):
+    with _evaluating(mlp.parent), sparse_forward(mlp.parent):
         with (
             mlp.using(selection=selection),
             _pre_hook(mlp.opens, lambda module, args: seen.update(x=args[0])),
@@ -150,16 +150,6 @@ def _whole_and_half(selection: Selection) -> list[Part]:
     first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
     tiles = TokenTiles.of(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
     return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]
-
-
-@contextmanager
-def _forward(mlp: SparseMLP, forward: Forward) -> Iterator[None]:
-    before = mlp.runtime.forward
-    mlp.runtime.forward = forward
-    try:
-        yield
-    finally:
-        mlp.runtime.forward = before
 
 
 @contextmanager

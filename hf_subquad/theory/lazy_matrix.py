@@ -92,18 +92,18 @@ class LazyMatrix(nn.Module):
         return found
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """`weight` alone, with what waits merged into it."""
+        """Save `weight` alone, with the pending updates merged into it."""
         self.merge()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Replaces what waits, too; a load that fails leaves the matrix as it was."""
+        """Replace the pending updates, too; a load that fails leaves the matrix as it was."""
         self.merge()
         self.changes += 1
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LazyMatrix":
-        """Moves and casts find one matrix."""
+        """Merge the pending updates before a move or a cast."""
         self.merge()
         return super()._apply(fn, recurse)
 

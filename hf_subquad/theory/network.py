@@ -123,6 +123,6 @@ class WideNet(nn.Module):
         return h
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x) [N, p] of any x [N, d], exactly: m nnz(h) multiply-adds a sample and layer, and what is pending."""
+        """f(x) [N, p] of any x [N, d], exactly: m nnz(h) multiply-adds a sample and layer, plus the pending updates."""
         h = self.features(x)
         return self.layer(h, self.trained.apply_to(h)) @ self.output.t()

@@ -24,7 +24,7 @@ class WideNetRegressor:
     only what was learned.
 
     Args:
-        width: m, even. An iteration costs n^2 m multiply-adds, fitting m^2 numbers of memory.
+        width: m, even. An iteration costs n^2 m multiply-adds; fitting needs memory for m^2 numbers.
         depth: L, hidden layers.
         max_iter: the most Gauss-Newton iterations.
         tol: stop when the loss is at most this share of what it was at first.
@@ -41,7 +41,7 @@ class WideNetRegressor:
             targets, halved), fired_share, and seconds by part.
         loss_: after the last iteration.
         n_iter_: iterations done.
-        initialisation_seconds_: of the one pass over the network's matrix.
+        initialisation_seconds_: time of the one pass over the network's matrix.
         n_features_in_: columns of X.
     """
 

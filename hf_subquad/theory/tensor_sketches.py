@@ -106,7 +106,7 @@ def walsh_hadamard(x: Tensor) -> Tensor:
 
 
 def padded(width: int) -> int:
-    """The least power of two that is no less."""
+    """The smallest power of two that is at least `width`."""
     return 1 << (width - 1).bit_length()
 
 

@@ -36,9 +36,10 @@ class Audit:
 
 @dataclass(frozen=True)
 class BudgetChange:
-    """From now on an MLP computes `after` neurons instead of `before`, for the given reason. All neurons: dense.
+    """From now on an MLP computes `after` neurons instead of `before`, for the given reason.
 
     Attributes:
+        after: number of neurons; all of them mean that the MLP runs dense.
         token_class: the tokens for which this holds.
     """
 

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +18,7 @@ from ..atomic_files import fingerprint, write_atomically
 from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts, require_patched, runtime_of, settle_shards
+from ..layers.find_mlps import patched_parts, settle_shards
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
@@ -36,32 +36,33 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     load them as before the training.
 
     Write it last: a checkpoint is complete if it has this file and the other files are unchanged since. Under FSDP2 all
-    ranks must come here, and the first one writes.
+    ranks must call this, and rank 0 writes.
 
     Raises:
         OutputError: the file could not be written; no partial file is left.
     """
-    in_4bit = any(projection.quantization is not None for projection in _projections(model).values())
+    runtime, mlps = patched_parts(model)
+    settle_shards(runtime, mlps)
+    in_4bit = any(projection.quantization is not None for projection in _projections(mlps).values())
     merged = not hasattr(model, "peft_config") and not in_4bit
-    config = runtime_of(model).config
     path = Path(folder) / SIDECAR_NAME
     tensors: dict[str, Tensor] = {}
     restarts: dict[str, int] = {}
-    for mlp in _settled(model):
+    for mlp in mlps:
         with mlp.index.gathered():
             for name, projection in _named(mlp):
                 update = projection.update
                 tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
                 tensors[f"{name}.sample"] = projection.sample(live=merged)
                 restarts[name] = update.restarts
-                if not merged and (update.restarts or config.fold_steps):
+                if not merged and (update.restarts or runtime.config.fold_steps):
                     tensors[f"{name}.rows"] = projection.rows().contiguous()
         tensors[f"{mlp.name}.norms"] = mlp.index.output_norms
         if mlp.index.summary is not None:
             tensors[f"{mlp.name}.summary"] = mlp.index.summary
         for name, correction in mlp.corrections.items():
             tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
-    if runtime_of(model).sharded and dist.is_initialized() and dist.get_rank():
+    if runtime.sharded and dist.is_initialized() and dist.get_rank():
         return path
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     about = {
@@ -69,9 +70,9 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
         "step": step,
         "merged": merged,
         "restarts": restarts,
-        "folded": runtime_of(model).folded,
-        "config": config.to_dict(),
-        "plan": plan.to_dict() if (plan := runtime_of(model).plan) else None,
+        "folded": runtime.folded,
+        "config": runtime.config.to_dict(),
+        "plan": runtime.plan.to_dict() if runtime.plan else None,
         "files": _other_files(path.parent),
     }
     text = json.dumps(about, sort_keys=True)
@@ -83,7 +84,7 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     """Restore the factors of a patched model that has loaded the weights of the checkpoint in `folder`.
 
     Merged weights become base weights again by subtracting the update. They equal those before the save up to rounding
-    in the dtype of the weights. In several processes, all ranks must come here.
+    in the dtype of the weights. In several processes, all ranks must call this.
 
     Returns:
         The step at which the sidecar was written.
@@ -94,14 +95,15 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     """
     path = Path(folder) / SIDECAR_NAME
     about, tensors = _read(path)
-    projections = _projections(model)
+    runtime, mlps = patched_parts(model)
+    projections = _projections(mlps)
     if set(about["restarts"]) != set(projections):
         raise SidecarError(
             f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
             f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
         )
-    _check_whole(path, model, tensors)
-    mlps = _settled(model)
+    _check_whole(path, mlps, tensors)
+    settle_shards(runtime, mlps)
     for mlp in mlps:
         with mlp.index.gathered():
             for name, projection in _named(mlp):
@@ -130,8 +132,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         }
     if plan is not None:
         apply_plan(model, plan)
-    runtime_of(model).synced_step = about["step"]
-    runtime_of(model).folded = about.get("folded", any(about["restarts"].values()))
+    runtime.synced_step = about["step"]
+    runtime.folded = about.get("folded", any(about["restarts"].values()))
     return about["step"]
 
 
@@ -155,19 +157,13 @@ def _other_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
-def _projections(model: nn.Module) -> dict[str, NeuronProjection]:
+def _projections(mlps: Sequence[SparseMLP]) -> dict[str, NeuronProjection]:
     """Patched projections by their name in the bare model."""
-    return {name: projection for mlp in require_patched(model) for name, projection in _named(mlp)}
+    return {name: projection for mlp in mlps for name, projection in _named(mlp)}
 
 
 def _named(mlp: SparseMLP) -> Iterator[tuple[str, NeuronProjection]]:
     return ((f"{mlp.name}.{path}", p) for path, p in zip(mlp.sources, mlp.projections, strict=True))
-
-
-def _settled(model: nn.Module) -> list[SparseMLP]:
-    runtime, mlps = patched_parts(model)
-    settle_shards(runtime, mlps)
-    return mlps
 
 
 def _correction_names(mlp: SparseMLP) -> dict[TokenClass, list[str]]:
@@ -189,10 +185,10 @@ def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     return plan
 
 
-def _check_whole(path: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    projections, found = _projections(model), set(tensors)
+def _check_whole(path: Path, mlps: Sequence[SparseMLP], tensors: dict[str, Tensor]) -> None:
+    projections, found = _projections(mlps), set(tensors)
     wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
-    for mlp in require_patched(model):
+    for mlp in mlps:
         wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
         for paths in map(set, _correction_names(mlp).values()):
             wanted |= paths if paths & found else set()

@@ -185,14 +185,12 @@ def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
         InactivePatchError: they never ran.
     """
     calls = sum(mlp.calls for mlp in mlps)
-    idle = runtime.sparse(training=True) and not all(mlp.dense for mlp in mlps) and calls == runtime.seen_calls
-    ran = calls != runtime.seen_calls
-    runtime.seen_calls = calls
-    if ran:
-        runtime.idle_steps = None
-    elif idle and runtime.idle_steps is None:
-        logger.warning_once("a training step ran no patched MLP (LayerDrop? a skipped batch?)")
-    elif idle and runtime.idle_steps is not None:
+    if calls != runtime.seen_calls:
+        runtime.seen_calls, runtime.idle_steps = calls, None
+    elif runtime.mode(training=True) == "sparse" and not all(mlp.dense for mlp in mlps):
+        if runtime.idle_steps is None:
+            logger.warning_once("a training step ran no patched MLP (LayerDrop? a skipped batch?)")
+            return
         runtime.idle_steps += 1
         if runtime.idle_steps >= _IDLE_STEPS:
             raise_idle(runtime.idle_steps)

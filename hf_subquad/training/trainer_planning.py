@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts, require_patched
+from ..layers.find_mlps import patched_parts
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
@@ -59,7 +59,7 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
         return
     shared: list[Any] = [None]
     if args.process_index == 0:
-        shared = [_planned_and_fitted(model, dataloader, rows, args.device, plans)]
+        shared = [_planned_and_fitted(model, mlps, dataloader, rows, args.device, plans)]
     broadcast_object_list(shared)
     if isinstance(shared[0], str):
         _go_without(mlps, shared[0], plans)
@@ -75,12 +75,11 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
 
 
 def _planned_and_fitted(
-    model: nn.Module, dataloader: Any, rows: int, device: torch.device, plans: bool
+    model: nn.Module, mlps: list[SparseMLP], dataloader: Any, rows: int, device: torch.device, plans: bool
 ) -> tuple[Plan | None, list[Fitted], bool | None, bool] | str:
     """A plan, if one is wanted, what was fitted for each MLP, whether padding is skipped, and whether attention skips
     it, too; or the reason why that failed."""
     started = time.perf_counter()
-    mlps = require_patched(model)
     here = mlps[0].output.weight.device
     try:
         if here.type != device.type:  # FSDP moves the model later
@@ -95,7 +94,7 @@ def _planned_and_fitted(
             compensate(model, batches)
     except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
         return f"{type(error).__name__}: {error}"
-    logger.info(f"done in {time.perf_counter() - started:.1f} s")
+    logger.info(f"{'planning' if plans else 'fitting'} took {time.perf_counter() - started:.1f} s")
     return plan, [Fitted.of(mlp) for mlp in mlps], mlps[0].runtime.skips_padding, attends_by_sequences(model)
 
 

@@ -58,9 +58,6 @@ class HandedOut:
         for copy in self._live:
             copy.pass_on()
 
-    def __bool__(self) -> bool:
-        return bool(self._live)
-
     def __getstate__(self) -> dict[str, Any]:
         return {"_live": [], "_snapshots": deque(maxlen=_REMEMBERED)}
 

@@ -89,10 +89,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
 
 def _bare(model: nn.Module) -> nn.Module:
     """Without the wrappers of DDP, `torch.compile` and PEFT."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or model._modules.get("module")
-        if inner is None or not isinstance(inner, nn.Module):
-            break
+    while isinstance(inner := getattr(model, "_orig_mod", None) or model._modules.get("module"), nn.Module):
         model = inner
     wrapped: Any = model
     if not hasattr(wrapped, "get_base_model"):

@@ -113,8 +113,7 @@ class NeuronProjection(nn.Module):
         """
         if self._quant_state is not None:
             return self._quantized_rows(dtype or self.dtype, contiguous).load()
-        if self._handed_out:
-            self._handed_out.notice_writes()
+        self._handed_out.notice_writes()
         weight = self.weight.detach()
         rows = weight if self.weight_is_rows else weight.t()
         dtype = dtype or rows.dtype
@@ -122,7 +121,7 @@ class NeuronProjection(nn.Module):
             return rows
         if self.sharded:
             return rows.to(dtype)
-        version = (dtype, *self.version())
+        version = (dtype, self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._copied_rows is None or self._copied_rows[0] != version:
             with torch.inference_mode(False):  # inference tensors could not be used in training later
                 self._copied_rows = (version, rows.to(dtype).contiguous())
@@ -179,10 +178,6 @@ class NeuronProjection(nn.Module):
                 "fold_steps=0, and for the plain dequantised model, call save_merged or merged_named_weights"
             )
         self.weight.copy_(rows if self.weight_is_rows else rows.t())
-
-    def version(self) -> tuple[Any, ...]:
-        """Changes whenever the base weight is changed, moved or replaced."""
-        return self.weight.data_ptr(), self.weight._version, self.weight.device
 
     def dense(self, x: Tensor) -> Tensor:
         """The projection with all neurons: x (R + s U V)^T + b into neurons, x (R + s U V) + b out of them.

@@ -14,7 +14,7 @@ def is_shard(tensor: Any) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all ranks, which must all come here; a plain tensor is returned as it is."""
+    """A tensor gathered from all ranks, which must all call this; a plain tensor is returned as it is."""
     shard: Any = tensor
     return shard.detach().full_tensor() if is_shard(tensor) else tensor
 
@@ -33,8 +33,8 @@ def split_like(values: Tensor, shard: Any) -> Any:
 def gathered(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Context manager: inside, sharded parameters of the modules are whole and plain, as in a forward pass.
 
-    What is written into them is written back to the shards. All ranks must come here with the same modules, and write
-    the same. Without shards nothing changes and nothing is waited for.
+    What is written into them is written back to the shards. All ranks must enter with the same modules, and write the
+    same values. Without shards nothing changes, and no rank waits.
     """
     held = []
     for module in (part for root in modules for part in root.modules()):

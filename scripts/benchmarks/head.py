@@ -9,7 +9,6 @@ does. Every round runs each variant once, in a process of its own.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,41 +17,23 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "recipes")]
 
+from comparison.apart import OnProgress, run_apart
+from comparison.inputs import DTYPES, padded_batches
 from comparison.memory import PeakMemory
 from reporting import conclude
+from settings import LmSettings
 
 from hf_subquad import patch_head
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-
-def batches_of(args: argparse.Namespace) -> list[dict[str, Tensor]]:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    lines = args.data.read_text(encoding="utf-8").splitlines()[: args.batch_size * args.steps]
-    rows = []
-    for line in map(json.loads, lines):
-        prompt = tokenizer(f"Question: {line['question']}\nAnswer: ")["input_ids"]
-        answer = [*tokenizer(line["answer"])["input_ids"], tokenizer.eos_token_id]
-        rows.append(((prompt + answer)[: args.max_length], ([-100] * len(prompt) + answer)[: args.max_length]))
-    return [collated(rows[at : at + args.batch_size]) for at in range(0, len(rows), args.batch_size)]
-
-
-def collated(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
-    length = max(len(ids) for ids, _ in rows)
-    return {
-        "input_ids": torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-        "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in rows]),
-    }
-
-
-def measure(args: argparse.Namespace, method: str, head: str) -> dict[str, Any]:
+def measure(argument: tuple[argparse.Namespace, str, str], report: OnProgress) -> dict[str, Any]:
     """Steps of one variant; then its head and loss alone, forward and backward, on the hidden states of a batch."""
+    args, method, head = argument
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPES[args.dtype], attn_implementation="sdpa")
@@ -63,7 +44,12 @@ def measure(args: argparse.Namespace, method: str, head: str) -> dict[str, Any]:
     if head == "labelled":
         patch_head(model, args.megabytes)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    batches = batches_of(args)
+    recipe = LmSettings(
+        model=args.model, method="vanilla", output_dir="", train_file=args.data, eval_file=args.data,
+        prompt_template="Question: {question}\nAnswer: ", answer_template="{answer}", loss_on="answers",
+        max_length=args.max_length, max_train_rows=args.batch_size * args.steps,
+    )  # fmt: skip
+    batches = padded_batches(recipe, "train", args.batch_size)
     memory, seconds, losses = PeakMemory("cpu"), [], []
     for number, batch in enumerate([batches[0], *batches]):  # the first is a warm-up
         memory.start()
@@ -127,7 +113,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a causal LM whose body is `base_model`")
-    parser.add_argument("--data", type=Path, required=True, help="JSON lines with 'question' and 'answer'")
+    parser.add_argument("--data", required=True, help=".jsonl, with 'question' and 'answer'")
     parser.add_argument("--methods", nargs="+", choices=("vanilla", "lora"), default=["vanilla", "lora"])
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -137,21 +123,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, metavar=("METHOD", "HEAD"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args, *args.one)))
-        return
     rows = []
     for _ in range(args.rounds):
         for method in args.methods:
             for head in ("stock", "labelled"):
-                command = [sys.executable, __file__, *sys.argv[1:], "--one", method, head]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                rows.append(run_apart(f"{method}, {head}", measure, (args, method, head), start="spawn"))
                 print(method, head, statistics.median(rows[-1]["step_seconds"]), rows[-1]["peak_memory_bytes"])
     report = {"summary": summary(rows), "rows": rows}
-    args.data = str(args.data)
     conclude(report, json.dumps(report["summary"], indent=2), args)
 
 

@@ -49,7 +49,10 @@ def run_apart(
     Raises:
         WorkerError: it raised an exception, was stopped, or the process died.
     """
-    context = _context(start)
+    start = start if start in multiprocessing.get_all_start_methods() else "spawn"
+    context: Any = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(_PRELOADED)
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(work, argument, sending), name=name)
     process.start()
@@ -85,14 +88,6 @@ def run_apart(
         if process.is_alive():
             process.kill()
             process.join()
-
-
-def _context(start: str) -> Any:
-    start = start if start in multiprocessing.get_all_start_methods() else "spawn"
-    context: Any = multiprocessing.get_context(start)
-    if start == "forkserver":
-        context.set_forkserver_preload(_PRELOADED)
-    return context
 
 
 def _run(work: Work, argument: Any, sending: Connection) -> None:

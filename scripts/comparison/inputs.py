@@ -8,6 +8,7 @@ from data import DataError, load_rows
 from lm_data import NO_LOSS, make_sequences
 from peft import prepare_model_for_kbit_training
 from settings import LmSettings
+from torch.utils.data import DataLoader
 from training import load_tokenizer
 from transformers import (
     AutoConfig,
@@ -88,6 +89,13 @@ def _sequences(recipe: LmSettings, part: Any, tokenizer: PreTrainedTokenizerBase
         if not sequences:
             raise DataError(f"{rows.source} holds less than one block of {recipe.max_length} tokens")
     return sequences
+
+
+def padded_batches(recipe: LmSettings, part: Any, size: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of `size` prompts with their answers, each padded to its longest row."""
+    tokenizer = load_tokenizer(recipe)
+    collate = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)
+    return [dict(batch) for batch in DataLoader(_sequences(recipe, part, tokenizer), size, collate_fn=collate)]
 
 
 def _random_inputs(settings: RunSettings, shape: Shape) -> Inputs:

@@ -13,8 +13,6 @@ from typing import Any
 from .apart import OnProgress
 from .settings import RunSettings
 
-PLAN_NAME = "subquad_plan.json"  # in the output folder, written by the callback
-
 
 def full_run(settings: RunSettings, report: OnProgress) -> dict[str, Any]:
     """All of the training: losses, memory, set-up.
@@ -85,6 +83,7 @@ def _train(
     from methods import apply_method
 
     from hf_subquad import SubquadConfig, save_merged, sparse_forward
+    from hf_subquad.training.callback import PLAN_NAME
 
     from .inputs import load_inputs
     from .memory import resident_bytes
@@ -107,7 +106,7 @@ def _train(
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(model, settings, inputs.train, inputs.collate, callbacks, folder, loss_of, report, mlps)
         trainer.train()
-        plan = Path(folder, PLAN_NAME)
+        plan = Path(folder, PLAN_NAME)  # the callback writes it
         result: dict[str, Any] = {
             "steps": trainer.steps,
             "evaluations": trainer.evaluations,

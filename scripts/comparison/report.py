@@ -1,6 +1,7 @@
 """From what the processes measured to the numbers that are reported: one dictionary, per-step rows, a table."""
 
 import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,14 +55,16 @@ def summarise(
     methods = {name: _method(run, turns[name]) for name, run in runs.items()}
     goal = methods["vanilla"]["eval_loss_dense"] if "vanilla" in methods else None
     for method in methods.values():
-        method["seconds_to_vanilla_loss"] = _seconds_to(method["evaluations"], goal)
+        reached = (row["seconds"] for row in method["evaluations"] if goal is not None and row["eval_loss"] <= goal)
+        method["seconds_to_vanilla_loss"] = next(reached, None)
+    medians = {name: method["step_seconds_median"] for name, method in methods.items()}
     summary: dict[str, Any] = {"methods": methods}
     for baseline in BASELINES:
         both = baseline in methods and "subquad" in methods
         ratios = _ratios(turns[baseline], turns["subquad"], "steps", "seconds") if both else []
         of_mlps = _ratios(turns[baseline], turns["subquad"], "profile", "mlp_seconds") if both else []
         share = methods[baseline]["mlp_share_of_step"] if both else None
-        summary[f"speedup_vs_{baseline}"] = _over(methods, baseline, "step_seconds_median") if both else None
+        summary[f"speedup_vs_{baseline}"] = medians[baseline] / medians["subquad"] if both else None
         summary[f"speedup_vs_{baseline}_spread"] = _spread(ratios) if ratios else None
         summary[f"mlp_speedup_vs_{baseline}"] = median(of_mlps) if of_mlps else None
         summary[f"amdahl_limit_vs_{baseline}"] = 1 / (1 - share) if share else None
@@ -111,16 +114,6 @@ def _method(run: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> dict[
     }
 
 
-def _seconds_to(evaluations: Sequence[Mapping[str, Any]], goal: float | None) -> float | None:
-    if goal is None:
-        return None
-    return next((row["seconds"] for row in evaluations if row["eval_loss"] <= goal), None)
-
-
-def _over(methods: Mapping[str, Mapping[str, Any]], baseline: str, key: str) -> float:
-    return methods[baseline][key] / methods["subquad"][key]
-
-
 def _ratios(
     baseline: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], part: str, key: str
 ) -> list[float]:
@@ -148,14 +141,11 @@ def step_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def write_csv(report: Mapping[str, Any], path: Path) -> None:
     """Per-step rows of all methods."""
-
-    def write(file: Path) -> None:
-        with file.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, CSV_COLUMNS)
-            writer.writeheader()
-            writer.writerows(step_rows(report))
-
-    write_whole(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_COLUMNS)
+    writer.writeheader()
+    writer.writerows(step_rows(report))
+    write_whole(path, lambda file: file.write_bytes(text.getvalue().encode()))
 
 
 def write_plot(report: Mapping[str, Any], path: Path, title: str = "") -> None:

@@ -22,14 +22,11 @@ def cases(bench: Bench) -> list[Case]:
     ]
 
 
-def tiled(neurons: int) -> dict[str, Budget]:
-    """The same k neurons for every token, by name."""
-    return {
+def _layer(bench: Bench, mlp: str, classes: bool, tokens: int) -> Iterator[Row]:
+    neurons = bench.mlps[mlp][1]
+    tiled = {
         f"{share or 'm^0.8'} of the neurons": Budget.uniform(SubquadConfig(active=share).active_neurons(neurons))
         for share in _SHARES
     }
-
-
-def _layer(bench: Bench, mlp: str, classes: bool, tokens: int) -> Iterator[Row]:
-    for row in layer.bench(bench.layer(mlp, classes, tokens), tiled(bench.mlps[mlp][1])):
+    for row in layer.bench(bench.layer(mlp, classes, tokens), tiled):
         yield {"mlp": mlp, **row}

@@ -34,8 +34,7 @@ def problems(results: Row) -> list[str]:
             found.append(f"{name}: {error['case'] or 'the section'}: {error['traceback'].strip().splitlines()[-1]}")
         for row in section["rows"]:
             if row.get("passed") is False:
-                about = ", ".join(str(row[key]) for key in ("file", "check"))
-                found.append(f"{name}: not passed: {about}")
+                found.append(f"{name}: not passed: {row['file']}, {row['check']}")
     return found
 
 

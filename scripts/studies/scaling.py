@@ -29,7 +29,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import layer
-from reporting import Panel, conclude, draw, lines_of, plots_available, text_table
+from reporting import Panel, conclude, draw, plots_available, text_table
 from studies.wide_nets import DenseGaussNewton, SparseGaussNewton, smooth_task
 
 from hf_subquad.theory import GaussNewton, Step, WideNet
@@ -118,28 +118,21 @@ def measure_width(width: int, options: argparse.Namespace) -> list[dict[str, Any
     return rows
 
 
-def slopes(rows: Sequence[Mapping[str, Any]], names: Iterable[str], parts: Sequence[str]) -> dict[str, Any]:
-    """By method and part: the slope over widths from FITTED_FROM up, or over all if those are not two."""
+def summary(rows: list[dict[str, Any]], names: Iterable[str], parts: Sequence[str]) -> dict[str, Any]:
+    """Rows; their slopes, by method and part, over widths from FITTED_FROM up, or over all if those are not two; and
+    what they say of the largest width."""
     widths = sorted({row["width"] for row in rows})
     fitted = [width for width in widths if width >= FITTED_FROM]
     fitted = fitted if len(fitted) > 1 else widths
     found: dict[str, Any] = {}
-    for name in names:
+    for name in names if len(fitted) > 1 else ():
         chosen = {row["width"]: row["seconds"] for row in rows if row["method"] == name}
-        if len(fitted) > 1:
-            found[name] = {
-                part: measured_slope({width: chosen[width][part] for width in fitted})
-                for part in parts
-                if min(min(chosen[width][part]) for width in fitted) > 0
-            }
-    return found
-
-
-def summary(rows: list[dict[str, Any]], names: Iterable[str], parts: Sequence[str]) -> dict[str, Any]:
-    """Rows, their slopes, and what they say of the largest width."""
-    found = slopes(rows, names, parts)
-    widest = max(row["width"] for row in rows)
-    last = {row["method"]: row["seconds"]["total"] for row in rows if row["width"] == widest}
+        found[name] = {
+            part: measured_slope({width: chosen[width][part] for width in fitted})
+            for part in parts
+            if min(min(chosen[width][part]) for width in fitted) > 0
+        }
+    last = {row["method"]: row["seconds"]["total"] for row in rows if row["width"] == widths[-1]}
     return {
         **{f"slope_{name}": of_parts["total"]["slope"] for name, of_parts in found.items()},
         "speedup_at_max_width": median(a / b for a, b in zip(last["dense"], last["subquad"], strict=True)),
@@ -148,20 +141,13 @@ def summary(rows: list[dict[str, Any]], names: Iterable[str], parts: Sequence[st
     }
 
 
-def scaling(options: argparse.Namespace) -> dict[str, Any]:
-    """The first part of the report."""
-    widths = widths_between(options.min_width, options.max_width)
-    rows = [row for width in tqdm(widths, unit="width", desc="wide nets") for row in measure_width(width, options)]
-    return summary(rows, options.methods, ("total", *PARTS))
-
-
 # The fine-tuning layer
 
 
-def layer_scaling(options: argparse.Namespace) -> dict[str, Any]:
+def layer_scaling(widths: Sequence[int], options: argparse.Namespace) -> dict[str, Any]:
     """The second part of the report."""
     rows = []
-    for width in tqdm(widths_between(options.min_width, options.max_width), unit="width", desc="fine-tuning layer"):
+    for width in tqdm(widths, unit="width", desc="fine-tuning layer"):
         point = argparse.Namespace(
             tokens=options.tokens, hidden=width // 4, intermediate=width, active=None, tile=128, dtype="fp32",
             rank=16, gated=False, classes=False, device="cpu", rounds=options.layer_rounds, warmup=1,
@@ -231,7 +217,10 @@ def table(report: Mapping[str, Any]) -> str:
 
 def panels(report: Mapping[str, Any]) -> list[Panel]:
     def of(rows: Sequence[Mapping[str, Any]], y: Callable[[Mapping[str, Any]], float]) -> Any:
-        return lines_of([{"line": row["method"], "m": row["width"], "y": y(row)} for row in rows], "line", "m", "y")
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:  # in order of the widths
+            lines.setdefault(row["method"], []).append((row["width"], y(row)))
+        return lines
 
     def ms(row: Mapping[str, Any]) -> float:
         return 1000 * median(row["seconds"]["total"])
@@ -279,7 +268,10 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
-    report = scaling(options) | {"layer": layer_scaling(options) if options.tokens else None}
+    widths = widths_between(options.min_width, options.max_width)
+    rows = [row for width in tqdm(widths, unit="width", desc="wide nets") for row in measure_width(width, options)]
+    report = summary(rows, options.methods, ("total", *PARTS))
+    report["layer"] = layer_scaling(widths, options) if options.tokens else None
     conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     if options.png:
         draw(panels(report), "time against width", options.png)

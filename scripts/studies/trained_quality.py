@@ -30,17 +30,15 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2] / "recipes")]
 
-from data import load_rows
-from lm_data import NO_LOSS, make_sequences
+from comparison.inputs import padded_batches
+from lm_data import NO_LOSS
 from methods import apply_method
 from reporting import conclude, text_table
 from settings import LmSettings
-from training import load_tokenizer
 
 from hf_subquad import (
     SubquadConfig,
@@ -50,7 +48,6 @@ from hf_subquad import (
     patch_head,
     sparse_mlps,
     sync_model,
-    unpatch_head,
 )
 from hf_subquad.index.activation_index import ActivationIndex, Selection
 from hf_subquad.layers.budget import Budget
@@ -121,6 +118,7 @@ class Candidate:
         self.model, _ = apply_method(copy.deepcopy(base), "subquad", rank=options.rank, alpha=options.alpha,
                                      subquad=config, rest="lora")  # fmt: skip
         self.model.train()
+        patch_head(self.model)  # exact; in evaluation all logits are computed
         self.counts: list[int] = []
         self.mlps = sparse_mlps(self.model)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -165,15 +163,11 @@ class Candidate:
         return time.perf_counter() - started
 
     def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
-        if self.share is None:  # whose sets are those of padded rows
-            patch_head(self.model)  # exact
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
             self.step(batch)
             tick()
-        if self.share is None:
-            unpatch_head(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -254,20 +248,8 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batc
         answer_template=options.answer_template, chat=options.chat, loss_on="answers", max_length=options.max_length,
         max_train_rows=2 * options.batch_size * (options.steps + PLANNED_ON + 1), max_eval_rows=options.max_eval_rows,
     )  # fmt: skip
-    tokenizer = load_tokenizer(settings)
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    collate = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NO_LOSS)
-    train, held_out = (
-        [
-            dict(batch)
-            for batch in DataLoader(
-                make_sequences(load_rows(settings, part), tokenizer, settings).dataset,  # type: ignore[arg-type]
-                options.batch_size,
-                collate_fn=collate,
-            )
-        ]
-        for part in ("train", "eval")
-    )
+    train, held_out = (padded_batches(settings, part, options.batch_size) for part in ("train", "eval"))
     return model, train, held_out
 
 

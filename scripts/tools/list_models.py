@@ -47,15 +47,15 @@ class Section:
 SECTIONS = {
     "sparse": Section(
         "Made sparse",
-        "Patched and compared in float64: forward and all gradients equal those of the plain model with the same "
+        "Patched and compared in float64: outputs and all gradients equal those of the plain model with the same "
         "neurons masked, at a quarter of the neurons and at all of them; what `save_pretrained` writes loads into the "
-        "plain class and gives the dense outputs; `unpatch_model` gives back the same bits. MLPs that the inputs do "
-        "not reach (those of images where the input is text, say) passed the self-test at patch time only.",
+        "plain class and gives the dense outputs; `unpatch_model` restores the same bits. MLPs that the inputs do "
+        "not reach (those of images where the input is text, say) passed only the self-test at patch time.",
         ("projections", "MLPs compared", "left dense"),
     ),
     "tested": Section(
         "Made sparse, by the self-test alone",
-        "Patched; the sweep knows no inputs that the whole model runs on.",
+        "Patched, but not compared: the script knows no inputs that the whole model runs on.",
         ("projections", "why not compared"),
     ),
     "refused": Section(
@@ -66,11 +66,11 @@ SECTIONS = {
     ),
     "none": Section(
         "Nothing to patch",
-        "`patch_model` raises `NoMatchError`: convolutions, state spaces, experts in 3-D parameters, or names that the "
-        "table of families does not have.",
+        "`patch_model` raises `NoMatchError`: there are convolutions, state spaces, experts in 3-D parameters, or "
+        "names that the table of families does not have.",
         ("reason",),
     ),
-    "not built": Section("Not tried", "A tiny model cannot be built here.", ("reason",)),
+    "not built": Section("Not tried", "The script could not build a tiny model.", ("reason",)),
 }
 
 
@@ -91,7 +91,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types; without any, all of them, and the page is written")
     options = parser.parse_args(arguments)
-    quiet()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # tiny configurations draw remarks
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     verdicts, wrong = [], []
     for model_type in options.types or model_types():
         try:
@@ -106,14 +109,6 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.types:
         PAGE.write_text(page(verdicts), encoding="utf-8")
     return 0
-
-
-def quiet() -> None:
-    """One thread, and no remarks of transformers about tiny configurations."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def verdict(model_type: str) -> Verdict:
@@ -146,9 +141,9 @@ def page(verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     parts = [
         "# Model types",
-        f"Every model type of transformers {transformers.__version__} that has a model, tiny and with random weights, "
-        "as `python scripts/tools/list_models.py` finds it. A type stands for one class, with default settings but "
-        "sizes.",
+        f"Every model type of transformers {transformers.__version__} that has a model, built tiny and with random "
+        "weights by `python scripts/tools/list_models.py`. One class represents each type, with default settings "
+        "except for sizes.",
     ]
     for name, section in SECTIONS.items():
         rows = [verdict.row for verdict in verdicts if verdict.section == name]
@@ -156,12 +151,6 @@ def page(verdicts: Iterable[Verdict]) -> str:
         head = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         parts += [f"## {section.title}: {len(rows)}", section.text, "\n".join(head + rows)]
     return "\n\n".join(parts) + "\n"
-
-
-def listed(text: str) -> dict[str, str]:
-    """Rows of a page by model type."""
-    rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| type |")]
-    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
 
 
 def _projections(mlp: SparseMLP) -> str:

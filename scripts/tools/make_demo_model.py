@@ -22,13 +22,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 
-from corpus import standard_library_text
+from stdlib_functions import standard_library_files
 
 FOLDER = Path(__file__).resolve().parents[1] / "demo_model"
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 BLOCK = 512  # tokens of a training sequence, and the model's number of positions
+HELD_OUT_EVERY = 40  # files: about 2.5% of the text, from all parts of the library
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def standard_library_text() -> tuple[list[str], list[str]]:
+    """Source texts of the standard library: (training documents, held-out documents)."""
+    documents = [path.read_text(encoding="utf-8", errors="replace") for path in standard_library_files()]
+    documents = [text for text in documents if text.strip()]
+    train = [text for index, text in enumerate(documents) if index % HELD_OUT_EVERY]
+    return train, documents[::HELD_OUT_EVERY]
 
 
 def train_tokenizer(documents: list[str], vocabulary: int) -> PreTrainedTokenizerFast:

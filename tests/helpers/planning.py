@@ -79,6 +79,11 @@ def hand_plan(model: nn.Module, active: Sequence[int | tuple[int, int]], **of_la
     )  # fmt: skip
 
 
+def is_dense(layer: LayerPlan) -> bool:
+    """Whether it computes all neurons for all tokens and propagates the whole gradient."""
+    return layer.predicted == layer.context == layer.neurons and layer.gradient == 1
+
+
 def text_batches(*seeds: int, shape: tuple[int, int] = (3, 5), prompt: int = 0) -> list[dict[str, Tensor]]:
     """Batches of random tokens with themselves as labels, but for a prompt of so many tokens."""
     batches = []
@@ -91,7 +96,7 @@ def text_batches(*seeds: int, shape: tuple[int, int] = (3, 5), prompt: int = 0) 
 
 def budgets_of(model: nn.Module) -> list[int]:
     """Neurons that each MLP computes for predicted tokens."""
-    return [mlp.active for mlp in sparse_mlps(model)]
+    return [mlp.k for mlp in sparse_mlps(model)]
 
 
 def trained_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ __all__ = ["Backend", "EstimatedInput", "MergedWeight", "Scoring", "StoredRows",
 
 logger = logging.get_logger(__name__)
 
+_TORCH = TorchBackend()
 _verified: dict[torch.device, str | None] = {}  # where the kernels were tried: what they computed wrong, if anything
 
 
@@ -37,9 +38,9 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
             'leave backend at "auto"'
         )
     if device.type != "cuda":
-        return _triton() if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else _torch()
+        return _triton() if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else _TORCH
     if name == "torch" or not _triton_installed() or not _has_tensor_cores(device):
-        return _torch()
+        return _TORCH
     wrong = _mismatch(device)
     if wrong is None:
         return _triton()
@@ -48,28 +49,21 @@ def backend_for(name: BackendName, device: torch.device) -> Backend:
             f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. Leave backend at 'auto', which "
             "uses PyTorch there, and please report this with the output of `hf-subquad env`"
         )
-    _warn(device, wrong)
-    return _torch()
+    logger.warning_once(
+        f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. PyTorch computes the sparse layers "
+        "there. Please report this with the output of `hf-subquad env`"
+    )
+    return _TORCH
 
 
 def _mismatch(device: torch.device) -> str | None:
     """What Triton's kernels compute wrong on a CUDA device, if anything; checked on the first call."""
-    try:
-        return _verified[device]  # asked many times a step
-    except KeyError:
-        pass
+    if device in _verified:  # asked many times a step
+        return _verified[device]
     # A capture cannot wait for results; the check is made at the next call outside of it.
     if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_current_stream_capturing():
         return None
     return _verified.setdefault(device, mismatch(_triton(), device))
-
-
-@functools.cache
-def _warn(device: torch.device, wrong: str) -> None:
-    logger.warning(
-        f"on {device} Triton's kernels do not compute what PyTorch does: {wrong}. PyTorch computes the sparse layers "
-        "there. Please report this with the output of `hf-subquad env`"
-    )
 
 
 @functools.cache
@@ -86,11 +80,6 @@ def _triton_installed() -> bool:
 def _has_tensor_cores(device: torch.device) -> bool:
     # PyTorch calls AMD's devices cuda, too; the kernels ask for registers in a way that only NVIDIA's compiler takes.
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-@functools.cache
-def _torch() -> Backend:
-    return TorchBackend()
 
 
 @functools.cache

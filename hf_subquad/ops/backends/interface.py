@@ -58,11 +58,9 @@ class MergedWeight:
 
     def split(self, count: int) -> "list[MergedWeight]":
         """The first `count` neurons and the rest, as two matrices: gate and up if they are stacked in one."""
-        biases = (None, None) if self.bias is None else (self.bias[:count], self.bias[count:])
-        rows = (self.rows[:count], self.rows[count:])
         return [
-            MergedWeight(half, u, self.v, bias)
-            for half, u, bias in zip(rows, (self.u[:count], self.u[count:]), biases, strict=True)
+            MergedWeight(self.rows[half], self.u[half], self.v, None if self.bias is None else self.bias[half])
+            for half in (slice(count), slice(count, None))
         ]
 
 

@@ -1,7 +1,6 @@
 """Checks that the kernels compute on this device what PyTorch does."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,7 +60,14 @@ def mismatch(backend: Backend, device: torch.device) -> str | None:
     backend counts, unless the device is out of memory; one in PyTorch's operations is raised. Waits for the device.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with _preserve_mode_and_rng(device):
+    # Whatever the caller is in: autograd, inference mode, autocast, a default device, or a compiler's fake tensors.
+    with (
+        _disable_current_modes(),
+        device,
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
         given = _inputs(device, dtype, dtype, torch.float32)
         exact = _inputs(device, dtype, torch.float64, torch.float64)
         for name, operation, difference in _operations(*_TOLERANCES[dtype]):
@@ -76,19 +82,6 @@ def mismatch(backend: Backend, device: torch.device) -> str | None:
             if differs is not None:
                 return f"{name} {differs}"
     return None
-
-
-@contextmanager
-def _preserve_mode_and_rng(device: torch.device) -> Iterator[None]:
-    """Whatever the caller is in: autograd, inference mode, autocast, a default device, or a compiler's fake tensors."""
-    with (
-        _disable_current_modes(),
-        device,
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-    ):
-        yield
 
 
 def _inputs(device: torch.device, rounded: torch.dtype, compute: torch.dtype, kept: torch.dtype) -> _Inputs:
