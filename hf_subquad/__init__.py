@@ -20,8 +20,8 @@ from .errors import (
     WeightsError,
 )
 from .head.patch_head import patch_head, unpatch_head
-from .layers.find_mlps import sparse_mlps
 from .layers.modes import dense_forward, sparse_forward
+from .layers.patched_mlps import sparse_mlps
 from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
 from .planning.make_plan import calibrate, compensate
@@ -30,7 +30,7 @@ from .training.callback import SubquadCallback
 from .training.resume import last_whole_checkpoint
 from .training.sidecar import load_sidecar, save_sidecar
 from .training.sync import SyncReport, check_active, sync_model
-from .weights.plain import merged_named_weights, save_merged
+from .weights.merged_export import merged_named_weights, save_merged
 
 __version__ = "0.1.0"
 

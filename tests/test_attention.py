@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_subquad import SubquadConfig, patch_model, unpatch_model
 from hf_subquad.layers.attention_patch import stock_attention
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.ops import attention
 from hf_subquad.ops.attention import attend_by_sequence, segments_of
 

@@ -24,7 +24,7 @@ from hf_subquad import (
     unpatch_model,
 )
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.compensation import Compensation, CompensationFit
+from hf_subquad.layers.compensation import _TOKEN_RIDGE, Compensation, CompensationFit
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.training.budget_control import audit
 
@@ -43,11 +43,15 @@ def random_compensation(basis: Tensor, out: int) -> Compensation:
     return Compensation(basis, noise(out, len(basis), seed=2), noise(out, seed=3))
 
 
-def fitted(basis: Tensor, *parts: tuple[Tensor, Tensor]) -> Compensation:
-    fit = CompensationFit(basis)
+def fitted(basis: Tensor, *parts: tuple[Tensor, Tensor], whole: bool = False) -> Compensation:
+    fit = CompensationFit(basis, whole)
     for x, missed in parts:
         fit.add(x, missed)
     return fit.solve()
+
+
+def fitted_whole(basis: Tensor, *parts: tuple[Tensor, Tensor]) -> Compensation:
+    return fitted(basis, *parts, whole=True)
 
 
 # The fit by itself
@@ -109,10 +113,11 @@ def test_solving_does_not_end_the_fit() -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20, 1e15])
 @pytest.mark.parametrize("equal", [False, True], ids=["tokens differ", "all tokens equal"])
-def test_tokens_of_any_size_give_finite_fits(size: float, equal: bool) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["sketch", "whole tokens"])
+def test_tokens_of_any_size_give_finite_fits(size: float, equal: bool, whole: bool) -> None:
     x = size * (noise(1, D).expand(N, D) if equal else noise(N, D))
-    found = fitted(orthogonal(), (x, noise(N, OUT, seed=6)))
-    assert found.weight.isfinite().all() and found.bias.isfinite().all()
+    found = fitted(orthogonal(), (x, noise(N, OUT, seed=6)), whole=whole)
+    assert all(part.isfinite().all() for part in vars(found).values())
 
 
 @pytest.mark.parametrize(("size", "missed"), [(1e20, 1.0), (1.0, 3e38)])
@@ -132,23 +137,27 @@ def test_nothing_missed_is_nothing() -> None:
 
 
 def test_a_map_of_high_rank_is_reduced_to_what_explains_the_most() -> None:
-    """As good as the best map of that rank, a truncated SVD of what the whole regression predicts, up to a tenth."""
-    width, tokens = 300, 4000
-    spectrum = 0.97 ** torch.arange(width)
-    x = noise(tokens, width, seed=7)
-    missed = (x @ torch.linalg.qr(noise(width, width, seed=8)).Q * spectrum) @ noise(width, width, seed=9)
-    found = fitted(None, (x, missed))
+    """About as good as the best map of that rank, which is a truncated SVD of what was missed."""
+    width, count = 300, 9000
+    x = noise(count, width, seed=7)
+    mixed = x @ torch.linalg.qr(noise(width, width, seed=8)).Q
+    missed = (mixed * 0.97 ** torch.arange(width)) @ orthogonal(width, width)
+    found = fitted_whole(orthogonal(R, width), (x, missed))
     assert found.basis.shape[0] == found.weight.shape[1] < width
-    singular = torch.linalg.svdvals(missed)[len(found.basis) :]
-    assert (found(x) - missed).norm() < 1.1 * singular.norm()
-    assert torch.equal(fitted(None, (x, missed)).basis, found.basis)
+    left_out = torch.linalg.svdvals(missed)[len(found.basis) :]
+    shrunk = _TOKEN_RIDGE * width / count * missed.norm()
+    assert (found(x) - missed).norm() < 1.1 * left_out.norm() + shrunk < 0.2 * missed.norm()
 
 
-def test_the_whole_input_explains_more_than_a_basis() -> None:
+def test_whole_tokens_explain_more_than_the_sketch() -> None:
+    """Whether there are many tokens or few; with hardly any, neither explains anything."""
     x = noise(N, D)
     missed = x @ noise(D, OUT, seed=6)
-    whole, part = fitted(None, (x, missed)), fitted(orthogonal(), (x, missed))
-    assert (whole(x) - missed).norm() < 0.01 * missed.norm() < (part(x) - missed).norm()
+    for count, left in ((N, 0.05), (30, 0.4)):
+        part, whole = (fit(orthogonal(), (x[:count], missed[:count])) for fit in (fitted, fitted_whole))
+        assert (whole(x) - missed).norm() < left * missed.norm()
+        assert (whole(x) - missed).norm() < (part(x) - missed).norm()
+    assert not fitted_whole(orthogonal(), (x[:R], missed[:R]))(x).any()
 
 
 def test_tokens_that_are_all_zero_give_the_mean() -> None:

@@ -44,7 +44,7 @@ from hf_subquad import (
     sparse_mlps,
 )
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.planning import mlp_timing
 from hf_subquad.planning.fidelity import DenseReference

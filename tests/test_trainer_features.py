@@ -27,7 +27,7 @@ from hf_subquad import (
     sparse_mlps,
     sync_model,
 )
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 
 OUT_OF_MEMORY = RuntimeError("CUDA out of memory.")
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}

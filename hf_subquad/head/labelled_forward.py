@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..layers.attention_patch import attends_by_sequences
-from .check import find_way
-from .labelled_call import NotHereError, Way, run_on_labelled_rows
+from .find_way import find_way
+from .head_on_labelled_rows import NotHereError, Way, run_on_labelled_rows
 from .padding_free import announce, keeps_sequences_apart, longest_row, without_padding
 
 logger = logging.get_logger(__name__)

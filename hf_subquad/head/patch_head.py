@@ -5,8 +5,8 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError
-from ..layers.surroundings import language_model
-from .labelled_call import NotHereError
+from ..layers.peft_and_checkpointing import language_model
+from .head_on_labelled_rows import NotHereError
 from .labelled_forward import LabelledForward
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from ..ops.attention import attend_by_sequence
-from .surroundings import language_model
+from .peft_and_checkpointing import language_model
 
 _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
 _SAME = 1e-4  # relative difference of the losses of a row: rounding, by the dtype at least this

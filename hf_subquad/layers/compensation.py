@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 
 _RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not drown the others
+_TOKEN_RIDGE = 0.5  # the same for whole tokens, times features per token: with few tokens, the sketch decides
 _RANK = 128  # at most: on SmolLM2-135M (d = 576), more takes longer and explains little more
 _ITERATIONS = 2
 
@@ -40,11 +41,13 @@ class CompensationFit:
     """Ridge regression from tokens to what selections miss, over any number of batches.
 
     Args:
-        basis: [f, d], the directions that it is predicted from; None: all of the input space.
+        basis: [r, d], the sketch's directions: it is predicted from the tokens' components in them.
+        whole: what these do not explain is predicted from the whole tokens.
     """
 
-    def __init__(self, basis: Tensor | None) -> None:
+    def __init__(self, basis: Tensor, whole: bool = False) -> None:
         self._basis = basis
+        self._whole = whole
         self._tokens = 0
         self._gram: Any = 0.0  # tensors once tokens were added
         self._moment: Any = 0.0
@@ -52,8 +55,7 @@ class CompensationFit:
     @torch.no_grad()
     def add(self, x: Tensor, missed: Tensor) -> None:
         """Tokens x [N, d], and what the skipped neurons would have added on them [N, d_out]."""
-        features = x.float() if self._basis is None else x.float() @ self._basis.t()
-        features = F.pad(features, (0, 1), value=1.0)
+        features = F.pad(x.float() if self._whole else x.float() @ self._basis.t(), (0, 1), value=1.0)
         self._tokens += len(x)
         self._gram = self._gram + features.t() @ features
         self._moment = self._moment + features.t() @ missed.float()
@@ -61,9 +63,6 @@ class CompensationFit:
     @torch.no_grad()
     def solve(self) -> Compensation:
         """The compensation fitted to all added tokens; all zero if there were too few.
-
-        A map of more than `_RANK` directions is reduced to those that explain the most (reduced-rank regression,
-        Izenman 1975), found by a randomised range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4).
 
         Raises:
             CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.
@@ -73,18 +72,32 @@ class CompensationFit:
         # In float64, because a few directions of a pretrained model's tokens are far larger than the others.
         dtype = torch.float32 if self._gram.device.type == "mps" else torch.float64
         gram, moment = self._gram.to(dtype), self._moment.to(dtype)
-        gram.diagonal().mul_(1 + _RIDGE).add_(torch.finfo(torch.float32).tiny)
-        factor = torch.linalg.cholesky(gram)
-        if self._tokens < len(gram):
+        if self._tokens <= len(self._basis):
             moment = torch.zeros_like(moment)
-        if len(gram) - 1 <= _RANK:
-            solution = torch.cholesky_solve(moment, factor).float()
-            basis = torch.eye(len(gram) - 1).to(solution) if self._basis is None else self._basis
-            return Compensation(basis, solution[:-1].t().contiguous(), solution[-1].contiguous())
-        generator = torch.Generator().manual_seed(0)
-        outputs = torch.randn(moment.shape[1], min(_RANK, moment.shape[1]), generator=generator).to(moment)
-        for _ in range(_ITERATIONS):
-            outputs = torch.linalg.qr(moment.t() @ torch.cholesky_solve(moment @ outputs, factor)).Q
-        solution = torch.cholesky_solve(moment @ outputs, factor)
-        basis, bias = solution[:-1].t().float(), (outputs @ solution[-1]).float()
-        return Compensation(basis if self._basis is None else basis @ self._basis, outputs.float(), bias)
+        if not self._whole:
+            solution = _regression(gram, moment, _RIDGE).float()
+            return Compensation(self._basis, solution[:-1].t().contiguous(), solution[-1].contiguous())
+        directions = torch.block_diag(self._basis.to(dtype), gram.new_ones(1, 1)).t()
+        start = directions @ _regression(directions.t() @ gram @ directions, directions.t() @ moment, _RIDGE)
+        ridge = _TOKEN_RIDGE * len(gram) / self._tokens
+        solution = start + _regression(gram, moment - gram @ start, ridge)
+        outputs = _leading_outputs(solution, gram)
+        bias = (outputs @ (outputs.t() @ solution[-1])).float()
+        return Compensation((solution[:-1] @ outputs).t().float().contiguous(), outputs.float(), bias)
+
+
+def _regression(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    """[f, o] from the second moments of features [f, f], and of features and outputs [f, o]."""
+    gram = gram.clone()
+    gram.diagonal().mul_(1 + ridge).add_(torch.finfo(torch.float32).tiny)
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(gram))
+
+
+def _leading_outputs(solution: Tensor, gram: Tensor) -> Tensor:
+    """Orthonormal [o, r] of the output directions in which a map [f, o] of features predicts the most (reduced-rank
+    regression, Izenman 1975), by a randomised range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
+    width = solution.shape[1]
+    found = torch.randn(width, min(_RANK, *solution.shape), generator=torch.Generator().manual_seed(0)).to(solution)
+    for _ in range(_ITERATIONS):
+        found = torch.linalg.qr(solution.t() @ (gram @ (solution @ found))).Q
+    return found

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 
-from .find_mlps import require_patched
+from .patched_mlps import require_patched
 from .runtime import Forward
 
 

@@ -15,8 +15,8 @@ from ..errors import InactivePatchError
 from ..plan import Plan
 from ..weights.shards import is_fsdp
 from .attention_patch import skip_padding_in_attention
+from .peft_and_checkpointing import Surroundings
 from .preserve_mode_and_rng import preserve_mode_and_rng
-from .surroundings import Surroundings
 from .token_classes import BatchClasses, TokenClasses, classify
 
 Forward = Literal["auto", "dense", "exact", "sparse"]

@@ -14,10 +14,10 @@ from ..index.activation_index import ActivationIndex
 from ..layers.attention_patch import attend_as_before
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
-from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
+from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
+from ..layers.peft_and_checkpointing import Surroundings, holders
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
-from ..layers.surroundings import Surroundings, holders
 from ..plan import Plan
 from .mlp_patterns import Match, bare_model, find_activations, find_mlps, linear_sizes
 from .self_test import self_test

@@ -18,17 +18,17 @@ from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.modes import sparse_forward
+from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
-from .exact_savings import saved_outside_mlps
 from .measured_mlp import measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, tokens_by_class
 from .predictions import Batch
+from .saved_outside_mlps import saved_outside_mlps
 
 
 def calibrate(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.attention_patch import stock_attention
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
-from ..layers.find_mlps import patched_parts
+from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger

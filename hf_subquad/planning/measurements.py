@@ -22,9 +22,6 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the neurons, at which
 _MULTIPLE = 8  # of neurons, which GEMMs like
 _TILES_AT_ONCE = 8
 _FITTED_TOKENS = 8192  # of a class, to which an index and corrections are fitted
-# A correction that replaces the whole MLP is fitted to all features of the tokens if there are so many times as many of
-# them, and explains far more than one fitted to the sketch. What a selection misses is hardly more linear in them.
-_TOKENS_PER_FEATURE = 2
 
 
 @dataclass
@@ -77,8 +74,8 @@ class ClassMeasurements:
         Raises:
             CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
         """
-        enough = len(tokens) >= _TOKENS_PER_FEATURE * tokens.shape[1]
-        fits = {k: CompensationFit(None if enough and not k else self._mlp.index.sketch.basis) for k in self.ks}
+        # What a selection misses differs by tile, so that whole tokens hardly explain more of it than the sketch.
+        fits = {k: CompensationFit(self._mlp.index.sketch.basis, whole=not k) for k in self.ks}
         for _, x, _, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             for k, fit in fits.items():
                 fit.add(x, missed[k])

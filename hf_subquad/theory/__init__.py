@@ -7,9 +7,9 @@ which pieces are the paper's and which were replaced.
 from ..errors import DataError, DivergedError, NotFittedError, StaleStateError
 from .gauss_newton import GaussNewton, Step
 from .lazy_matrix import LazyMatrix
-from .maintained import MaintainedState
 from .network import WideNet
 from .regressor import WideNetRegressor
+from .sample_state import MaintainedState
 from .solvers import ExactGram, SketchedCG
 from .tensor_sketches import CountSketch, TensorSketch, TensorSRHT
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, DivergedError, StaleStateError
-from .maintained import MaintainedState
 from .network import WideNet
+from .sample_state import MaintainedState
 from .solvers import Solver, make_solver
 
 

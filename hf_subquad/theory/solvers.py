@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DivergedError
-from .maintained import MaintainedState
+from .sample_state import MaintainedState
 from .tensor_sketches import TensorSketch, TensorSRHT
 
 

@@ -9,7 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..errors import SidecarError
-from ..layers.find_mlps import require_patched, runtime_of
+from ..layers.patched_mlps import require_patched, runtime_of
 from .sidecar import SIDECAR_NAME, is_whole, load_sidecar
 from .sync import restart_moments
 

@@ -18,7 +18,7 @@ from ..atomic_files import fingerprint, write_atomically
 from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts, settle_shards
+from ..layers.patched_mlps import patched_parts, settle_shards
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan

@@ -7,7 +7,7 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedModuleError
 from ..head.patch_head import install, labelled_forward, remove
-from ..layers.surroundings import language_model
+from ..layers.peft_and_checkpointing import language_model
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.find_mlps import patched_parts
+from ..layers.patched_mlps import patched_parts
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger

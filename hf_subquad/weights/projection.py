@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from ..config import SubquadConfig
 from ..errors import ParallelismError, PatchError
 from ..ops.backends import MergedWeight
-from .handed_out import HandedOut
 from .low_rank import LowRankUpdate
 from .quantized import QuantizedRows, dequantized, linear, quant_state
+from .returned_state_dicts import HandedOut
 from .shards import gathered, is_shard, split_like
 
 _SAMPLED = 256

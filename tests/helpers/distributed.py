@@ -8,7 +8,7 @@ import torch
 from transformers import Trainer
 
 from hf_subquad import apply_plan, sparse_mlps
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 
 from .models import NEURONS
 from .planning import budgets_of, hand_plan

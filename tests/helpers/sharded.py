@@ -21,7 +21,7 @@ from hf_subquad import (
     sparse_mlps,
     sync_model,
 )
-from hf_subquad.layers.find_mlps import runtime_of
+from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.weights.shards import gathered, whole
 
 from .models import NEURONS, build, checkpoint_activations, tokens

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .labelled_call import NotHereError, Way, run_on_labelled_rows
+from .head_on_labelled_rows import NotHereError, Way, run_on_labelled_rows
 from .labelled_rows import IGNORED
 
 _LENGTH, _TARGETS = 12, 8
