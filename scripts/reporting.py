@@ -19,6 +19,11 @@ class Panel(NamedTuple):
     y_scale: str = "linear"
 
 
+class Bars(NamedTuple):
+    y_label: str
+    parts: Mapping[str, Mapping[str, float]]  # heights by the bar's name, by the part, which are stacked
+
+
 def text_table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """Columns, the first aligned left, the others right."""
     cells = [list(head), *map(list, lines)]
@@ -34,7 +39,7 @@ def plots_available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
+def draw(panels: Sequence[Panel | Bars], title: str, path: Path) -> None:
     """A PNG with one panel beside the other; a line has the same colour in each."""
     import matplotlib
 
@@ -42,9 +47,12 @@ def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, grid = plt.subplots(1, len(panels), figsize=(7.5 * len(panels), 4.6), layout="constrained", squeeze=False)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    names = list(dict.fromkeys(name for panel in panels if isinstance(panel, Panel) for name in panel.lines))
     styles = {name: (f"C{i % 10}", "os^vD<>ph*"[i % 10], "-" if i < 10 else "--") for i, name in enumerate(names)}
     for axes, panel in zip(grid[0], panels, strict=True):
+        if isinstance(panel, Bars):
+            _draw_bars(axes, panel)
+            continue
         for name, points in panel.lines.items():
             colour, marker, dashes = styles[name]
             axes.plot(*zip(*points, strict=True), dashes, label=name, color=colour, marker=marker, markersize=4)
@@ -54,6 +62,18 @@ def draw(panels: Sequence[Panel], title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     write_whole(path, lambda file: figure.savefig(file, dpi=150))
     plt.close(figure)
+
+
+def _draw_bars(axes: Any, panel: Bars) -> None:
+    height: dict[str, float] = {}
+    for part, values in panel.parts.items():
+        axes.bar(list(values), list(values.values()), 0.6, [height.get(name, 0.0) for name in values], label=part)
+        height = {name: height.get(name, 0.0) + value for name, value in values.items()}
+    for number, total in enumerate(height.values()):
+        axes.text(number, total, f"{total:.3g}", ha="center", va="bottom")
+    axes.set(ylabel=panel.y_label, ylim=(0, 1.1 * max(height.values())))
+    if len(panel.parts) > 1:
+        axes.legend(fontsize=8)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

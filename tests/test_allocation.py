@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_subquad.layers.budget import Budget
+from hf_subquad.planning import choose_budgets
 from hf_subquad.planning.allocation import Option, allocate, undominated
 from hf_subquad.planning.measurements import neuron_counts
 
@@ -205,3 +206,17 @@ def test_nothing_is_lost_with_dominated_options(instance, budget: float) -> None
     """Neither the best choice, nor that there is one."""
     options = made(instance)
     assert brute_force([undominated(of_layer) for of_layer in options], budget) == brute_force(options, budget)
+
+
+@pytest.mark.parametrize("power", [0.8, 1, 2])
+@pytest.mark.parametrize("limit", [0.05, 0.4, 1.3, 7, 20])
+def test_the_rounds_are_enough_to_close_in_on_the_limit(power: float, limit: float) -> None:
+    """Where what an allowance uses grows with a power of it, up to the limit."""
+    allowance, within, beyond = 1.0, (0.0, 0.0), None
+    for _ in range(choose_budgets._ROUNDS):
+        used = (allowance / limit) ** power
+        if choose_budgets._CLOSE_ENOUGH <= used <= 1:
+            return
+        within, beyond = ((allowance, used), beyond) if used <= 1 else (within, (allowance, used))
+        allowance = choose_budgets._next_allowance(within, beyond)
+    pytest.fail(f"still at {used:.2f} of the limit")

@@ -8,12 +8,13 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from reporting import Panel, draw, text_table, write_whole
+from reporting import Bars, Panel, draw, text_table, write_whole
 
 from hf_subquad import Plan
 
 BASELINES = ("vanilla", "lora")
 _CLASSES = ("predicted", "context")
+_ENDS = 2  # points: a line from the first to the last loss shows no course
 CSV_COLUMNS = ("method", "step", "seconds", "training_seconds", "tokens", "train_loss", "eval_loss_dense")
 
 DEFINITIONS = {
@@ -149,15 +150,27 @@ def write_csv(report: Mapping[str, Any], path: Path) -> None:
 
 
 def write_plot(report: Mapping[str, Any], path: Path, title: str = "") -> None:
-    """Dense held-out loss, or training loss where there was no evaluation, against training seconds."""
-    lines, kind = {}, "training loss"
-    for name, method in report["methods"].items():
-        points = [(row["seconds"], row["eval_loss"]) for row in method["evaluations"]]
-        if points:
-            kind = "held-out loss, dense"
-        points = points or [(row["training_seconds"], row["train_loss"]) for row in method["steps"]]
-        lines[f"{name} ({method['step_seconds_median']:.3g} s a step)"] = points
-    draw([Panel("training time (s), evaluations excluded", f"{kind} (nats per token)", lines)], title, path)
+    """Seconds of a step and peak memory, by method; and where a run is long enough, dense held-out loss, or training
+    loss if there was no evaluation, against training seconds."""
+    methods: Mapping[str, Any] = report["methods"]
+    mlps = {name: method["mlp_seconds_median"] or 0.0 for name, method in methods.items()}
+    rest = {name: method["step_seconds_median"] - mlps[name] for name, method in methods.items()}
+    memory = {name: method["peak_memory_bytes"] / 1e9 for name, method in methods.items()}
+    panels: list[Panel | Bars] = [
+        Bars("seconds a step (median)", {"MLPs": mlps, "rest": rest} if any(mlps.values()) else {"step": rest}),
+        Bars("peak memory (GB)", {"memory": memory}),
+    ]
+    evaluated = any(method["evaluations"] for method in methods.values())
+    lines = {
+        name: [(row["seconds"], row["eval_loss"]) for row in method["evaluations"]]
+        if evaluated
+        else [(row["training_seconds"], row["train_loss"]) for row in method["steps"]]
+        for name, method in methods.items()
+    }
+    if max(map(len, lines.values())) > _ENDS:
+        kind = "held-out loss, dense" if evaluated else "training loss"
+        panels.insert(0, Panel("training time (s), evaluations excluded", f"{kind} (nats per token)", lines))
+    draw(panels, title, path)
 
 
 def table(report: Mapping[str, Any]) -> str:

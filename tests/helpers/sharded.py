@@ -7,6 +7,7 @@ import accelerate
 import torch
 import torch.distributed as dist
 from packaging.version import Version
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -38,6 +39,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "classes": ("llama", {"active": None, "fold_steps": 9, "refresh_steps": 0}, {"plan", "checkpointing"}),
     "kept gathered": ("llama", {"fold_steps": 3, "refresh_steps": 0}, {"evaluation", "root only"}),
     "Conv1D": ("gpt2", {"fold_steps": 7, "refresh_steps": 3}, set()),
+    "PEFT": ("llama", {"fold_steps": 8, "refresh_steps": 5}, {"LoRA"}),
 }
 
 
@@ -58,6 +60,9 @@ def patched(name: str) -> nn.Module:
     compensate(model, [micro_batch(-1, 0), micro_batch(-1, 1)])
     if "checkpointing" in more:
         checkpoint_activations(model, False)
+    if "LoRA" in more:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     return model
 
 
