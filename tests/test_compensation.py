@@ -485,7 +485,7 @@ def test_without_neurons_context_gets_a_low_rank_map_of_its_tokens() -> None:
     context[:, :2] = True  # the label in place 3 is predicted in place 2
     context = context.flatten()
     map_of = mlp.corrections["context"]
-    assert len(map_of.basis) == CONFIG.sketch_rank
+    assert len(map_of.basis) == WIDTH > CONFIG.sketch_rank
     torch.testing.assert_close(y[context], map_of(x[context]) + mlp.output.bias, rtol=1e-4, atol=1e-5)
     dense: list[Tensor] = []
     with dense_forward(model):

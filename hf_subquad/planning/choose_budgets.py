@@ -70,9 +70,11 @@ def choose(
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
     within: tuple[float, float] = (0.0, 0.0)
     beyond: tuple[float, float] | None = None
+    known: dict[tuple[Budget, ...], Fidelity] = {}
     for _ in range(_ROUNDS):
         chosen = allocate(options, allowance)
-        found = run([option.budget for option in chosen])
+        budgets = tuple(option.budget for option in chosen)
+        found = known[budgets] = known.get(budgets) or run(budgets)
         skipped = sum(one.backward_cost(option.budget) for one, option in zip(measured, chosen, strict=True))
         used = max(limits.spent(found), backward * skipped)
         logger.info(

@@ -49,7 +49,7 @@ class DenseReference:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
-        logits, self._gradient = self._step()
+        logits, self._gradient = self.step()
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
@@ -67,7 +67,7 @@ class DenseReference:
         Raises:
             CalibrationError: predictions or gradients are not finite.
         """
-        logits, gradient = self._step()
+        logits, gradient = self.step()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         norm = _norm(gradient)
         if not math.isfinite(norm):
@@ -80,7 +80,8 @@ class DenseReference:
         return Fidelity(divergence, min(cosine, 1.0), error / self._norm)
 
     @torch.enable_grad()
-    def _step(self) -> tuple[Tensor | None, list[Tensor]]:
+    def step(self) -> tuple[Tensor | None, list[Tensor]]:
+        """Logits, if there are any, and gradient of the model with its current budgets."""
         outputs = self._model(**self._batch)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         has_loss = isinstance(loss, Tensor) and loss.requires_grad

@@ -16,9 +16,10 @@ from torch import nn
 
 from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
+from ..layers.attention_patch import stock_attention
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.modes import sparse_forward
+from ..layers.modes import dense_forward, sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
@@ -27,6 +28,7 @@ from ..plan import Plan
 from .choose_budgets import choose
 from .measured_mlp import measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, tokens_by_class
+from .mlp_timing import timed
 from .predictions import Batch
 from .saved_outside_mlps import saved_outside_mlps
 
@@ -134,10 +136,12 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
-        measured, reference, step_seconds = measure_mlps(model, batches)
+        measured, reference = measure_mlps(model, batches)
         classes = next(iter(runtime.latest_classes.values()), None)
         with sparse_forward(model):
             chosen, found = choose(measured, reference, tolerance)
+        with dense_forward(model), stock_attention(model):  # what the plan's savings are counted from
+            step_seconds = timed(reference.step, mlps[0].output.weight.device)
         del reference  # its gradient is as large as the trained parameters
         layers = tuple(one.planned(option) for one, option in zip(measured, chosen, strict=True))
         for one, option in zip(measured, chosen, strict=True):

@@ -1,7 +1,6 @@
 """Every MLP of a model, measured on a few batches: what each of its budgets costs in time and in fidelity."""
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.attention_patch import stock_attention
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.patched_mlps import patched_parts
@@ -120,12 +118,12 @@ class MeasuredMLP:
         return max(0.0, low_ms + max(0.0, high_ms - low_ms) / max(1, high - low) * (k - low))
 
 
-def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, float]:
+def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference]:
     """Measure every MLP of a patched model. Indices stay fitted, and corrections are overwritten.
 
     Returns:
-        The MLPs; predictions and gradient of the dense model on the last batch, on which what is fitted to the others
-        is evaluated; and the seconds of a dense step on it.
+        The MLPs, and predictions and gradient of the dense model on the last batch, on which what is fitted to the
+        others is evaluated.
     """
     runtime, mlps = patched_parts(model)
     seen = recorded(model, runtime, mlps, batches[:-1] or batches)
@@ -140,10 +138,8 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    with recording(model, mlps) as judged, stock_attention(model):  # what the plan's savings are counted from
-        started = time.perf_counter()
+    with recording(model, mlps) as judged:
         reference = DenseReference(model, batches[-1])
-        step_seconds = time.perf_counter() - started
     with no_autocast(mlps):
         for mlp in mlps:
             classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name])
@@ -162,7 +158,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
                 len(call.tokens), str(call.x.dtype).removeprefix("torch."),
             )
         )  # fmt: skip
-    return measured_mlps, reference, step_seconds
+    return measured_mlps, reference
 
 
 def recorded(
