@@ -220,3 +220,8 @@ def test_the_rounds_are_enough_to_close_in_on_the_limit(power: float, limit: flo
         within, beyond = ((allowance, used), beyond) if used <= 1 else (within, (allowance, used))
         allowance = choose_budgets._next_allowance(within, beyond)
     pytest.fail(f"still at {used:.2f} of the limit")
+
+
+def test_rounding_is_not_taken_for_use() -> None:
+    """After a plan that costs nothing but rounding, and one far beyond, the next one is in between."""
+    assert choose_budgets._next_allowance((1.0, 1e-6), (3.0, 1.5)) < 2

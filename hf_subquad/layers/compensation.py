@@ -65,32 +65,37 @@ class CompensationFit:
         """The compensation fitted to all added tokens; all zero if there were too few.
 
         Raises:
-            CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32.
+            CalibrationError: squares of the tokens, or what was missed on them, leave the range of float32, or lose all
+                precision in it.
         """
         if not (self._gram.isfinite().all() and self._moment.isfinite().all()):
             raise CalibrationError("an MLP's input or output is too large to be fitted: the model has diverged")
-        # In float64, because a few directions of a pretrained model's tokens are far larger than the others.
-        dtype = torch.float32 if self._gram.device.type == "mps" else torch.float64
-        gram, moment = self._gram.to(dtype), self._moment.to(dtype)
+        # In float64, because a few directions of a pretrained model's tokens are far larger than the others. In main
+        # memory, because not every device has float64 or room for it.
+        gram, moment = self._gram.cpu().double(), self._moment.cpu().double()
         if self._tokens <= len(self._basis):
             moment = torch.zeros_like(moment)
         if not self._whole:
-            solution = _regression(gram, moment, _RIDGE).float()
+            solution = _regression(gram, moment, _RIDGE).to(self._basis)
             return Compensation(self._basis, solution[:-1].t().contiguous(), solution[-1].contiguous())
-        directions = torch.block_diag(self._basis.to(dtype), gram.new_ones(1, 1)).t()
+        directions = torch.block_diag(self._basis.cpu().double(), gram.new_ones(1, 1)).t()
         start = directions @ _regression(directions.t() @ gram @ directions, directions.t() @ moment, _RIDGE)
         ridge = _TOKEN_RIDGE * len(gram) / self._tokens
         solution = start + _regression(gram, moment - gram @ start, ridge)
         outputs = _leading_outputs(solution, gram)
-        bias = (outputs @ (outputs.t() @ solution[-1])).float()
-        return Compensation((solution[:-1] @ outputs).t().float().contiguous(), outputs.float(), bias)
+        bias = outputs @ (outputs.t() @ solution[-1])
+        basis = (solution[:-1] @ outputs).t().contiguous()
+        return Compensation(basis.to(self._basis), outputs.to(self._basis), bias.to(self._basis))
 
 
 def _regression(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
     """[f, o] from the second moments of features [f, f], and of features and outputs [f, o]."""
     gram = gram.clone()
     gram.diagonal().mul_(1 + ridge).add_(torch.finfo(torch.float32).tiny)
-    return torch.cholesky_solve(moment, torch.linalg.cholesky(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        raise CalibrationError("some features of an MLP's input are too large beside the others to be fitted")
+    return torch.cholesky_solve(moment, factor)
 
 
 def _leading_outputs(solution: Tensor, gram: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | N
     if beyond is None:
         return low * (min(_GROWTH, _AIM / little) if little else _GROWTH)
     high, much = beyond
-    if not little:
+    if little < _NOTICEABLE:
         return max(high * max(1 / _SHRINKING, _AIM / much), math.sqrt(low * high))
     return low * (high / low) ** (math.log(_AIM / little) / math.log(much / little))
 

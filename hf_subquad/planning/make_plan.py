@@ -27,7 +27,7 @@ from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
 from .measured_mlp import measure_mlps, no_autocast, recorded
-from .measurements import ClassMeasurements, MLPCall, tokens_by_class
+from .measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .mlp_timing import timed
 from .predictions import Batch
 from .saved_outside_mlps import saved_outside_mlps
@@ -170,7 +170,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
 def _fit_budget(mlp: SparseMLP, calls: Sequence[MLPCall]) -> dict[TokenClass, Compensation]:
     """Fit an MLP's index, and the corrections of its budget."""
     by_class = tokens_by_class(calls)
-    mlp.index.fit(torch.cat(list(by_class.values())))
+    fit_index(mlp, by_class)
     if mlp.budget.predicted == mlp.budget.context:  # treated alike, in the same tiles
         by_class = {"predicted": torch.cat(list(by_class.values()))}
     found: dict[TokenClass, Compensation] = {}

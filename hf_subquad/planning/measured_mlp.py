@@ -17,7 +17,7 @@ from ..logs import get_logger
 from ..plan import LayerPlan
 from .allocation import Option
 from .fidelity import DenseReference
-from .measurements import ClassMeasurements, MLPCall, neuron_counts, recording, tokens_by_class
+from .measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, recording, tokens_by_class
 from .mlp_timing import MLPTiming, time_mlp
 from .predictions import Batch
 
@@ -131,7 +131,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     with no_autocast(mlps):
         for mlp in mlps:
             by_class = tokens_by_class(seen.pop(mlp.name))
-            mlp.index.fit(torch.cat(list(by_class.values())))
+            fit_index(mlp, by_class)
             counts = neuron_counts(mlp.index.neurons)
             classes[mlp.name] = {
                 name: ClassMeasurements(mlp, [0, *counts] if name == "context" else counts) for name in by_class

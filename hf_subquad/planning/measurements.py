@@ -21,7 +21,8 @@ from ..weights.projection import compute_dtype
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the neurons, at which MLPs are measured and may run
 _MULTIPLE = 8  # of neurons, which GEMMs like
 _TILES_AT_ONCE = 8
-_FITTED_TOKENS = 8192  # of a class, to which an index and corrections are fitted
+_FITTED_TOKENS = 8192  # of a class, to which corrections are fitted
+_INDEXED_TOKENS = 2048  # of a class, to which an index is fitted
 
 
 @dataclass
@@ -74,7 +75,7 @@ class ClassMeasurements:
         Raises:
             CalibrationError: tokens, or what was missed on them, are too large to be squared in float32.
         """
-        # What a selection misses differs by tile, so that whole tokens hardly explain more of it than the sketch.
+        # What a selection misses differs by tile, and whole tokens explain little more of it than the sketch.
         fits = {k: CompensationFit(self._mlp.index.sketch.basis, whole=not k) for k in self.ks}
         for _, x, _, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             for k, fit in fits.items():
@@ -114,8 +115,16 @@ def tokens_by_class(calls: Sequence[MLPCall]) -> dict[TokenClass, Tensor]:
     for call in calls:
         for token_class, rows in call.rows().items():
             found.setdefault(token_class, []).append(call.tokens[rows])
-    joined = {token_class: torch.cat(tokens) for token_class, tokens in found.items()}
-    return {name: tokens[:: -(-len(tokens) // _FITTED_TOKENS)] for name, tokens in joined.items()}
+    return {token_class: _some(torch.cat(tokens), _FITTED_TOKENS) for token_class, tokens in found.items()}
+
+
+def fit_index(mlp: SparseMLP, by_class: Mapping[TokenClass, Tensor]) -> None:
+    """Fit an MLP's index to its tokens, of which no class may outnumber the others by far."""
+    mlp.index.fit(torch.cat([_some(tokens, _INDEXED_TOKENS) for tokens in by_class.values()]))
+
+
+def _some(tokens: Tensor, most: int) -> Tensor:
+    return tokens[:: -(-len(tokens) // most)]
 
 
 def outputs_by_tiles(

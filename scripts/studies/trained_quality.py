@@ -48,6 +48,7 @@ from hf_subquad import (
     patch_head,
     sparse_mlps,
     sync_model,
+    unpatch_head,
 )
 from hf_subquad.index.activation_index import ActivationIndex, Selection
 from hf_subquad.layers.budget import Budget
@@ -118,7 +119,6 @@ class Candidate:
         self.model, _ = apply_method(copy.deepcopy(base), "subquad", rank=options.rank, alpha=options.alpha,
                                      subquad=config, rest="lora")  # fmt: skip
         self.model.train()
-        patch_head(self.model)  # exact; in evaluation all logits are computed
         self.counts: list[int] = []
         self.mlps = sparse_mlps(self.model)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -163,11 +163,15 @@ class Candidate:
         return time.perf_counter() - started
 
     def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
+        if self.share is None:  # whose sets are those of padded rows
+            patch_head(self.model)  # exact
         for number, batch in enumerate(batches):
             if self.share is not None:
                 self.set_share(None if number < DENSE_STEPS * len(batches) else self.share)
             self.step(batch)
             tick()
+        if self.share is None:
+            unpatch_head(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
