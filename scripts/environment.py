@@ -29,9 +29,15 @@ def provenance() -> dict[str, Any]:
             "system": platform.platform(),
             "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
         },
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join([Path(sys.executable).name, _in_repository(sys.argv[0]), *sys.argv[1:]]),
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _in_repository(script: str) -> str:
+    """Its path below the root of this repository, wherever that lies; unchanged if it is elsewhere."""
+    root, path = Path(__file__).resolve().parents[1], Path(script).resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else script
 
 
 def _version(package: str) -> str | None:

