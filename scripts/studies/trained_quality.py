@@ -23,6 +23,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -115,6 +116,7 @@ class Candidate:
             rank=options.rank, alpha=options.alpha, layers_to_transform="all", seed=options.seed, refresh_steps=0,
             sketch_rank=SVD_RANK if share is not None else SubquadConfig().sketch_rank,
         )  # fmt: skip
+        self.autocast = partial(torch.autocast, options.device, torch.bfloat16, enabled=options.autocast)
         transformers.set_seed(options.seed)  # so that adapters start from the same values
         self.model, _ = apply_method(copy.deepcopy(base), "subquad", rank=options.rank, alpha=options.alpha,
                                      subquad=config, rest="lora")  # fmt: skip
@@ -134,7 +136,8 @@ class Candidate:
         if self.budgets is not None:
             for mlp, budget in zip(self.mlps, self.budgets, strict=True):
                 mlp.set_budget(budget)
-            compensate(self.model, calibration)
+            with self.autocast():
+                compensate(self.model, calibration)
         else:
             self.set_share(self.share)
         return self
@@ -153,14 +156,21 @@ class Candidate:
     def step(self, batch: Batch) -> float:
         """Seconds of one training step."""
         self.see(batch)
-        started = time.perf_counter()
-        self.model(**batch).loss.backward()
+        started = self.now()
+        with self.autocast():
+            loss = self.model(**batch).loss
+        loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.done += 1
         sync_model(self.model, self.done, self.optimizer)
-        return time.perf_counter() - started
+        return self.now() - started
+
+    def now(self) -> float:
+        if self.trained[0].is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def train(self, batches: Sequence[Batch], tick: Callable[[], Any]) -> None:
         if self.share is None:  # whose sets are those of padded rows
@@ -179,7 +189,7 @@ class Candidate:
         most likely one, so that greedy decoding gives the whole answer."""
         self.model.eval()
         total, tokens, matches, rows = 0.0, 0, 0, 0
-        with dense_forward(self.model):
+        with dense_forward(self.model), self.autocast():
             for batch in batches:
                 labels, outputs = batch["labels"][:, 1:], self.model(**self.see(batch))
                 labelled = labels != NO_LOSS
@@ -191,9 +201,10 @@ class Candidate:
 
     def fidelity(self, batch: Batch) -> dict[str, float]:
         """Against the dense forward; the budgets stay."""
-        with dense_forward(self.model):
-            reference = DenseReference(self.model, self.see(batch))
-        found = reference.fidelity()
+        with self.autocast():
+            with dense_forward(self.model):
+                reference = DenseReference(self.model, self.see(batch))
+            found = reference.fidelity()
         return {"cosine": found.cosine, "gradient_error": found.gradient_error, "divergence": found.divergence}
 
 
@@ -201,14 +212,16 @@ def study(options: argparse.Namespace) -> dict[str, Any]:
     base, train, held_out = load(options)
     calibration, judged, training = train[:PLANNED_ON], train[PLANNED_ON], train[PLANNED_ON + 1 :]
     random.Random(options.seed).shuffle(training)
-    dense = Candidate(base, options, None, None).model
     if options.budgets:
         rows = json.loads(Path(options.budgets).read_text())["patched"]
     else:
-        plan = calibrate(dense, calibration, tolerance=options.tolerance)
+        dense = Candidate(base, options, None, None)
+        with dense.autocast():
+            plan = calibrate(dense.model, calibration, tolerance=options.tolerance)
+        print(plan.table())
         rows = [dataclasses.asdict(layer) for layer in plan.layers]
+        del dense
     budgets = [Budget(row["predicted"], row["context"], row["gradient"]) for row in rows]
-    del dense
 
     wanted: list[Wanted] = [("dense", None, None), ("plan", budgets, None)]
     wanted += [(f"SparseLoRA, {share:.0%} for context", None, share) for share in options.shares]
@@ -253,8 +266,11 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[Batch], list[Batc
         max_train_rows=2 * options.batch_size * (options.steps + PLANNED_ON + 1), max_eval_rows=options.max_eval_rows,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    train, held_out = (padded_batches(settings, part, options.batch_size) for part in ("train", "eval"))
-    return model, train, held_out
+    train, held_out = (
+        [{name: value.to(options.device) for name, value in batch.items()} for batch in batches]
+        for batches in (padded_batches(settings, part, options.batch_size) for part in ("train", "eval"))
+    )
+    return model.to(options.device), train, held_out
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -295,6 +311,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: nothing is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--autocast", action="store_true", help="forward passes in bf16, on weights in fp32")
     parser.add_argument("--json", type=Path, metavar="FILE")
     return parser.parse_args(argv)
 
