@@ -29,7 +29,7 @@ from reporting import write_json, write_whole
 
 FOLDER = Path(__file__).resolve().parent
 # In order of importance, and how much of the time each may take, if those before it have left nothing over.
-SECTIONS = {"device": 1, "correctness": 6, "layers": 4, "step": 10, "profile": 2, "kernels": 2}
+SECTIONS = {"device": 2, "correctness": 5, "layers": 4, "step": 10, "profile": 2, "kernels": 2}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -223,7 +223,7 @@ def test_an_mlp_equals_its_masked_dense_twin(kind: Kind, bias: bool, device: str
     expected = reference(twin.double(), mlp, exact, mask, leaves)
     expected.backward(upstream.double())
 
-    tiles = type(selection.tiles).of(selection.tiles.entries.to(device), N)
+    tiles = type(selection.tiles)(selection.tiles.entries.to(device), N)
     mlp.selection_override = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
     x = x.to(device).requires_grad_()
     found = module.to(device)(x)

@@ -346,13 +346,13 @@ def test_float32_is_multiplied_as_pytorch_is_told() -> None:
     matmul = torch.backends.cuda.matmul
     setting, value = ("fp32_precision", "tf32") if hasattr(matmul, "fp32_precision") else ("allow_tf32", True)
     before = getattr(matmul, setting)
-    assert precision() == "ieee"
+    assert precision(torch.float32) == "ieee"
     setattr(matmul, setting, value)
     try:
-        assert precision() == "tf32"
+        assert precision(torch.float32) == "tf32"
     finally:
         setattr(matmul, setting, before)
-    assert precision() == "ieee"
+    assert precision(torch.float32) == "ieee"
 
 
 def test_blocks_of_tokens_waste_little() -> None:

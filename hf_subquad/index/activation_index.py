@@ -204,7 +204,7 @@ class ActivationIndex:
     def tile(self, x: Tensor, tile_size: int, order: TileOrder) -> TokenTiles:
         """Group the tokens x [N, d] into tiles of tokens that are similar in the leading directions of the sketch."""
         self._place()
-        directions = self.sketch.basis[:_TILE_DIRECTIONS].to(x.dtype)
+        directions = self.sketch.basis_as(x.dtype)[:_TILE_DIRECTIONS]
         return make_tiles((x @ directions.t()).float(), tile_size, order, self.backend(x.device).bisect)
 
     @torch.no_grad()
@@ -239,7 +239,7 @@ class ActivationIndex:
                 bias = None if projection.bias is None else projection.bias.detach()[part]
                 inputs.append(EstimatedInput(self.sketch.codes[first : first + self.neurons], u[part], v, bias))
                 first += self.neurons
-        scoring = Scoring(self.sketch.basis, inputs, self.activation, self.output_norms)
+        scoring = Scoring(self.sketch.basis_as(sample.dtype), inputs, self.activation, self.output_norms)
         return self.backend(sample.device).tile_scores(sample, scoring)
 
     def backend(self, device: torch.device) -> Backend:

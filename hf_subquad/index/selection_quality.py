@@ -61,7 +61,7 @@ def outputs(index: ActivationIndex, tile_tokens: Tensor, neurons: Tensor) -> Ten
     output = MergedWeight(index.output.rows(x.dtype, contiguous=True), *index.output.update.factors())
     if not neurons.shape[1]:
         return x.new_zeros(len(x), output.rows.shape[1])
-    tiles = TokenTiles.of(torch.arange(len(x), device=x.device).view(count, size), len(x))
+    tiles = TokenTiles(torch.arange(len(x), device=x.device).view(count, size), len(x))
     inputs = [p.matrix(x.dtype, contiguous=True).load() for p in index.inputs]
     stacked = range(0, len(inputs[0].rows), index.neurons)
     neurons_in = torch.cat([neurons + first for first in stacked], 1)

@@ -1,6 +1,6 @@
 """A low-rank factorisation W ~ B A of weight rows, fitted to the inputs of the weights or to the weights alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,9 +23,17 @@ class Sketch:
 
     basis: Tensor
     codes: Tensor
+    _cast: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def to(self, device: torch.device) -> "Sketch":
         return Sketch(self.basis.to(device), self.codes.to(device))
+
+    def basis_as(self, dtype: torch.dtype) -> Tensor:
+        """The basis in another dtype; the copy is kept."""
+        if dtype not in self._cast:
+            with torch.inference_mode(False):
+                self._cast[dtype] = self.basis.to(dtype)
+        return self._cast[dtype]
 
 
 def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = None) -> Sketch:

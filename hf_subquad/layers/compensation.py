@@ -33,8 +33,9 @@ class Compensation:
         """[..., d] to [..., d_out] in the dtype and on the device of x; differentiable in x."""
         return F.linear(F.linear(x, self.basis.to(x)), self.weight.to(x), self.bias.to(x))
 
-    def to(self, device: torch.device) -> "Compensation":
-        return Compensation(self.basis.to(device), self.weight.to(device), self.bias.to(device))
+    def to(self, like: torch.device | Tensor) -> "Compensation":
+        """On a device, or in the dtype and on the device of a tensor."""
+        return Compensation(self.basis.to(like), self.weight.to(like), self.bias.to(like))
 
 
 class CompensationFit:

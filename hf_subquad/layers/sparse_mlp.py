@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex
-from ..ops.parts import Part, down_project, up_project
+from ..ops.parts import Part, down_project, up_project, without_autocast
 from ..ops.token_tiles import Selection
 from ..weights.projection import NeuronProjection, compute_dtype
 from ..weights.shards import is_fsdp
@@ -76,6 +76,7 @@ class SparseMLP:
         self.opens: InputProjection = self.inputs[0]
         self.shares_input = False
         self._call: _Call | None = None
+        self._cast: dict[TokenClass, tuple[Compensation, Compensation]] = {}  # and the same in the compute dtype
         self.budget = Budget()
         self.set_active(runtime.config.active_neurons(index.neurons))
         output.mlp = self
@@ -186,11 +187,23 @@ class SparseMLP:
         matrix, name = self.output.matrix(a.dtype, call.tiled), self.index.backend_name
         y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.elsewhere)
         for token_class, part in zip(call.classes, call.parts, strict=True):
-            correction = self.corrections.get(token_class)
-            if correction is not None and (part.idle or part.selection is not None):
+            correction = self._correction(token_class, y) if part.idle or part.selection is not None else None
+            if correction is not None:
                 stand_in = correction(part.take(call.x.reshape(-1, call.x.shape[-1])).to(y.dtype))
-                y = y + stand_in if part.rows is None else y.index_add(0, part.rows, stand_in)
+                y = y + stand_in if part.rows is None else y.index_add_(0, part.rows, stand_in)
         return y.view(*leading, -1)
+
+    def _correction(self, token_class: TokenClass, like: Tensor) -> Compensation | None:
+        """The correction of a class in the dtype and on the device of a tensor."""
+        fitted = self.corrections.get(token_class)
+        if fitted is None:
+            return None
+        source, found = self._cast.get(token_class, (None, fitted))
+        if source is not fitted or (found.bias.dtype, found.bias.device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # inference tensors could not be used in training later
+                found = fitted.to(like)
+            self._cast[token_class] = fitted, found
+        return found
 
     def forget_call(self) -> None:
         """Discard an unfinished forward pass and its graph."""
@@ -224,8 +237,7 @@ class SparseMLP:
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
         if everything and not torch.is_grad_enabled():
             return _Call(x, None)
-        tokens = x.detach().reshape(-1, x.shape[-1]).to(compute_dtype(x))
-        parts = [self._part(tokens, rows, k, training, token_class) for token_class, rows, k in groups]
+        parts = [self._part(x, rows, k, training, token_class) for token_class, rows, k in groups]
         if not budget.exact:
             self.calls += 1
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
@@ -243,19 +255,18 @@ class SparseMLP:
         ]
         return [group for group in groups if group[1] is not None and len(group[1])]
 
-    def _part(
-        self, tokens: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass
-    ) -> Part:
-        """A group of the tokens [N, d], with the neurons selected for it. What an audit needs is kept."""
+    def _part(self, x: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass) -> Part:
+        """A group of the tokens x [..., d], with the neurons selected for it. What an audit needs is kept."""
+        tokens = x.detach().reshape(-1, x.shape[-1])
         count = len(tokens) if rows is None else len(rows)
         if not k:
             return Part(rows, count, idle=k == 0)
-        tokens = tokens if rows is None else tokens.index_select(0, rows)
+        tokens = (tokens if rows is None else tokens.index_select(0, rows)).to(compute_dtype(x))
         size, order = self.runtime.config.tile_size, self.runtime.config.tile_order
         # So few tokens are those of a generation step, one a sequence: each gets neurons of its own.
         size = 1 if not training and _FEW * count <= size else size
         # Without autocast, so that the audit, made outside of it, judges the same.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             selection = self.index.select(tokens, k, size, order)
         if self.auditing and training:
             some = slice(None, None, -(-len(selection.neurons) // _AUDITED_TILES))
@@ -263,7 +274,7 @@ class SparseMLP:
         return Part(rows, count, selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "audited": {}}
+        return {**self.__dict__, "_call": None, "_cast": {}, "audited": {}}
 
 
 @dataclass

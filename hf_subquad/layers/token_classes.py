@@ -5,7 +5,7 @@ Classes are determined once per forward of the model, from its inputs. Where tha
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -94,13 +94,19 @@ class BatchClasses:
         seen = [(batch, sample) for batch in reversed(batches) for sample in batch._seen.get(mlp, [])]
         if not seen:
             return batches[-1]
-        differences = torch.stack([sample for _, sample in seen]) - _sample(x)
+        differences = torch.stack([sample for _, sample in seen]).float() - _sample(x).float()
         return seen[int(differences.abs().amax(1).argmin())][0]
 
 
 def _sample(x: Tensor) -> Tensor:
     flat = x.detach().reshape(-1)
-    return flat.index_select(0, torch.arange(_SAMPLED, device=x.device) * _STRIDE % max(1, len(flat))).float()
+    return flat.index_select(0, _sampled_places(len(flat), x.device))
+
+
+@lru_cache(maxsize=64)
+def _sampled_places(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(_SAMPLED, device=device) * _STRIDE % max(1, count)
 
 
 def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:

@@ -15,6 +15,7 @@ which is exact; on a GPU none are skipped then, because counting them would wait
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +56,10 @@ class Part:
 
     def compact(self, flat: Tensor, neurons: int, backend: Backend) -> Tensor:
         """Its flat compact activation as [p, m], or [n, T, k] in the backend's preferred layout."""
+        if self.idle:
+            return flat
         if self.selection is None:
-            return flat.view(self.shape(neurons))
+            return flat.view(self.tokens, neurons)
         return backend.compact(flat, self.selection.tiles, self.selection.neurons.shape[1])
 
     def size(self, neurons: int) -> int:
@@ -135,17 +138,28 @@ def _matrices(flat: Sequence[Any], parts: Sequence[Part]) -> list[MergedWeight]:
     return [matrix.load(needed) for matrix in found]
 
 
-def _save(ctx: Any, *tensors: Tensor, flat: Sequence[Any]) -> None:
-    """Keep what the backward pass needs: rows that are held in another form stay in it, and are loaded again there."""
-    ctx.stored = [value if isinstance(value, StoredRows) else None for value in flat]
-    ctx.save_for_backward(*tensors, *(None if isinstance(value, StoredRows) else value for value in flat))
+def _save(ctx: Any, matrices: Sequence[MergedWeight], flat: Sequence[Any], *tensors: Tensor | None) -> None:
+    """Keep what the backward pass needs: factors in the compute dtype, and rows as they are in `flat`, so that those
+    held in another form stay in it."""
+    count = len(matrices)
+    rows = flat[2 * count : 3 * count]
+    ctx.stored = [row if isinstance(row, StoredRows) else None for row in rows]
+    ctx.dtypes = [factor.dtype for factor in flat[: 2 * count]]
+    factors = [*(matrix.u for matrix in matrices), *(matrix.v for matrix in matrices)]
+    ctx.save_for_backward(*tensors, *factors, *(None if isinstance(row, StoredRows) else row for row in rows))
 
 
-def _saved(ctx: Any) -> tuple[Sequence[Tensor], list[Any]]:
-    """The tensors and the `flat` that `_save` kept."""
+def _saved(ctx: Any, parts: Sequence[Part]) -> tuple[Sequence[Tensor], list[MergedWeight]]:
+    """The tensors that `_save` kept, and the matrices, without biases."""
     saved, count = ctx.saved_tensors, len(ctx.stored)
-    flat = [value if stored is None else stored for value, stored in zip(saved[-count:], ctx.stored, strict=True)]
-    return saved[:-count], flat
+    rows = [row if stored is None else stored for row, stored in zip(saved[-count:], ctx.stored, strict=True)]
+    return saved[: -3 * count], _matrices([*saved[-3 * count : -count], *rows, *(None,) * count], parts)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Context manager: inside, products are of the dtype of their operands."""
+    enabled = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if enabled else nullcontext()
 
 
 class _UpProject(torch.autograd.Function):
@@ -158,25 +172,25 @@ class _UpProject(torch.autograd.Function):
         length = sum(part.size(neurons) for part in parts)
         whole = x.new_empty(len(matrices) * length) if joined else None
         outs = whole.split(length) if whole is not None else [x.new_empty(length) for _ in matrices]
-        lows = []
-        with torch.autocast(x.device.type, enabled=False):
-            for part, *views in _by_part(parts, neurons, outs, backend):
-                lows.append(_up(part, part.take(x), matrices, views, backend))
-        _save(ctx, x, *lows, flat=flat[: 3 * len(matrices)])
+        with without_autocast(x.device):
+            lows = [
+                None if part.idle else _up(part, part.take(x), matrices, views, backend)
+                for part, *views in _by_part(parts, neurons, outs, backend)
+            ]
+        _save(ctx, matrices, flat, x, *lows)
         ctx.parts, ctx.gradient, ctx.backend, ctx.joined = parts, gradient, backend, joined
         return tuple(outs) if whole is None else (whole,)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        parts, ((x, *lows), flat) = ctx.parts, _saved(ctx)
-        count = len(flat) // 3
-        matrices = _matrices([*flat, *(None,) * count], parts)
-        neurons = len(matrices[0].rows)
+        parts = ctx.parts
+        (x, *lows), matrices = _saved(ctx, parts)
+        count, neurons = len(matrices), len(matrices[0].rows)
         # A gradient that came through a sum or a mean may be one number for all.
         grads = gradients[0].contiguous().chunk(count) if ctx.joined else [grad.contiguous() for grad in gradients]
         grad_x = None
         factors = _FactorGradients(matrices)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             for (part, *views), low in zip(_by_part(parts, neurons, grads, ctx.backend), lows, strict=True):
                 if part.idle:
                     continue
@@ -200,9 +214,8 @@ class _UpProject(torch.autograd.Function):
                     grad.addmm_(grad_low_i, matrix.v)
                     factors.add(i, row.t() @ (low_i if kept is None else low_i[kept]), grad_low_i.t() @ x_kept)
                 grad_x = _placed(grad_x, len(x), part, kept, grad)
-        grad_us, grad_vs = factors.like(flat)
         grad_x = torch.zeros_like(x) if grad_x is None else grad_x
-        return grad_x, *(None,) * 4, *grad_us, *grad_vs, *(None,) * (2 * count)
+        return grad_x, *(None,) * 4, *factors.cast(ctx.dtypes), *(None,) * (2 * count)
 
 
 class _DownProject(torch.autograd.Function):
@@ -217,11 +230,15 @@ class _DownProject(torch.autograd.Function):
         if elsewhere:
             y = a.new_empty(tokens, width)
             y[:, ::2], y[:, 1::2] = elsewhere, -elsewhere
-        lows = []
-        with torch.autocast(a.device.type, enabled=False):
+        lows: list[Tensor | None] = []
+        with without_autocast(a.device):
             for part, view in _by_part(parts, neurons, [a], backend):
+                low = None
+                if part.idle and matrix.bias is None and not elsewhere:
+                    lows.append(low)
+                    continue
                 if part.idle:
-                    low, y_part = a.new_empty(0), a.new_zeros(part.tokens, width)
+                    y_part = a.new_zeros(part.tokens, width)
                     if matrix.bias is not None:
                         y_part += matrix.bias
                 elif part.selection is not None:
@@ -232,20 +249,20 @@ class _DownProject(torch.autograd.Function):
                     y_part.addmm_(low, matrix.v)
                 lows.append(low)
                 y = _placed(y, tokens, part, None, y_part)
-        _save(ctx, a, *lows, flat=flat[:3])
+        _save(ctx, [matrix], flat, a, *lows)
         ctx.parts, ctx.gradient, ctx.backend = parts, gradient, backend
         return a.new_zeros(tokens, width) if y is None else y.data  # no view, so that a residual may be added in place
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
-        parts, ((a, *lows), flat) = ctx.parts, _saved(ctx)
-        matrices = _matrices([*flat, None], parts)
+        parts = ctx.parts
+        (a, *lows), matrices = _saved(ctx, parts)
         matrix = matrices[0]
         neurons = len(matrix.rows)
         passing = None if _all_pass(grad_y, ctx.gradient) else rows_that_hold(grad_y, ctx.gradient)
         grad_a = torch.empty_like(a)
         factors = _FactorGradients(matrices)
-        with torch.autocast(a.device.type, enabled=False):
+        with without_autocast(a.device):
             views = _by_part(parts, neurons, [a, grad_a], ctx.backend)
             for (part, view, grad_view), low in zip(views, lows, strict=True):
                 if part.idle:
@@ -265,8 +282,7 @@ class _DownProject(torch.autograd.Function):
                     found = grad.index_select(0, kept) @ matrix.rows.t()
                     found.addmm_(grad_low.index_select(0, kept), matrix.u.t())
                     _place_rows(part, grad_view, kept, found)
-        (grad_u,), (grad_v,) = factors.like(flat)
-        return grad_a, *(None,) * 5, grad_u, grad_v, None, None
+        return grad_a, *(None,) * 5, *factors.cast(ctx.dtypes), None, None
 
 
 def rows_that_hold(gradient: Tensor, share: float) -> Tensor:
@@ -300,23 +316,18 @@ class _FactorGradients:
         count, x_low = len(self._matrices[matrix].rows), x_low.contiguous()
         self.add(matrix, *backend.update_gradients(a, a_low, x, x_low, selection.tiles, selection.neurons, count))
 
-    def like(self, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Us, then Vs, in the dtypes of the given ones."""
-        count = len(self._matrices)
-        us, vs = (
-            [
-                torch.zeros_like(factor) if (found := self._sums[matrix][i]) is None else found.to(factor.dtype)
-                for matrix, factor in enumerate(flat[i * count : (i + 1) * count])
-            ]
-            for i in range(2)
-        )
-        return us, vs
+    def cast(self, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Us, then Vs, in the given dtypes."""
+        factors = [*(matrix.u for matrix in self._matrices), *(matrix.v for matrix in self._matrices)]
+        found = [sums[i] for i in range(2) for sums in self._sums]
+        return [
+            torch.zeros_like(factor, dtype=dtype) if grad is None else grad.to(dtype)
+            for factor, grad, dtype in zip(factors, found, dtypes, strict=True)
+        ]
 
 
 def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor], backend: Backend) -> Tensor:
     """Write the part's activations; returns x V^T [p, q], those of two matrices side by side."""
-    if part.idle:
-        return x.new_empty(0)
     if part.selection is None:
         low = x @ torch.cat([matrix.v for matrix in matrices]).t()
         for view, matrix, low_i in zip(views, matrices, low.chunk(len(matrices), dim=1), strict=True):
@@ -331,12 +342,12 @@ def _up(part: Part, x: Tensor, matrices: list[MergedWeight], views: list[Tensor]
 
 def _by_part(parts: Sequence[Part], neurons: int, flats: Sequence[Tensor], backend: Backend) -> list[tuple[Any, ...]]:
     """Each part with its views of flat tensors."""
-    found, start = [], 0
-    for part in parts:
-        end = start + part.size(neurons)
-        found.append((part, *(part.compact(flat[start:end], neurons, backend) for flat in flats)))
-        start = end
-    return found
+    sizes = [part.size(neurons) for part in parts]
+    pieces = zip(*(flat.split_with_sizes(sizes) for flat in flats), strict=True)
+    return [
+        (part, *(part.compact(piece, neurons, backend) for piece in of_part))
+        for part, of_part in zip(parts, pieces, strict=True)
+    ]
 
 
 def _all_pass(gradient: Tensor, share: float) -> bool:
@@ -356,7 +367,7 @@ def _kept(part: Part, neurons: int, passing: Tensor) -> Tensor | None:
 
 def _nonzero_tokens(part: Part, views: Sequence[Tensor]) -> Tensor:
     """bool [p]: tokens for which any of the gradients [p, m] or [n, T, k] is not zero."""
-    passing = torch.stack([view.abs().amax(-1) for view in views]).amax(0) != 0
+    passing = torch.stack([torch.linalg.vector_norm(view, math.inf, -1) for view in views]).amax(0) != 0
     return passing if part.selection is None else passing.view(-1).index_select(0, part.selection.tiles.position)
 
 

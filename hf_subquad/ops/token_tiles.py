@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,33 +18,34 @@ class TokenTiles:
     """N tokens in n tiles of T slots each; the n * T - N spare slots repeat tokens.
 
     Attributes:
-        entries: int64 [n, T]; the entry in each slot. Entry e < N is token e, an entry e >= N is spare.
-        slots: int64 [n, T]; the token in each slot (spare entries resolved to the token they repeat).
-        places: int64 [n * T]; flat slot number of each entry.
+        entries: int64 [n, T]; the entry in each slot. Entry e < N is token e; an entry e >= N is spare, and repeats
+            token e mod N.
         tokens: N.
     """
 
     entries: Tensor
-    slots: Tensor
-    places: Tensor
     tokens: int
 
-    @classmethod
-    def of(cls, entries: Tensor, tokens: int) -> "TokenTiles":
-        """From the entry in each slot, int64 [n, T]; entry e stands for token e mod N."""
-        flat = entries.reshape(-1)
-        places = torch.empty_like(flat).scatter_(0, flat, torch.arange(len(flat), device=flat.device))
-        return cls(entries, entries % tokens, places, tokens)
+    @cached_property
+    def slots(self) -> Tensor:
+        """int64 [n, T]; the token in each slot (spare entries resolved to the token they repeat)."""
+        return self.entries if self.entries.numel() == self.tokens else self.entries % self.tokens
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """int64 [n * T]; flat slot number of each entry."""
+        flat = self.entries.reshape(-1)
+        return torch.empty_like(flat).scatter_(0, flat, torch.arange(len(flat), device=flat.device))
 
     @property
     def position(self) -> Tensor:
         """int64 [N]; flat slot number of each token."""
-        return self.places[: self.tokens]
+        return self._places[: self.tokens]
 
     @property
     def spare(self) -> Tensor:
         """int64 [n * T - N]; flat slot numbers of the spare entries."""
-        return self.places[self.tokens :]
+        return self._places[self.tokens :]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,8 +127,8 @@ def make_tiles(
     tokens = features.shape[0]
     count, size = tile_shape(tokens, tile_size)
     if order == "similar" and 1 < count < tokens:
-        return TokenTiles.of(bisect(features, count, size), tokens)
-    return TokenTiles.of(torch.arange(count * size, device=features.device).view(count, size), tokens)
+        return TokenTiles(bisect(features, count, size), tokens)
+    return TokenTiles(torch.arange(count * size, device=features.device).view(count, size), tokens)
 
 
 def _leading_direction(centred: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) 
 def _whole_and_half(selection: Selection) -> list[Part]:
     """All neurons for the tokens of the first tile, those of the selection for the others."""
     first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
-    tiles = TokenTiles.of(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
+    tiles = TokenTiles(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
     return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]
 
 

@@ -65,7 +65,7 @@ class LowRankUpdate(nn.Module):
                 "weights of a patched MLP are needed while FSDP holds them in shards: shard decoder layers or whole "
                 "MLPs, not single projections, and call what works on weights before fully_shard"
             )
-        return self.U, self.scale * self.V
+        return self.U, self.V if self.scale == 1 else self.scale * self.V
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Saves nothing: the projection saves its weight with the update merged in."""

@@ -93,6 +93,7 @@ class Subjects:
                 "none for context": Budget(context=0),
                 "none for context, 99% of the gradient": Budget(context=0, gradient=0.99),
             }
+        unwatch_batches(self.layers["subquad"])  # classes are set once; a model reads them once for all of its MLPs
         self.ways = ["dense_full", "dense_lora", *self.budgets]
 
     def _classify(self) -> None:
@@ -101,7 +102,6 @@ class Subjects:
         rows = random_rows(tokens // length, length, 8, *GSM8K, seed=0)
         ids, real, labels = (torch.stack([row[name] for row in rows]).to(self.x.device) for name in rows[0])
         runtime.skips_padding = True
-        unwatch_batches(self.layers["subquad"])  # which is called without labels
         runtime.begin(self.layers["subquad"], {"input_ids": ids, "attention_mask": real, "shift_labels": labels})
         # As in training, about 65% of the rows that are not padding hold 99% of the squared gradient.
         self.gradient *= torch.randn_like(self.gradient[:, :1]).exp() * real.view(-1, 1)

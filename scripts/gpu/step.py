@@ -5,6 +5,7 @@ import importlib.util
 import statistics
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from comparison.measure import turn
 from comparison.random_rows import GSM8K
 from comparison.settings import RunSettings, Shape
+from transformers.models.llama import modeling_llama
 
 from hf_subquad import Plan
 from hf_subquad.plan import LayerPlan
@@ -64,7 +66,8 @@ def _steps(bench: Bench, model: str, batch: str, again: bool) -> Iterator[Row]:
             special = {"subquad": {"tile_size": bench.tile, **more}, "plan": str(plan)} if method == "subquad" else more
             row: Row = {"model": model, "batch": batch, "checkpointing": again, "method": name}
             try:
-                result = turn((RunSettings(method=method, **common, **special), mlps), lambda progress: None)
+                with _names_restored():
+                    result = turn((RunSettings(method=method, **common, **special), mlps), lambda progress: None)
             except torch.OutOfMemoryError:
                 yield row | {"note": "does not fit"}
                 continue
@@ -80,6 +83,16 @@ def _steps(bench: Bench, model: str, batch: str, again: bool) -> Iterator[Row]:
                 "peak_bytes": result["peak_memory_bytes"], "digest": result["digest"],
                 **{f"over_{other}": ms[other] / ms[name] for other in ms if not other.startswith("MLPs")},
             }  # fmt: skip
+
+
+@contextmanager
+def _names_restored() -> Iterator[None]:
+    """Context manager: Liger rebinds names in transformers' module, for all models that are made after it."""
+    before = dict(vars(modeling_llama))
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(before)
 
 
 def _plan(mlps: list[str], shape: Shape, bench: Bench) -> Plan:

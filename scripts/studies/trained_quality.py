@@ -98,7 +98,7 @@ def sequence_tiles(counts: Sequence[int], tokens: int, device: torch.device) -> 
     entries = torch.empty(len(counts), size, dtype=torch.long)
     entries[real] = torch.arange(tokens)
     entries[~real] = torch.arange(tokens, entries.numel())
-    return TokenTiles.of(entries.to(device), tokens)
+    return TokenTiles(entries.to(device), tokens)
 
 
 class Candidate:

@@ -86,7 +86,7 @@ class Scoring:
     """The inputs from which the importance of neurons is estimated.
 
     Attributes:
-        basis: A, float32 [r, d].
+        basis: A [r, d], any float dtype.
         inputs: one input projection, or gate and up.
         activation: elementwise; of the gate, if there are two.
         output_norms: ||v_j||^2 of the output rows, float32 [m].

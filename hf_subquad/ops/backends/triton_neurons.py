@@ -6,6 +6,7 @@ a fixed order: the same tokens always choose the same neurons.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..importance import MOVE
-from .triton_common import precision, unit_stride
+from .triton_common import cdiv, next_power_of_2, precision, unit_stride
 
 ProjectedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -45,7 +46,7 @@ def _columns(dtype: torch.dtype, r: int, q: int) -> int:
 
 
 def _padded(rank: int) -> int:
-    return max(triton.next_power_of_2(rank), 16)
+    return max(next_power_of_2(rank), 16)
 
 
 def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: str, output_norms: Tensor) -> Tensor:
@@ -67,9 +68,12 @@ def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: 
     """
     (tiles, sampled, r), m = sketched.shape, len(output_norms)
     sketched, output_norms = unit_stride(sketched), output_norms.contiguous()
-    padded, multiprocessors = triton.next_power_of_2(sampled), _multiprocessors(sketched.device)
+    padded, multiprocessors = next_power_of_2(sampled), _multiprocessors(sketched.device)
     q = max(u.shape[1] for _, _, u, _ in inputs)
-    ranks = {"GATED": len(inputs) == 2, "SAMPLED": padded, "R": _padded(r), "Q": _padded(q), "PRECISION": precision()}
+    ranks = {
+        "GATED": len(inputs) == 2, "SAMPLED": padded, "R": _padded(r), "Q": _padded(q),
+        "PRECISION": precision(sketched.dtype),
+    }  # fmt: skip
     columns = _columns(sketched.dtype, r, q)
     first, second = next(blocks for most, blocks in _BLOCKS.items() if columns <= most)
     # Operands of four bytes, higher ranks and the error function need more registers than a third.
@@ -85,12 +89,13 @@ def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: 
         _squares[squares_grid](*arguments, squares_span, **ranks, **first)
         _scores[scores_grid](
             *arguments, scores_span, squares_grid[1], output_norms, scores,
-            SHARES=triton.next_power_of_2(squares_grid[1]), ACTIVATION=activation,
+            SHARES=next_power_of_2(squares_grid[1]), ACTIVATION=activation,
             **ranks, **second, maxnreg=_THIRD if third else None,
         )  # fmt: skip
     return scores
 
 
+@lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -100,9 +105,9 @@ def _grid(tokens: int, m: int, block: _Block, programs: int) -> tuple[tuple[int,
 
     A program keeps its tokens and walks through its neurons.
     """
-    blocks, steps = triton.cdiv(tokens, block["TOKENS"]), triton.cdiv(m, block["NEURONS"])
-    span = triton.cdiv(steps, max(programs // blocks, 1)) * block["NEURONS"]
-    return (blocks, triton.cdiv(m, span)), span
+    blocks, steps = cdiv(tokens, block["TOKENS"]), cdiv(m, block["NEURONS"])
+    span = cdiv(steps, max(programs // blocks, 1)) * block["NEURONS"]
+    return (blocks, cdiv(m, span)), span
 
 
 def top_neurons(scores: Tensor, k: int) -> Tensor:
@@ -112,7 +117,7 @@ def top_neurons(scores: Tensor, k: int) -> Tensor:
     """
     (tiles, m), scores = scores.shape, unit_stride(scores)
     neurons = torch.empty(tiles, k, device=scores.device, dtype=torch.int64)
-    block = min(max(triton.next_power_of_2(m), 16), _ROW)
+    block = min(max(next_power_of_2(m), 16), _ROW)
     gathered, warps = min(block, _GATHERED), min(max(block // 1024, 1), 16)
     with torch.cuda.device_of(scores):
         _top[(tiles,)](scores, scores.stride(0), neurons, m, k, block, gathered, m <= block, num_warps=warps)

@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import precision, unit_stride
+from .triton_common import cdiv, next_power_of_2, precision, unit_stride
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def gathered_up(
     x, entries, neurons = unit_stride(x), entries.contiguous(), neurons.contiguous()
     rows, us, lows = (_both([unit_stride(part) for part in parts]) for parts in (rows, us, lows))
     biases = _both([None if bias is None else bias.contiguous() for bias in biases])
-    grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(active, config.neurons),)
+    grid = (count * cdiv(size, config.tokens) * cdiv(active, config.neurons),)
     with torch.cuda.device_of(x):
         _gathered_up[grid](
             x, entries, neurons, *rows, *biases, *us, *lows, *_both(out),
@@ -304,7 +304,7 @@ def gathered_up(
             x.stride(0), *_row_strides(rows), *_row_strides(us), *_row_strides(lows),
             MATRICES=len(out), BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
             BLOCK_Q=_rank_block(us[0].shape[1]), GROUP=config.group, WHOLE_D=width % config.features == 0,
-            PRECISION=precision(), num_warps=config.warps, num_stages=config.stages,
+            PRECISION=precision(x.dtype), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
 
@@ -374,11 +374,11 @@ def per_neuron(
     config = config or _per_neuron_blocks(a, size, rank)
     a, low, entries, neurons = unit_stride(a), unit_stride(low), entries.contiguous(), neurons.contiguous()
     out = a.new_zeros(count, rank, dtype=torch.float32)
-    grid = (tiles * triton.cdiv(active, config.neurons), triton.cdiv(rank, config.features))
+    grid = (tiles * cdiv(active, config.neurons), cdiv(rank, config.features))
     with torch.cuda.device_of(a):
         _per_neuron[grid](
             a, entries, neurons, low, out, tokens, size, active, rank, a.stride(0), a.stride(1), low.stride(0),
-            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=config.features, PRECISION=precision(),
+            BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_Q=config.features, PRECISION=precision(a.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out
@@ -394,7 +394,7 @@ def _launch_gathered_down(
     entries, neurons = entries.contiguous(), neurons.contiguous()
     a, rows, lows, vs = (_both([unit_stride(part) for part in parts]) for parts in (a, rows, lows, vs))
     bias, y = None if bias is None else bias.contiguous(), a[0].new_empty(tokens, width)
-    grid = (count * triton.cdiv(size, config.tokens) * triton.cdiv(width, config.features),)
+    grid = (count * cdiv(size, config.tokens) * cdiv(width, config.features),)
     with torch.cuda.device_of(y):
         _gathered_down[grid](
             *a, entries, neurons, *rows, *lows, *vs, bias, y,
@@ -402,7 +402,7 @@ def _launch_gathered_down(
             *a[0].stride()[:2], *a[1].stride()[:2], *_row_strides(rows), *_row_strides(lows), *_row_strides(vs),
             MATRICES=matrices, BLOCK_T=config.tokens, BLOCK_K=config.neurons, BLOCK_D=config.features,
             BLOCK_Q=_rank_block(rank), GROUP=config.group, WHOLE_K=active % config.neurons == 0,
-            WHOLE_D=width % config.features == 0, PRECISION=precision(),
+            WHOLE_D=width % config.features == 0, PRECISION=precision(y.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return y
@@ -448,16 +448,19 @@ def _shared_memory(device: torch.device) -> int:
 def _token_block(size: int, largest: int) -> int:
     """Block of a tile's T slots: what is wasted in the last block against what smaller blocks cost."""
     candidates = [block for block in _TOKEN_COST if block <= largest]
-    return min(candidates, key=lambda block: triton.cdiv(size, block) * block * _TOKEN_COST[block])
+    return min(candidates, key=lambda block: cdiv(size, block) * block * _TOKEN_COST[block])
 
 
-def _shape(x: Tensor, size: int, outputs: int, aligned: bool) -> tuple[int, int, int, int, int]:
+@lru_cache(maxsize=1024)
+def _shape(
+    dtype: torch.dtype, precision: str, device: torch.device, size: int, outputs: int, aligned: bool
+) -> tuple[int, int, int, int, int]:
     """Tokens, output columns, step, warps and stages of a product of tiles of `size` with so many outputs."""
-    small = not aligned or (x.dtype == torch.float32 and precision() == "ieee")
+    small = not aligned or (dtype == torch.float32 and precision == "ieee")
     tokens = _token_block(size, 64 if small else 128)
     for columns, step_bytes, stages in _SMALL_SHAPES if small else _SHAPES:
-        step = max(16, step_bytes // x.itemsize)
-        fits = stages * (tokens + columns) * step * x.itemsize <= _shared_memory(x.device)
+        step = max(16, step_bytes // dtype.itemsize)
+        fits = stages * (tokens + columns) * step * dtype.itemsize <= _shared_memory(device)
         if fits and columns < 2 * outputs:
             break
     return tokens, columns, step, min(max(tokens * columns // 4096, 4), 8), stages
@@ -466,7 +469,10 @@ def _shape(x: Tensor, size: int, outputs: int, aligned: bool) -> tuple[int, int,
 def _gathered_up_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blocks:
     if _INTERPRETING:
         return _INTERPRETED
-    tokens, columns, step, warps, stages = _shape(x, size, matrices * active, x.shape[1] % 16 == 0)
+    aligned = x.shape[1] % 16 == 0
+    tokens, columns, step, warps, stages = _shape(
+        x.dtype, precision(x.dtype), x.device, size, matrices * active, aligned
+    )
     return Blocks(tokens, columns // matrices, step, warps=warps, stages=stages)
 
 
@@ -474,7 +480,7 @@ def _gathered_down_blocks(a: Tensor, size: int, width: int) -> Blocks:
     if _INTERPRETING:
         return _INTERPRETED
     aligned = a.shape[2] % 16 == 0 and width % 16 == 0  # Triton knows this of a size, or nothing
-    tokens, columns, step, warps, stages = _shape(a, size, width, aligned)
+    tokens, columns, step, warps, stages = _shape(a.dtype, precision(a.dtype), a.device, size, width, aligned)
     return Blocks(tokens, step, columns, warps=warps, stages=stages)
 
 
@@ -489,7 +495,7 @@ def _per_token_blocks(a: Tensor, rank: int) -> Blocks:
 def _per_neuron_blocks(a: Tensor, size: int, rank: int) -> Blocks:
     if _INTERPRETING:
         return _INTERPRETED
-    tokens = min(max(16, triton.next_power_of_2(size)), 64)
+    tokens = min(max(16, next_power_of_2(size)), 64)
     return Blocks(tokens, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=3)
 
 
@@ -499,4 +505,4 @@ _INTERPRETED = Blocks(tokens=32, neurons=32, features=32, group=2)  # the interp
 
 def _rank_block(rank: int) -> int:
     """Block along the rank; a higher rank takes several."""
-    return min(max(16, triton.next_power_of_2(rank)), 64)
+    return min(max(16, next_power_of_2(rank)), 64)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..token_tiles import POWER_ITERATIONS
+from .triton_common import cdiv, next_power_of_2
 
 _POWER_ITERATIONS = tl.constexpr(POWER_ITERATIONS)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -42,29 +43,29 @@ def bisect(features: Tensor, count: int, size: int) -> Tensor:
     if count == 1:
         return order.view(count, size)
     features = features.contiguous()
-    width = triton.next_power_of_2(r)
+    width = next_power_of_2(r)
     target = torch.empty_like(order)
     keys = torch.empty(entries, device=features.device, dtype=torch.int32)
     group = entries
     with torch.cuda.device_of(features):
         while group > size:
-            groups, held = entries // group, triton.next_power_of_2(group)
+            groups, held = entries // group, next_power_of_2(group)
             if held * width <= _HELD:
                 _project_group[(groups,)](
                     features, order, keys, tokens, r, group, held, width, num_warps=_warps(held * width)
                 )
             else:
-                split, square = max(_SPLIT, triton.next_power_of_2(triton.cdiv(group, _SPLITS))), max(width, 16)
-                splits = triton.cdiv(group, split)
+                split, square = max(_SPLIT, next_power_of_2(cdiv(group, _SPLITS))), max(width, 16)
+                splits = cdiv(group, split)
                 sums = features.new_empty(groups, splits, square)
                 seconds = features.new_empty(groups, splits, square, square)
                 _moments[(groups, splits)](features, order, sums, seconds, tokens, r, group, split, 64, square)
-                summed = min(max(_SUMMED // square**2, 1), triton.next_power_of_2(splits))
-                _project[(groups, triton.cdiv(group, _PROJECTED))](
+                summed = min(max(_SUMMED // square**2, 1), next_power_of_2(splits))
+                _project[(groups, cdiv(group, _PROJECTED))](
                     features, order, sums, seconds, keys, tokens, r, group, splits,
                     split, summed, _PROJECTED, square, num_warps=8,
                 )  # fmt: skip
-            _place[(groups, triton.cdiv(group, _RANKED))](order, keys, target, group, _RANKED, _RIVALS)
+            _place[(groups, cdiv(group, _RANKED))](order, keys, target, group, _RANKED, _RIVALS)
             order, target = target, order
             group //= 2
     return order.view(count, size)

@@ -115,7 +115,7 @@ def _inputs(device: torch.device, rounded: torch.dtype, compute: torch.dtype, ke
         x=drawn(_TOKENS, _WIDTH).to(compute),
         a=drawn(_TILES, _SIZE, _ACTIVE).to(compute),
         low=drawn(_TOKENS, 2 * _RANK).to(compute),
-        tiles=TokenTiles.of(entries.to(device), _TOKENS),
+        tiles=TokenTiles(entries.to(device), _TOKENS),
         neurons=neurons.to(device),
         into=[into],
         out_of=[replace(into, bias=drawn(_WIDTH).to(compute))],
