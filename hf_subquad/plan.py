@@ -28,7 +28,8 @@ class LayerPlan:
         predicted: k, the number of neurons for tokens at which the loss is computed, or for all tokens where classes
             are not known; m: all.
         context: the number of neurons for the other tokens that are not padding, 0 to m.
-        gradient: share of the squared output gradient that is propagated back through the MLP.
+        gradient: 1 minus the expected squared error of the output gradient that is propagated back through the MLP, as
+            a share of its squared norm; 1: the whole gradient.
         error: relative error of the MLP's output at predicted tokens, after correction; 0 if they compute all neurons.
         context_error: the same at context tokens.
         full_ms: the MLP as it was before the patch, its weights trained if they were trainable.
@@ -57,7 +58,8 @@ class Plan:
         loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's, in
             nats per predicted token, measured with all budgets together. It is the expected increase of the loss of a
             model whose predictions fit the data.
-        gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together.
+        gradient_cosine: cosine of the gradient of all trained parameters with the exact one, with all budgets together
+            and no rows left out.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
         planning_seconds: time that planning took.
         padding_share, context_share: shares of the tokens of the last batch, on which times were measured.
@@ -65,6 +67,7 @@ class Plan:
         tile_size, tile_order: the settings used for the measurements.
         saved_elsewhere_ms: what a step saves outside of the MLPs: no padding, logits at labelled positions only.
         layers: in the model's order.
+        gradient_noise: expected squared error of that gradient by sampled rows, as a share of its squared norm.
     """
 
     tolerance: float
@@ -81,6 +84,7 @@ class Plan:
     tile_order: TileOrder
     saved_elsewhere_ms: float
     layers: tuple[LayerPlan, ...]
+    gradient_noise: float = 0.0
 
     @property
     def mlp_speedup_over_dense(self) -> float:
@@ -129,12 +133,13 @@ class Plan:
         predicted_share = 1 - self.padding_share - self.context_share
         lines += [
             f"Of {self.tokens} tokens a batch, {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
-            f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens, share "
-            "of the squared gradient that is propagated back, share of the dense time.",
+            f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens; 100% "
+            "less the squared error of the sampled gradient that is propagated back; share of the dense time.",
             f"Predicted for {self.dtype} on {self.device}: these MLPs are {self.mlp_speedup_over_dense:.2f}x and the "
             f"step is {self.step_speedup_over_dense:.2f}x faster than with all neurons and low-rank updates (LoRA); "
             f"the step is {self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} "
-            f"nats per token and gradient cosine {self.gradient_cosine:.4f}, at a tolerance of {self.tolerance:g}. "
+            f"nats per token, gradient cosine {self.gradient_cosine:.4f} and noise of {self.gradient_noise:.1%} of the "
+            f"squared gradient, at a tolerance of {self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.saved_elsewhere_ms:

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_subquad import dense_forward
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.ops.parts import Part, rows_that_hold
+from hf_subquad.ops.parts import Part
 from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 D, M, N = 5, 11, 23
@@ -323,26 +323,3 @@ def test_triton_computes_the_same(kind: Kind, name: str, share: float) -> None:
 
 
 # Which rows pass gradients
-
-
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 99), st.integers(0, 3))
-def test_rows_that_hold(tokens: int, share: float, seed: int, zeros: int) -> None:
-    gradient = random(tokens, 3, seed=seed) * random(tokens, 1, seed=seed + 1).exp()
-    gradient[:zeros] = 0
-    chosen, squares = rows_that_hold(gradient, share), gradient.square().sum(1)
-    assert chosen.dtype == torch.bool and not chosen[squares == 0].any()
-    if not squares.any():
-        return
-    kept, dropped = squares[chosen], squares[~chosen]
-    assert kept.sum() >= share * squares.sum() * (1 - 1e-12)
-    assert not len(dropped) or kept.min() >= dropped.max()
-    assert kept.sum() - kept.min() < share * squares.sum()  # no row more than needed
-
-
-def test_rows_that_hold_of_half_precision() -> None:
-    """Squares are summed in float32: those of float16 would overflow, or vanish."""
-    for size in (300.0, 1e-4):
-        gradient = torch.tensor([[size, 0], [0, size / 2], [0, 0]], dtype=torch.float16)
-        assert rows_that_hold(gradient, 1.0).tolist() == [True, True, False]
-        assert rows_that_hold(gradient, 0.7).tolist() == [True, False, False]

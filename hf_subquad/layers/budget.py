@@ -14,8 +14,8 @@ class Budget:
         predicted: number of neurons for tokens at which the loss is computed, and for all tokens where classes are
             not known; None: all neurons.
         context: number of neurons for the other tokens that are not padding, 0 or more; None: all neurons.
-        gradient: share, in (0, 1], of the squared output gradient that is propagated back into the MLP, through the
-            rows with the largest norms. With 1, at most rows with zero gradient are skipped, which is exact.
+        gradient: in (0, 1]; the output gradient is propagated back through a sample of its rows, whose expected squared
+            error is 1 minus this, as a share of the squared gradient. With 1, at most rows of zeros are skipped.
     """
 
     predicted: int | None = None

@@ -7,10 +7,10 @@ so is their input gradient. The compact activation is one flat tensor that conca
 [n, T, k]; what a model computes between its projections is elementwise and does not depend on the layout.
 
 The two products are adjoints of each other. Gradients flow to tokens, U and V; base rows and biases are constants.
-They flow only through the rows with the largest output gradients, until these make up a share of its squared norm.
-`down_project` knows the output gradient and writes zeros for all other rows, except in a part whose products would cost
-no less without them. `up_project` skips rows of zeros. With a share of 1 only rows with zero gradient are skipped,
-which is exact; on a GPU none are skipped then, because counting them would wait for the device.
+They flow only through a random sample of rows that stands for all (see `row_sampling`). `down_project` knows the output
+gradient and writes zeros for all other rows, except in a part whose products would cost no less without them.
+`up_project` skips rows of zeros. With a share of 1 only rows with zero gradient are skipped, which is exact; on a GPU
+none are skipped then, because counting them would wait for the device.
 """
 
 import math
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..config import BackendName
 from .backends import Backend, MergedWeight, StoredRows, backend_for
+from .row_sampling import sampled_weights
 from .token_tiles import Selection
 
 _WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
@@ -109,8 +110,8 @@ def down_project(
     Args:
         a: flat, as `up_project` returns it, in the compute dtype.
         tokens: N.
-        gradient: the rows that propagate gradients to `a` make up at least this share of the squared gradient of the
-            result. The gradients of U and V use all rows, which costs next to nothing.
+        gradient: gradients reach `a` through a sample of rows, whose expected squared error is 1 minus this share of
+            the squared gradient of the result. The gradients of U and V use all rows, which costs next to nothing.
         elsewhere: magnitude of the output of tokens in no part; its signs alternate, so that no norm removes it.
     """
     y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
@@ -259,7 +260,7 @@ class _DownProject(torch.autograd.Function):
         (a, *lows), matrices = _saved(ctx, parts)
         matrix = matrices[0]
         neurons = len(matrix.rows)
-        passing = None if _all_pass(grad_y, ctx.gradient) else rows_that_hold(grad_y, ctx.gradient)
+        weights = None if _all_pass(grad_y, ctx.gradient) else sampled_weights(grad_y, ctx.gradient)
         grad_a = torch.empty_like(a)
         factors = _FactorGradients(matrices)
         with without_autocast(a.device):
@@ -269,33 +270,22 @@ class _DownProject(torch.autograd.Function):
                     continue
                 grad = part.take(grad_y)
                 grad_low = grad @ matrix.v.t()
-                kept = None if passing is None else _kept(part, neurons, part.take(passing))
+                weight = None if weights is None else part.take(weights)
+                kept = None if weight is None else _kept(part, neurons, weight != 0)
                 if part.selection is not None:
                     factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part.selection)
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
                 if part.selection is not None and kept is None:
                     ctx.backend.gathered_up(grad, part.selection.tiles, part.selection.neurons, matrices, [grad_view])
-                elif kept is None:
+                elif kept is None or weight is None:
                     torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
                 else:
-                    found = grad.index_select(0, kept) @ matrix.rows.t()
-                    found.addmm_(grad_low.index_select(0, kept), matrix.u.t())
+                    weight = weight.index_select(0, kept).unsqueeze(1).to(grad.dtype)
+                    found = (grad.index_select(0, kept) * weight) @ matrix.rows.t()
+                    found.addmm_(grad_low.index_select(0, kept) * weight, matrix.u.t())
                     _place_rows(part, grad_view, kept, found)
         return grad_a, *(None,) * 5, *factors.cast(ctx.dtypes), None, None
-
-
-def rows_that_hold(gradient: Tensor, share: float) -> Tensor:
-    """bool [N]: the rows of a gradient [N, d] with the largest norms, as many as make up a share of its squared norm;
-    never a row of zeros."""
-    dtype = torch.promote_types(gradient.dtype, torch.float32)
-    squares = torch.linalg.vector_norm(gradient, dim=1, dtype=dtype).square_()
-    if share >= 1:
-        return squares != 0
-    ordered, order = squares.sort(descending=True)
-    before = ordered.cumsum(0) - ordered  # what the rows before this one hold
-    chosen = (before < share * ordered.sum()) & (ordered > 0)
-    return torch.empty_like(chosen).scatter_(0, order, chosen)
 
 
 class _FactorGradients:

@@ -2,19 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..layers.budget import Budget, TokenClass
 from ..logs import get_logger
 from .allocation import Option, allocate, undominated
 from .fidelity import DenseReference, Fidelity
-from .measured_mlp import PROBED_SHARE, MeasuredMLP, only
+from .measured_mlp import GRADIENT_SHARES, PROBED_SHARE, MeasuredMLP, only
 
 COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient, for each unit of tolerance
 DIVERGENCE_PER_TOLERANCE = 10.0  # nats: what context tokens miss shows in the divergence, but little in training
-# What the backward skips costs more in training than its cosine tells, because small gradients are left out in every
-# step. On SmolLM2-135M a cosine of 0.991 from it alone raised the loss by 0.8% after 30 steps, 0.971 by 1.9%.
-_BACKWARD_WEIGHT = 10.0
+NOISE_PER_TOLERANCE = 70.0  # of the squared gradient: sampled rows change it in another direction in every step
 
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
@@ -42,28 +40,35 @@ class Limits:
         return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
 
 
-def choose(
-    measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float
-) -> tuple[list[Option], Fidelity]:
-    """An option for each MLP, which together stay within the tolerance, and their measured fidelity."""
+@dataclass(frozen=True)
+class Choice:
+    """Attributes:
+    options: one for each MLP.
+    fidelity: with all of them, and the whole gradient.
+    noise: expected squared error of the sampled gradient, as a share of the squared gradient.
+    """
+
+    options: list[Option]
+    fidelity: Fidelity
+    noise: float
+
+
+def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float) -> Choice:
+    """Options that together are as fast as possible within the tolerance."""
     limits = Limits.of(tolerance)
 
     def run(budgets: Sequence[Budget]) -> Fidelity:
         for one, budget in zip(measured, budgets, strict=True):
-            one.run_with(budget)
+            one.run_with(replace(budget, gradient=1.0))
         return reference.fidelity()
 
     def spent(budgets: Sequence[Budget]) -> float:
         return limits.spent(run(budgets))
 
-    forward = _forward_prices(measured, spent)
-    probe = [Budget(gradient=PROBED_SHARE)] * len(measured)
-    backward = _BACKWARD_WEIGHT * _price(measured, MeasuredMLP.backward_cost, probe, spent)
+    share, noise = _gradient_share(measured, reference, NOISE_PER_TOLERANCE * tolerance)
     options = [
-        undominated(
-            [Option(b, one.ms(b), price * one.forward_cost(b) + backward * one.backward_cost(b)) for b in one.budgets()]
-        )
-        for one, price in zip(measured, forward, strict=True)
+        undominated([Option(budget, one.ms(budget), price * one.forward_cost(budget)) for budget in one.budgets(share)])
+        for one, price in zip(measured, _forward_prices(measured, spent), strict=True)
     ]
     best = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
     best_found, allowance = Fidelity(0.0, 1.0, 0.0), 1.0
@@ -75,8 +80,7 @@ def choose(
         chosen = allocate(options, allowance)
         budgets = tuple(option.budget for option in chosen)
         found = known[budgets] = known.get(budgets) or run(budgets)
-        skipped = sum(one.backward_cost(option.budget) for one, option in zip(measured, chosen, strict=True))
-        used = max(limits.spent(found), backward * skipped)
+        used = limits.spent(found)
         logger.info(
             f"planning: with the budgets of this round MLPs take {_milliseconds(chosen):.0f} ms, at a divergence of "
             f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
@@ -96,7 +100,17 @@ def choose(
         found = run([option.budget for option in free])
         if limits.spent(found) <= 1:
             best, best_found = free, found
-    return best, best_found
+    return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0)
+
+
+def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, most: float) -> tuple[float, float]:
+    """The smallest share of the gradient, for all MLPs, with which sampling adds at most `most` of the squared gradient
+    as noise; and that noise, which is in proportion to 1 - share."""
+    for one in measured:
+        one.run_with(Budget(gradient=PROBED_SHARE))
+    per_unit = reference.fidelity().gradient_error ** 2 / (1 - PROBED_SHARE)
+    share = min((share for share in GRADIENT_SHARES if per_unit * (1 - share) <= most), default=1.0)
+    return share, per_unit * (1 - share)
 
 
 def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | None) -> float:
@@ -127,17 +141,6 @@ def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[B
         for i in band:
             prices[i] = price
     return prices
-
-
-def _price(
-    measured: Sequence[MeasuredMLP],
-    cost: Callable[[MeasuredMLP, Budget], float],
-    budgets: Sequence[Budget],
-    spent: Callable[[Sequence[Budget]], float],
-) -> float:
-    """The share of the limits that a unit of a cost uses, measured by running with some budgets."""
-    total = sum(cost(one, budget) for one, budget in zip(measured, budgets, strict=True))
-    return spent(budgets) / total if total > 0 else 0.0
 
 
 def _middle(measured: MeasuredMLP) -> Budget:

@@ -55,12 +55,6 @@ class DenseReference:
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
         self._predictions = None if logits is None else Predictions(model, batch, logits)
 
-    def energy_of(self, parameters: Sequence[nn.Parameter]) -> float:
-        """Share of the squared gradient that belongs to some parameters."""
-        wanted = {id(parameter) for parameter in parameters}
-        found = [g for p, g in zip(self._trained, self._gradient, strict=True) if id(p) in wanted]
-        return (_norm(found) / self._norm) ** 2 if self._norm else 0.0
-
     def fidelity(self) -> Fidelity:
         """Fidelity of the model with its current budgets.
 

@@ -139,20 +139,20 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         measured, reference = measure_mlps(model, batches)
         classes = next(iter(runtime.latest_classes.values()), None)
         with sparse_forward(model):
-            chosen, found = choose(measured, reference, tolerance)
+            choice = choose(measured, reference, tolerance)
         with dense_forward(model), stock_attention(model):  # what the plan's savings are counted from
             step_seconds = timed(reference.step, mlps[0].output.weight.device)
         del reference  # its gradient is as large as the trained parameters
-        layers = tuple(one.planned(option) for one, option in zip(measured, chosen, strict=True))
-        for one, option in zip(measured, chosen, strict=True):
+        layers = tuple(one.planned(option) for one, option in zip(measured, choice.options, strict=True))
+        for one, option in zip(measured, choice.options, strict=True):
             one.run_with(option.budget)
         in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in layers) / 1000
         saved_seconds = saved_outside_mlps(model, batches[-1], step_seconds - in_mlps)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
     return Plan(
         tolerance=tolerance,
-        loss_increase=found.divergence,
-        gradient_cosine=found.cosine,
+        loss_increase=choice.fidelity.divergence,
+        gradient_cosine=choice.fidelity.cosine,
         step_ms=1000 * step_seconds,
         planning_seconds=time.perf_counter() - started,
         padding_share=padding,
@@ -164,6 +164,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         tile_order=config.tile_order,
         saved_elsewhere_ms=1000 * saved_seconds,
         layers=layers,
+        gradient_noise=choice.noise,
     )
 
 

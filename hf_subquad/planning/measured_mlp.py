@@ -14,6 +14,7 @@ from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
+from ..ops.row_sampling import keep_probabilities
 from ..plan import LayerPlan
 from .allocation import Option
 from .fidelity import DenseReference
@@ -21,8 +22,8 @@ from .measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, 
 from .mlp_timing import MLPTiming, time_mlp
 from .predictions import Batch
 
-GRADIENT_SHARES = (0.999, 0.995, 0.99, 0.98, 0.95, 0.9)
-PROBED_SHARE = 0.98  # of the gradient
+GRADIENT_SHARES = (0.99, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5)
+PROBED_SHARE = 0.9  # of the gradient
 
 _LEAST_TIME = 0.05  # of the exact one
 
@@ -36,9 +37,9 @@ class MeasuredMLP:
     Attributes:
         classes: by token class, errors and corrections of each number of neurons.
         timing: times of some budgets, of an MLP of this shape.
-        dropped: by class and gradient share, the rows that pass no gradient, as a share of all rows that have some.
+        dropped: by class and gradient share, the rows that are expected to pass no gradient, as a share of all rows
+            that have some.
         timed_dropped: the same for all classes in the pass that was timed, at `PROBED_SHARE`.
-        energy: share of the squared gradient of all trained parameters that its updates have.
         tokens, dtype: of the call that it was measured on.
     """
 
@@ -47,14 +48,13 @@ class MeasuredMLP:
     timing: MLPTiming
     dropped: Mapping[TokenClass, Mapping[float, float]]
     timed_dropped: float
-    energy: float
     tokens: int
     dtype: str
 
-    def budgets(self) -> Iterator[Budget]:
-        """All budgets that may be planned."""
+    def budgets(self, share: float) -> Iterator[Budget]:
+        """All budgets that may be planned, with the whole gradient or a share of it."""
         counts: list[list[int | None]] = [[None, *measured.ks] for measured in self.classes.values()]
-        for neurons, gradient in itertools.product(itertools.product(*counts), (1.0, *GRADIENT_SHARES)):
+        for neurons, gradient in itertools.product(itertools.product(*counts), {1.0, share}):
             by_class = dict(zip(self.classes, neurons, strict=True))
             predicted = by_class.get("predicted")
             yield Budget(predicted, by_class.get("context", predicted), gradient)
@@ -63,10 +63,6 @@ class MeasuredMLP:
         """Squared effect on the loss of what the forward pass skips, up to a common factor."""
         found = ((measured, budget.neurons(name)) for name, measured in self.classes.items())
         return sum(0.0 if k is None else measured.costs[k] for measured, k in found)
-
-    def backward_cost(self, budget: Budget) -> float:
-        """Squared effect on the gradient of the rows that the backward pass skips, up to a common factor."""
-        return (1 - budget.gradient) * self.energy
 
     def ms(self, budget: Budget) -> float:
         """Milliseconds of any budget: the exact time less the savings of its parts, estimated from timed budgets."""
@@ -153,8 +149,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             timings[key] = _timed(mlp, call, classes[mlp.name])
         measured_mlps.append(
             MeasuredMLP(
-                mlp, classes[mlp.name], timings[key][0], _dropped(judged[mlp.name]),
-                timings[key][1], reference.energy_of([f for p in mlp.projections for f in p.update.parameters()]),
+                mlp, classes[mlp.name], timings[key][0], _dropped(judged[mlp.name]), timings[key][1],
                 len(call.tokens), str(call.x.dtype).removeprefix("torch."),
             )
         )  # fmt: skip
@@ -201,18 +196,15 @@ def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeas
 
 
 def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
-    """By class and share of the squared gradient, the rows that pass none back, as a share of all that have some."""
+    """By class and gradient share, how many rows are expected to pass none back, as a share of all that have some."""
     found: dict[TokenClass, dict[float, float]] = {}
     rows = max(1, sum(int((call.energy > 0).sum()) for call in calls))
     for call in calls:
-        ordered, order = call.energy.sort(descending=True)
-        before = ordered.cumsum(0) - ordered
         for share in GRADIENT_SHARES:
-            passing = torch.empty_like(order, dtype=torch.bool).scatter_(0, order, before < share * ordered.sum())
-            left_out = ~passing & (call.energy > 0)
+            left_out = (call.energy > 0).float() - keep_probabilities(call.energy.sqrt(), share)
             for name, of_class in call.rows().items():
                 shares = found.setdefault(name, dict.fromkeys(GRADIENT_SHARES, 0.0))
-                shares[share] += int(left_out[of_class].sum()) / rows
+                shares[share] += left_out[of_class].sum().item() / rows
     return found
 
 
