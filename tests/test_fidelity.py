@@ -1,6 +1,5 @@
 """How faithful sparse MLPs are: nothing is lost by exact ones, and what is lost is measured right."""
 
-import math
 from typing import Any
 
 import pytest
@@ -62,9 +61,11 @@ BUDGETS = [Budget(16, 0), Budget(None, 8), Budget(None, None, 0.8), Budget(24, 2
 def test_cosine_and_error_are_those_of_gradients_by_hand(budget: Budget) -> None:
     """Of all that is trained, the layers that are not patched included."""
     model = model_with(budget, budget)
+    torch.manual_seed(0)  # of the rows that are sampled
     found = measured(model, BATCH)
     with dense_forward(model):
         exact = gradient_by_hand(model, BATCH)
+    torch.manual_seed(0)
     with sparse_forward(model):
         approximate = gradient_by_hand(model, BATCH)
     cosine = (exact @ approximate / exact.norm() / approximate.norm()).item()
@@ -80,20 +81,6 @@ def test_context_of_the_last_layer_needs_no_mlp() -> None:
     assert found.divergence < 1e-6 and found.cosine == pytest.approx(1, abs=1e-6) and found.gradient_error < 1e-4
     before = measured(model_with(Budget(None, 0), Budget()), BATCH)
     assert before.cosine < 0.9999 and before.gradient_error > 1e-3
-
-
-def test_energy_is_the_share_of_the_squared_gradient() -> None:
-    model = model_with(Budget(), Budget())
-    updates = [[f for p in mlp.projections for f in p.update.parameters()] for mlp in sparse_mlps(model)]
-    with dense_forward(model):
-        reference = DenseReference(model, BATCH)
-        whole = gradient_by_hand(model, BATCH).norm().item()
-        model(**BATCH).loss.backward()
-    for factors in updates:
-        of_mlp = math.sqrt(sum(f.grad.double().square().sum().item() for f in factors))
-        assert reference.energy_of(factors) == pytest.approx((of_mlp / whole) ** 2, rel=1e-3)
-    assert reference.energy_of([p for p in model.parameters() if p.requires_grad]) == pytest.approx(1, rel=1e-4)
-    assert reference.energy_of([]) == 0
 
 
 class Head(nn.Module):

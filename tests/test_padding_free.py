@@ -87,6 +87,7 @@ def patched(family: str, budget: Budget, **settings: Any) -> nn.Module:
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     model.zero_grad()
     loss = model(**inputs).loss
+    torch.manual_seed(0)  # which rows are sampled
     loss.backward()
     grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
     return loss.detach(), torch.cat(grads)

@@ -8,8 +8,6 @@ import pytest
 import torch
 from helpers.mlps import KINDS, Kind, leaves_of, patched, reference
 from helpers.reference import mask_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,9 +15,11 @@ from hf_subquad import dense_forward
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.parts import Part
+from hf_subquad.ops.row_sampling import sampled_weights
 from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 D, M, N = 5, 11, 23
+DRAW = 11  # seed of the rows that are sampled
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -84,25 +84,15 @@ def mask_of_parts(parts: Sequence[Part], tokens: int, neurons: int) -> tuple[Ten
     return mask, held
 
 
-def largest(gradient: Tensor, share: float) -> Tensor:
-    """bool [N]: the rows that hold a share of the squared norm of a gradient, one after the other."""
-    squares = gradient.square().sum(1).tolist()
-    chosen, found = torch.zeros(len(squares), dtype=torch.bool), 0.0
-    for row in sorted(range(len(squares)), key=lambda row: -squares[row]):
-        if found < share * sum(squares) and squares[row]:
-            chosen[row] = True
-            found += squares[row]
-    return chosen
-
-
 def passing(parts: Sequence[Part], gradient: Tensor, share: float, neurons: int = M) -> Tensor:
-    """bool [N]: those rows, and all of a part whose products would cost no less for fewer rows: those of a tile are its
-    k neurons times all of its rows, those of some rows are all m neurons times these."""
-    chosen = largest(gradient, share)
+    """[N]: the weights of sampled rows, and 1 in all of a part whose products would cost no less for fewer rows: those
+    of a tile are its k neurons times all of its rows, those of some rows are all m neurons times these."""
+    torch.manual_seed(DRAW)
+    weights = sampled_weights(gradient, share)
     for part in parts:
-        if not part.idle and chosen[part.rows].sum() * neurons >= 0.9 * part.size(neurons):
-            chosen[part.rows] = True
-    return chosen
+        if not part.idle and (weights[part.rows] != 0).sum() * neurons >= 0.9 * part.size(neurons):
+            weights[part.rows] = 1
+    return weights
 
 
 def factors(mlp: SparseMLP) -> list[Tensor]:
@@ -115,6 +105,7 @@ def run(module: nn.Module, mlp: SparseMLP, parts: Sequence[Part], x: Tensor, ups
     module.zero_grad()
     with mlp.using(Budget(gradient=share), selection=parts):
         y = module(x)
+    torch.manual_seed(DRAW)
     y.backward(upstream.to(y.dtype))
     return [y.detach(), x.grad, *(factor.grad.clone() for factor in factors(mlp))]
 
@@ -149,7 +140,7 @@ def test_equals_the_masked_dense_twin(kind: Kind, bias: bool) -> None:
         expected = run_twin(twin, mlp, parts, x, upstream, share)
         assert_equal(run(module, mlp, parts, x, upstream, share), expected, name=f"{name}, {share}")
         computed = mask_of_parts(parts, N, M)[0].any(1)
-        if (computed & ~passing(parts, upstream, share)).any():
+        if (computed & (passing(parts, upstream, share) == 0)).any():
             exact = run_twin(twin, mlp, parts, x, upstream)
             assert (exact[1] - expected[1]).abs().max() > 1e-3
             assert torch.equal(exact[-1], expected[-1]) and torch.equal(exact[-2], expected[-2])
@@ -191,8 +182,8 @@ def test_order_of_tokens(kind: Kind) -> None:
     order = torch.randperm(N, generator=torch.Generator().manual_seed(8))
     place = order.argsort()
     moved = [replace(part, rows=place[part.rows]) for part in parts]
-    y, grad_x, *rest = run(module, mlp, parts, x, upstream, 0.6)
-    assert_equal(run(module, mlp, moved, x[order], upstream[order], 0.6), [y[order], grad_x[order], *rest])
+    y, grad_x, *rest = run(module, mlp, parts, x, upstream)
+    assert_equal(run(module, mlp, moved, x[order], upstream[order]), [y[order], grad_x[order], *rest])
 
 
 @pytest.mark.parametrize("parts", ["dense", "k = m", "dense and k = m"])
@@ -320,6 +311,3 @@ def test_triton_computes_the_same(kind: Kind, name: str, share: float) -> None:
     x, upstream, parts = random(N, D).float(), random(N, D, seed=2), mixture(name)
     expected = run_twin(twin, mlp, parts, x.double(), upstream, share)
     assert_equal(run(module, mlp, parts, x, upstream, share), expected, 1e-4)  # float32 sums of at most 23 products
-
-
-# Which rows pass gradients

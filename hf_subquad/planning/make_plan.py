@@ -136,6 +136,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
+        torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         measured, reference = measure_mlps(model, batches)
         classes = next(iter(runtime.latest_classes.values()), None)
         with sparse_forward(model):

@@ -26,6 +26,7 @@ GRADIENT_SHARES = (0.99, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5)
 PROBED_SHARE = 0.9  # of the gradient
 
 _LEAST_TIME = 0.05  # of the exact one
+_WORTH_SAMPLING = 0.97  # of it: above, rows are not worth their noise
 
 logger = get_logger(__name__)
 
@@ -52,9 +53,11 @@ class MeasuredMLP:
     dtype: str
 
     def budgets(self, share: float) -> Iterator[Budget]:
-        """All budgets that may be planned, with the whole gradient or a share of it."""
+        """All budgets that may be planned, with the whole gradient or, if that saves time, a share of it."""
+        if self.ms(Budget(gradient=share)) > _WORTH_SAMPLING * self.ms(Budget()):
+            share = 1.0
         counts: list[list[int | None]] = [[None, *measured.ks] for measured in self.classes.values()]
-        for neurons, gradient in itertools.product(itertools.product(*counts), {1.0, share}):
+        for neurons, gradient in itertools.product(itertools.product(*counts), (1.0, share)):
             by_class = dict(zip(self.classes, neurons, strict=True))
             predicted = by_class.get("predicted")
             yield Budget(predicted, by_class.get("context", predicted), gradient)

@@ -122,7 +122,7 @@ def reference(
 
     Args:
         mask: [N, m], the neurons that count for each token; None: all.
-        passing: bool [N], the tokens whose output gradient enters the activations; None: all.
+        passing: [N], what each token's output gradient is multiplied by before it enters the activations; None: 1.
     """
     scale = mlp.runtime.config.alpha / mlp.runtime.config.rank
     sources = list(mlp.sources)
@@ -147,7 +147,7 @@ def reference(
     if mask is not None:
         hidden = hidden * mask.to(hidden.dtype)
     if passing is not None:
-        hidden.register_hook(lambda gradient: gradient * passing.unsqueeze(1))
+        hidden.register_hook(lambda gradient: gradient * passing.unsqueeze(1).to(gradient.dtype))
     return linear(sources[-1], hidden, *leaves[-1], into=False)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_subquad import LayerPlan, Plan, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.row_sampling import keep_probabilities
 from hf_subquad.planning import make_plan, measured_mlp
 from hf_subquad.planning.measurements import MLPCall
 from hf_subquad.planning.mlp_timing import MLPTiming
@@ -37,12 +38,11 @@ def set_times(
     def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
         m = mlp.index.neurons
         fixed = (overhead if isinstance(overhead, float) else overhead(call)) * m
-        ordered = call.energy.sort(descending=True).values
-        held = ordered.cumsum(0) - ordered
+        real = call.energy > 0
 
         def ms(budget: Budget) -> float:
-            passing = ((held < budget.gradient * ordered.sum()) & (ordered > 0)).sum() / max(1, (ordered > 0).sum())
-            dense = 2.0 * m * (1 - backward * (1 - passing.item()))
+            passing = keep_probabilities(call.energy.sqrt(), budget.gradient).sum().item() / max(1, int(real.sum()))
+            dense = 2.0 * m * (1 - backward * (1 - passing))
             total = 0.0
             for name, rows in call.rows().items():
                 k = budget.neurons(name)
