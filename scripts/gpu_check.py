@@ -46,21 +46,28 @@ def main(argv: list[str] | None = None) -> int:
         "sections": {name: {"state": "skipped", "seconds": 0.0, "rows": [], "errors": []} for name in args.only},
         "provenance": provenance(),
     }  # fmt: skip
+
+    def save() -> None:
+        results["seconds"] = time.monotonic() - started
+        results["problems"] = problems(results)
+        rows = (row for section in results["sections"].values() for row in section["rows"])
+        results["device"] = next((row["name"] for row in rows if "name" in row), "")
+        device = "".join(c if c.isalnum() else "-" for c in (results["device"] or args.device).lower())
+        path = args.output / (device + "-tiny" * args.tiny)
+        write_json(results, path.with_suffix(".json"))
+        write_whole(path.with_suffix(".md"), lambda file: file.write_text(markdown(results), encoding="utf-8"))
+
     for number, name in enumerate(args.only):
         begun = time.monotonic()
         left = 60 * args.minutes - (begun - started)
         if left > 0:
             section = results["sections"][name]
-            run_section(args, name, section, left * SECTIONS[name] / sum(map(SECTIONS.get, args.only[number:])))
+            section["state"] = "cut off"  # what stays if this process is killed
+            seconds = left * SECTIONS[name] / sum(map(SECTIONS.get, args.only[number:]))
+            run_section(args, name, section, seconds, save)
             section["state"] = "failed" if section["errors"] else "done"
             section["seconds"] = time.monotonic() - begun
-            results["device"] = results["device"] or next((r["name"] for r in section["rows"] if "name" in r), "")
-        results["seconds"] = time.monotonic() - started
-        results["problems"] = problems(results)
-        device = "".join(c if c.isalnum() else "-" for c in (results["device"] or args.device).lower())
-        path = args.output / (device + "-tiny" * args.tiny)
-        write_json(results, path.with_suffix(".json"))
-        write_whole(path.with_suffix(".md"), lambda file: file.write_text(markdown(results), encoding="utf-8"))
+        save()
     print(markdown(results))
     return 1 if results["problems"] else 0
 
@@ -77,8 +84,10 @@ def unusable(args: argparse.Namespace) -> str | None:
     return None
 
 
-def run_section(args: argparse.Namespace, name: str, section: dict[str, Any], seconds: float) -> None:
-    """Run a section in a process of its own, and take down what it sends."""
+def run_section(
+    args: argparse.Namespace, name: str, section: dict[str, Any], seconds: float, save: Callable[[], None]
+) -> None:
+    """Run a section in a process of its own; take down what it sends, and save it at once."""
     case = None
 
     def hear(message: dict[str, Any]) -> None:
@@ -86,6 +95,7 @@ def run_section(args: argparse.Namespace, name: str, section: dict[str, Any], se
         case = message.get("begin", case)
         if "row" in message:
             section["rows"].append({"case": case, **message["row"]})
+            save()
         if "error" in message:
             section["errors"].append({"case": case, "traceback": message["error"]})
 

@@ -26,7 +26,7 @@ def full_run(settings: RunSettings, report: OnProgress) -> dict[str, Any]:
         peak_memory_bytes: over the steps; `memory_before_model_bytes` of it are Python and its libraries.
         eval_loss_dense, eval_loss_sparse: at the end; None where there is none.
         patched: of each patched MLP name, projections, neurons, and its budget at the end: neurons for predicted and
-            for context tokens, and the share of the gradient that passes back.
+            for context tokens, and the precision of the gradient that passes back.
         plan: the plan that was made, as JSON text; None if there was none.
     """
     return _train(settings, report, evaluated=True)

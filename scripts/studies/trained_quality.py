@@ -306,7 +306,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alpha", type=float, default=16.0)
     parser.add_argument("--tolerance", type=float, default=SubquadConfig().tolerance, help="of the plan")
     parser.add_argument("--budgets", metavar="FILE", help="a report of compare_vanilla.py, not a plan")
-    parser.add_argument("--gradient", type=float, help="share of the gradient in every MLP, in place of the plan's")
+    parser.add_argument("--gradient", type=float, help="precision of the gradient in every MLP, in place of the plan's")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="that are trained")
     parser.add_argument("--shares", type=float, nargs="*", default=[0.5], help="of SparseLoRA's neurons for context")
     parser.add_argument("--rounds", type=int, default=5, help="of timing; 0: nothing is timed")
