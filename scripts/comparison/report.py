@@ -85,7 +85,7 @@ def _planned(plan: str | None) -> dict[str, float] | None:
         return None
     found = Plan.from_dict(json.loads(plan))
     kept = ("step_speedup", "step_speedup_over_dense", "mlp_speedup_over_dense", "saved_elsewhere_ms", "step_ms")
-    kept += ("loss_increase", "gradient_cosine", "planning_seconds")
+    kept += ("loss_increase", "gradient_cosine", "gradient_noise", "planning_seconds")
     return {name: getattr(found, name) for name in kept}
 
 
