@@ -335,13 +335,37 @@ def test_padding_is_reported() -> None:
 
 
 def test_gradient_rows_are_left_out_where_that_saves_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sparse neurons do not; and a share that is passed back never breaks the promise."""
+    """Where sparse neurons do not. Predictions and the gradient's expectation stay exact."""
     set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
     batches = text_batches(0, 1, 2, shape=(6, 12), prompt=9)
     plan = calibrate(opt(), batches, PLANNED, tolerance=0.05)
-    assert faithful(plan) and plan.loss_increase == 0 and plan.gradient_cosine < 1
+    assert plan.loss_increase == 0 and plan.gradient_cosine == pytest.approx(1, abs=1e-6) and plan.gradient_noise > 0
     assert all(layer.predicted == layer.context == NEURONS for layer in plan.layers)
     assert any(layer.gradient < 1 and layer.sparse_ms < layer.dense_ms for layer in plan.layers)
+
+
+@pytest.mark.parametrize("tolerance", [1e-7, 1e-4, 2e-3])
+def test_the_noise_of_sampled_rows_stays_within_the_tolerance(
+    monkeypatch: pytest.MonkeyPatch, tolerance: float
+) -> None:
+    """All MLPs that sample do it alike. The noise was measured with one draw, which few rows make rough here."""
+    set_times(monkeypatch, overhead=2.5, idle=2.5, backward=0.6)
+    model = patch_model(opt(), PLANNED)
+    batches = text_batches(0, 1, 2, shape=(16, 12), prompt=9)
+    plan = calibrate(model, batches, tolerance=tolerance)
+    assert 0 <= plan.gradient_noise <= 100 * tolerance
+    shares = {layer.gradient for layer in plan.layers} - {1.0}
+    assert len(shares) == (plan.gradient_noise > 0) == (tolerance > 1e-7)
+    if not shares:
+        return
+    apply_plan(model, plan)
+    with dense_forward(model):
+        reference = DenseReference(model.train(), batches[-1])
+    torch.manual_seed(0)
+    with sparse_forward(model):
+        drawn = [reference.fidelity().gradient_error ** 2 for _ in range(20)]
+    assert plan.gradient_noise / 3 < sum(drawn) / len(drawn) < plan.gradient_noise * 3
+    assert f"noise of {plan.gradient_noise:.1%} of the squared gradient" in plan.table()
 
 
 def test_rows_of_a_class_that_is_sparse_save_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
