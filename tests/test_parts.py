@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hf_subquad import dense_forward
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.parts import Part
-from hf_subquad.ops.row_sampling import sampled_weights
+from hf_subquad.ops.row_sampling import keep_probabilities, row_norms, sampled_weights
 from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 D, M, N = 5, 11, 23
@@ -88,10 +89,13 @@ def passing(parts: Sequence[Part], gradient: Tensor, share: float, neurons: int 
     """[N]: the weights of sampled rows, and 1 in all of a part whose products would cost no less for fewer rows: those
     of a tile are its k neurons times all of its rows, those of some rows are all m neurons times these."""
     torch.manual_seed(DRAW)
-    weights = sampled_weights(gradient, share)
+    weights = keep_probabilities(row_norms(gradient), share)
     for part in parts:
-        if not part.idle and (weights[part.rows] != 0).sum() * neurons >= 0.9 * part.size(neurons):
-            weights[part.rows] = 1
+        rows = slice(None) if part.rows is None else part.rows
+        if not part.idle and weights[rows].sum() * neurons >= 0.9 * part.size(neurons):
+            weights[rows] = 1
+        elif not part.idle and share < 1:
+            weights[rows] = sampled_weights(weights[rows])
     return weights
 
 
@@ -311,3 +315,38 @@ def test_triton_computes_the_same(kind: Kind, name: str, share: float) -> None:
     x, upstream, parts = random(N, D).float(), random(N, D, seed=2), mixture(name)
     expected = run_twin(twin, mlp, parts, x.double(), upstream, share)
     assert_equal(run(module, mlp, parts, x, upstream, share), expected, 1e-4)  # float32 sums of at most 23 products
+
+
+def test_weights_may_leave_the_range_of_half_precision() -> None:
+    """A row that is kept with a probability of 1 / 10^6 gets the weight 10^6, and the product has the norm of a large
+    row."""
+    module, mlp, _ = patched("plain", D, M, dtype=torch.float16)
+    upstream = torch.full((400, D), 1e-6, dtype=torch.float16)
+    upstream[:60] = 1.0
+    parts, x = [dense(torch.arange(400))], random(400, D).half().requires_grad_()
+    probability = keep_probabilities(row_norms(upstream), 0.9)
+    offset = 1 - probability[:60].sum() % 1 - probability[60:].sum() / 2  # the next integer lies among the small rows
+    with mlp.using(Budget(gradient=0.9), selection=parts):
+        y = module(x)
+    with mock.patch("torch.rand", lambda *shape, device: offset.to(device)):
+        assert sampled_weights(probability)[60:].max() > torch.finfo(torch.float16).max
+        y.backward(upstream)
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_the_expected_gradient_is_the_whole_one() -> None:
+    """Also where about as many rows are expected to pass as make a part pass as a whole."""
+    module, mlp, _ = patched("gated", D, M)
+    x, upstream, parts = random(N, D), random(N, D, seed=2), [dense(torch.arange(N))]
+    exact = run(module, mlp, parts, x, upstream)
+    for share in (0.3, 0.9, 0.97):
+        torch.manual_seed(0)
+        total, draws = torch.zeros_like(exact[1]), 600
+        leaf = x.clone().requires_grad_()
+        with mlp.using(Budget(gradient=share), selection=parts):
+            for _ in range(draws):
+                module(leaf).backward(upstream)
+        total = leaf.grad / draws
+        error = float((total - exact[1]).norm() / exact[1].norm())
+        # One draw's error is about sqrt(1 - share); systematic sampling and the MLP's shape change it by little.
+        assert error <= 4 * ((1 - share) / draws) ** 0.5

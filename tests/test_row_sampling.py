@@ -9,6 +9,10 @@ from torch import Tensor
 from hf_subquad.ops.row_sampling import keep_probabilities, row_norms, sampled_weights
 
 
+def weights_of(gradient: Tensor, share: float) -> Tensor:
+    return sampled_weights(keep_probabilities(row_norms(gradient), share))
+
+
 def rows(tokens: int, seed: int, zeros: int = 0) -> Tensor:
     """Gradient [N, 3] with norms of several orders of magnitude."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,7 +44,7 @@ def test_probabilities_give_the_error_that_is_asked_for(tokens: int, share: floa
 def test_the_expectation_is_the_whole_gradient() -> None:
     gradient, share, draws = rows(200, seed=3, zeros=20), 0.8, 2000
     torch.manual_seed(0)
-    weights = torch.stack([sampled_weights(gradient, share) for _ in range(draws)])
+    weights = torch.stack([weights_of(gradient, share) for _ in range(draws)])
     norms, probability = row_norms(gradient), keep_probabilities(row_norms(gradient), share)
     # The standard error of a mean of weights of 1 / p with probability p, five times.
     spread = ((1 / probability.clamp_min(1e-12) - 1).clamp_min(0) / draws).sqrt()
@@ -54,17 +58,17 @@ def test_the_expectation_is_the_whole_gradient() -> None:
 def test_few_rows_stand_for_many() -> None:
     torch.manual_seed(0)
     gradient = rows(1000, seed=1)
-    assert int((sampled_weights(gradient, 0.9) > 0).sum()) < 200
+    assert int((weights_of(gradient, 0.9) > 0).sum()) < 200
 
 
 def test_the_whole_gradient_leaves_out_zeros_only() -> None:
-    assert sampled_weights(rows(5, seed=0, zeros=2), 1.0).tolist() == [0, 0, 1, 1, 1]
+    assert weights_of(rows(5, seed=0, zeros=2), 1.0).tolist() == [0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.9])
 @pytest.mark.parametrize("shape", [(0, 3), (4, 3), (1, 3)])
 def test_zeros_and_no_rows_at_all(shape: tuple[int, int], share: float) -> None:
-    assert not sampled_weights(torch.zeros(shape), share).any()
+    assert not weights_of(torch.zeros(shape), share).any()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -72,20 +76,20 @@ def test_what_is_not_finite_is_propagated(bad: float) -> None:
     """So that a gradient scaler sees it."""
     gradient = torch.ones(4, 2)
     gradient[2, 1] = bad
-    assert sampled_weights(gradient, 0.9)[2] == 1
+    assert weights_of(gradient, 0.9)[2] == 1
 
 
 def test_half_precision() -> None:
     """Squares are summed in float32: those of float16 would overflow, or vanish."""
     for size in (300.0, 1e-4):
         gradient = torch.tensor([[size, 0], [0, size / 2], [0, 0]], dtype=torch.float16)
-        assert sampled_weights(gradient, 1.0).tolist() == [1, 1, 0]
+        assert weights_of(gradient, 1.0).tolist() == [1, 1, 0]
         assert keep_probabilities(row_norms(gradient), 0.9)[2] == 0
 
 
 def test_the_same_seed_draws_the_same_rows() -> None:
     gradient = rows(50, seed=5)
     torch.manual_seed(7)
-    first = sampled_weights(gradient, 0.7)
+    first = weights_of(gradient, 0.7)
     torch.manual_seed(7)
-    assert torch.equal(first, sampled_weights(gradient, 0.7))
+    assert torch.equal(first, weights_of(gradient, 0.7))

@@ -285,7 +285,7 @@ class _Call:
         x: the MLP's input [..., d].
         parts: which tokens compute which neurons; None if the pass is dense.
         classes: the token class of each part.
-        gradient: share of the squared output gradient that is passed back.
+        gradient: precision of the output gradient that is passed back.
         waiting: compact activations that wait for their input projection to be called.
     """
 

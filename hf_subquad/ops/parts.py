@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..config import BackendName
 from .backends import Backend, MergedWeight, StoredRows, backend_for
-from .row_sampling import sampled_weights
+from .row_sampling import keep_probabilities, row_norms, sampled_weights
 from .token_tiles import Selection
 
-_WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
+WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,11 @@ class _UpProject(torch.autograd.Function):
                 if part.idle:
                     continue
                 lows_by_matrix = low.chunk(count, dim=1)
-                kept = None if _all_pass(x, ctx.gradient) else _kept(part, neurons, _nonzero_tokens(part, views))
+                kept = None
+                if not _all_pass(x, ctx.gradient) and _worth_gathering(
+                    part, neurons, passing := _nonzero_tokens(part, views)
+                ):
+                    kept = passing.nonzero().squeeze(1)
                 if part.selection is not None and kept is None:
                     grad, grad_low = ctx.backend.gathered_down(
                         views, part.selection.tiles, part.selection.neurons, matrices
@@ -260,7 +264,10 @@ class _DownProject(torch.autograd.Function):
         (a, *lows), matrices = _saved(ctx, parts)
         matrix = matrices[0]
         neurons = len(matrix.rows)
-        weights = None if _all_pass(grad_y, ctx.gradient) else sampled_weights(grad_y, ctx.gradient)
+        sampled = ctx.gradient < 1
+        probability = None
+        if not _all_pass(grad_y, ctx.gradient):
+            probability = keep_probabilities(row_norms(grad_y), ctx.gradient)
         grad_a = torch.empty_like(a)
         factors = _FactorGradients(matrices)
         with without_autocast(a.device):
@@ -270,20 +277,22 @@ class _DownProject(torch.autograd.Function):
                     continue
                 grad = part.take(grad_y)
                 grad_low = grad @ matrix.v.t()
-                weight = None if weights is None else part.take(weights)
-                kept = None if weight is None else _kept(part, neurons, weight != 0)
+                kept = weight = None
+                if probability is not None and _worth_gathering(part, neurons, wanted := part.take(probability)):
+                    weights = sampled_weights(wanted) if sampled else wanted
+                    kept = weights.nonzero().squeeze(1)
+                    weight = weights.index_select(0, kept).unsqueeze(1) if sampled else None
                 if part.selection is not None:
                     factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part.selection)
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
                 if part.selection is not None and kept is None:
                     ctx.backend.gathered_up(grad, part.selection.tiles, part.selection.neurons, matrices, [grad_view])
-                elif kept is None or weight is None:
+                elif kept is None:
                     torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
                 else:
-                    weight = weight.index_select(0, kept).unsqueeze(1).to(grad.dtype)
-                    found = (grad.index_select(0, kept) * weight) @ matrix.rows.t()
-                    found.addmm_(grad_low.index_select(0, kept) * weight, matrix.u.t())
+                    grad, grad_low = (_weighted(each.index_select(0, kept), weight) for each in (grad, grad_low))
+                    found = (grad @ matrix.rows.t()).addmm_(grad_low, matrix.u.t())
                     _place_rows(part, grad_view, kept, found)
         return grad_a, *(None,) * 5, *factors.cast(ctx.dtypes), None, None
 
@@ -345,14 +354,18 @@ def _all_pass(gradient: Tensor, share: float) -> bool:
     return share >= 1 and gradient.device.type != "cpu"
 
 
-def _kept(part: Part, neurons: int, passing: Tensor) -> Tensor | None:
-    """The part's tokens that pass gradients, int64; None if products of the whole part cost less than of those.
+def _worth_gathering(part: Part, neurons: int, probability: Tensor) -> bool:
+    """Whether products of the part's tokens that are expected to pass gradients cost less than those of all.
 
     A tile's products do not get cheaper with fewer tokens in it, so its few passing ones are multiplied with all
-    neurons, and what is not theirs is dropped.
+    neurons, and what is not theirs is dropped. The expectation decides, not the draw: that would be a bias.
     """
-    kept = passing.nonzero().squeeze(1)
-    return kept if len(kept) * neurons < _WORTH_GATHERING * part.size(neurons) else None
+    return probability.sum().item() * neurons < WORTH_GATHERING * part.size(neurons)
+
+
+def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:
+    """Rows times their weights [r, 1], which may leave the range of half precision where the product does not."""
+    return rows if weight is None else (rows * weight).to(rows.dtype)
 
 
 def _nonzero_tokens(part: Part, views: Sequence[Tensor]) -> Tensor:

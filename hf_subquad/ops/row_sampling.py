@@ -34,16 +34,13 @@ def keep_probabilities(norms: Tensor, share: float) -> Tensor:
     return torch.where(norms == 0, norms, (norms / found).clamp_max(1))
 
 
-def sampled_weights(gradient: Tensor, share: float) -> Tensor:
-    """What every row of a gradient [N, d] is multiplied by: 0 for rows that are left out; at least float32 [N].
+def sampled_weights(probability: Tensor) -> Tensor:
+    """What rows with these probabilities are multiplied by, [N]: 1 / p, or 0 for rows that are left out.
 
     One random number from PyTorch's default generator chooses all of them (systematic sampling), so their number
     hardly varies.
     """
-    probability = keep_probabilities(row_norms(gradient), share)
-    if share >= 1:
-        return probability
     below = probability < 1  # false for NaN: a gradient that is not finite is propagated as it is
-    ends = torch.where(below, probability, 0).cumsum(0) + torch.rand((), device=gradient.device)
+    ends = torch.where(below, probability, 0).cumsum(0) + torch.rand((), device=probability.device)
     drawn = ends.floor() != torch.cat([ends.new_zeros(1), ends[:-1].floor()])
     return torch.where(below, torch.where(drawn & (probability > 0), 1 / probability, 0), 1)

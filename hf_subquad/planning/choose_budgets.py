@@ -105,12 +105,21 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
 
 def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, most: float) -> tuple[float, float]:
     """The smallest share of the gradient, for all MLPs, with which sampling adds at most `most` of the squared gradient
-    as noise; and that noise, which is in proportion to 1 - share."""
-    for one in measured:
-        one.run_with(Budget(gradient=PROBED_SHARE))
-    per_unit = reference.fidelity().gradient_error ** 2 / (1 - PROBED_SHARE)
-    share = min((share for share in GRADIENT_SHARES if per_unit * (1 - share) <= most), default=1.0)
-    return share, per_unit * (1 - share)
+    as noise; and that noise."""
+
+    def noise(share: float) -> float:
+        for one in measured:
+            one.run_with(Budget(gradient=share))
+        return reference.fidelity().gradient_error ** 2
+
+    probed = noise(PROBED_SHARE)
+    for share in sorted(GRADIENT_SHARES):
+        if probed * (1 - share) / (1 - PROBED_SHARE) > most:  # it is about in proportion to 1 - share
+            continue
+        found = probed if share == PROBED_SHARE else noise(share)
+        if found <= most:
+            return share, found
+    return 1.0, 0.0
 
 
 def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | None) -> float:

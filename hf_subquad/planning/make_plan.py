@@ -136,9 +136,9 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
-        torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         measured, reference = measure_mlps(model, batches)
         classes = next(iter(runtime.latest_classes.values()), None)
+        torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         with sparse_forward(model):
             choice = choose(measured, reference, tolerance)
         with dense_forward(model), stock_attention(model):  # what the plan's savings are counted from

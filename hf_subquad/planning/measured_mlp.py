@@ -14,6 +14,7 @@ from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
+from ..ops.parts import WORTH_GATHERING
 from ..ops.row_sampling import keep_probabilities
 from ..plan import LayerPlan
 from .allocation import Option
@@ -204,10 +205,12 @@ def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
     rows = max(1, sum(int((call.energy > 0).sum()) for call in calls))
     for call in calls:
         for share in GRADIENT_SHARES:
-            left_out = (call.energy > 0).float() - keep_probabilities(call.energy.sqrt(), share)
+            kept = keep_probabilities(call.energy.sqrt(), share)
             for name, of_class in call.rows().items():
                 shares = found.setdefault(name, dict.fromkeys(GRADIENT_SHARES, 0.0))
-                shares[share] += left_out[of_class].sum().item() / rows
+                passing = kept[of_class].sum().item()
+                if passing < WORTH_GATHERING * len(of_class):
+                    shares[share] += (int((call.energy[of_class] > 0).sum()) - passing) / rows
     return found
 
 

@@ -98,7 +98,9 @@ def sync_parts(
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
         if runtime.sharded:  # FSDP has moved the weights to its device
-            mlp.corrections = {name: made.to(mlp.output.weight.device) for name, made in mlp.corrections.items()}
+            device = mlp.output.weight.device
+            if any(made.bias.device != device for made in mlp.corrections.values()):
+                mlp.corrections = {name: made.to(device) for name, made in mlp.corrections.items()}
     if optimizer is not None:
         restart_moments(mlps, optimizer, only_stale=True)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
