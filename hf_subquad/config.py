@@ -38,7 +38,8 @@ class SubquadConfig:
     tolerance: float = _setting(
         0.0007,
         "What a plan may lose: the gradient keeps a cosine of at least 1 - 10 times this with the exact one, and "
-        "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token.",
+        "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token; sampled "
+        "rows add noise of at most 100 times this, as a share of the squared gradient.",
     )
     tile_size: int = _setting(128, "About how many tokens share one selection of neurons.")
     tile_order: TileOrder = _setting(
@@ -58,7 +59,11 @@ class SubquadConfig:
         "Modules to leave out with everything inside them, by name or end of path (e.g. ['vision_tower']), or null.",
     )
     sketch_rank: int = _setting(64, "Rank r of the activation index.")
-    seed: int = _setting(0, "Seed of the index and of the factors; the global random state is not touched.")
+    seed: int = _setting(
+        0,
+        "Seed of the index, of the factors and of planning. Where rows of the gradient are sampled, training draws "
+        "from PyTorch's own generator, as dropout does.",
+    )
     fold_steps: int = _setting(0, "Number of steps between folds of U V into the base weights; 0: never.")
     refresh_steps: int = _setting(
         100,

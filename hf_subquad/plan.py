@@ -131,6 +131,7 @@ class Plan:
                 f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}"
             )
         predicted_share = 1 - self.padding_share - self.context_share
+        noise = f" with noise of {self.gradient_noise:.1%} of the squared gradient" if self.gradient_noise else ""
         lines += [
             f"Of {self.tokens} tokens a batch, {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens; 100% "
@@ -138,8 +139,8 @@ class Plan:
             f"Predicted for {self.dtype} on {self.device}: these MLPs are {self.mlp_speedup_over_dense:.2f}x and the "
             f"step is {self.step_speedup_over_dense:.2f}x faster than with all neurons and low-rank updates (LoRA); "
             f"the step is {self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} "
-            f"nats per token, gradient cosine {self.gradient_cosine:.4f} and noise of {self.gradient_noise:.1%} of the "
-            f"squared gradient, at a tolerance of {self.tolerance:g}. "
+            f"nats per token and gradient cosine {self.gradient_cosine:.4f}{noise}, at a tolerance of "
+            f"{self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",
         ]
         if self.saved_elsewhere_ms:

@@ -70,7 +70,8 @@ DEFINITIONS = {
     "step_seconds": "median over rounds in which all take turns: forward, backward, clipping, AdamW and sync_model; "
     "null if none were asked for",
     "cosine, gradient_error, divergence": "of the gradient of all trained parameters, and of the predictions, against "
-    "the dense forward, before training",
+    "the dense forward, before training, with all rows of the gradient",
+    "noise": "squared error that one sample of rows adds to that gradient, as a share of the squared gradient",
     "loss": "held-out, of the dense forward after training; nats per token that carries loss",
     "match": "share of held-out rows whose whole answer greedy decoding gives",
 }
@@ -201,11 +202,21 @@ class Candidate:
 
     def fidelity(self, batch: Batch) -> dict[str, float]:
         """Against the dense forward; the budgets stay."""
+        before = [mlp.budget for mlp in self.mlps]
         with self.autocast():
             with dense_forward(self.model):
                 reference = DenseReference(self.model, self.see(batch))
+            sampled = reference.fidelity()
+            for mlp in self.mlps:
+                mlp.set_budget(dataclasses.replace(mlp.budget, gradient=1.0))
             found = reference.fidelity()
-        return {"cosine": found.cosine, "gradient_error": found.gradient_error, "divergence": found.divergence}
+        for mlp, budget in zip(self.mlps, before, strict=True):
+            mlp.set_budget(budget)
+        noise = sampled.gradient_error**2 - found.gradient_error**2
+        return {
+            "cosine": found.cosine, "gradient_error": found.gradient_error, "divergence": found.divergence,
+            "noise": noise,
+        }  # fmt: skip
 
 
 def study(options: argparse.Namespace) -> dict[str, Any]:
