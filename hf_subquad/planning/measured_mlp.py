@@ -23,7 +23,7 @@ from .measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, 
 from .mlp_timing import MLPTiming, time_mlp
 from .predictions import Batch
 
-GRADIENT_SHARES = (0.99, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5)
+GRADIENT_SHARES = (0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5)
 PROBED_SHARE = 0.9  # of the gradient
 
 _LEAST_TIME = 0.05  # of the exact one
