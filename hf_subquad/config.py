@@ -39,7 +39,7 @@ class SubquadConfig:
         0.0007,
         "What a plan may lose: the gradient keeps a cosine of at least 1 - 10 times this with the exact one, and "
         "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token; sampled "
-        "rows add noise of at most 100 times this, as a share of the squared gradient.",
+        "rows add noise of at most 50 times this, as a share of the squared gradient.",
     )
     tile_size: int = _setting(128, "About how many tokens share one selection of neurons.")
     tile_order: TileOrder = _setting(

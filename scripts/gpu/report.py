@@ -19,7 +19,7 @@ COLUMNS = {
 NOTES = {
     "layers": "One MLP, medians of interleaved rounds. Below 1 **dense wins**. `share`: of a dense forward's products.",
     "step": "Trainer steps on four layers, with as many words as are four layers' part of the model. MLPs: all neurons "
-    "for predicted tokens, none for context in the upper half of the layers, 95% of the gradient. `over_...`: how "
+    "for predicted tokens, none for context in the upper half of the layers, 97% of the gradient. `over_...`: how "
     "many times longer the other method's step takes.",
     "profile": "One MLP: until the host has launched it, until it is done, as a CUDA graph; its kernels' time by kind.",
     "kernels": "Milliseconds replayed as a CUDA graph (without launches) where that works. Useful FLOP only.",
