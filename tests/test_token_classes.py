@@ -430,8 +430,10 @@ def test_gradient_checkpointing_finds_each_batch_again(name: str, reentrant: boo
         mlp.set_budget(budget)
     batches = [inputs("right", rows=8, seed=seed, bos=True) for seed in (0, 1)]
     assert len({real_tokens(name, batch)[False] for batch in batches}) == 2
+    torch.manual_seed(0)  # of the rows that are sampled
     expected = gradients(model, *batches)
     checkpoint_activations(model, reentrant)
+    torch.manual_seed(0)
     with computed_tokens(model) as counts:
         assert_equal(gradients(model, *batches), expected)
     assert all(len(found) == 4 for found in counts.values())
