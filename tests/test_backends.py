@@ -383,7 +383,7 @@ def test_nothing_waits_where_kernels_are_launched(kind: Kind, monkeypatch: pytes
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_waits_is_seen(budget: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a part of the gradient are counted."""
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"item\(\)|nonzero|synchroniz"):
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"item\(\)|synchroniz"):
         run_watched("gated", replace(BUDGETS[budget], gradient=0.9), device, "torch", monkeypatch)
 
 

@@ -10,7 +10,7 @@ def unit_stride(values: Tensor) -> Tensor:
 
 
 def cdiv(left: int, right: int) -> int:
-    """Quotient, rounded up; Triton's own is a hundred times slower when the host calls it."""
+    """Quotient, rounded up. Triton's own unwraps its arguments for kernels first, which takes the host longer."""
     return -(-left // right)
 
 
