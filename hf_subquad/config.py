@@ -36,7 +36,7 @@ class SubquadConfig:
         "is a plan, null means ceil(m ** 0.8) of m neurons, the sparsity of the paper.",
     )
     tolerance: float = _setting(
-        0.0007,
+        0.0004,
         "What a plan may lose: the gradient keeps a cosine of at least 1 - 10 times this with the exact one, and "
         "predictions diverge by at most 10 times this from the dense model's, in nats per predicted token; sampled "
         "rows add noise of at most 50 times this, as a share of the squared gradient.",

@@ -10,9 +10,9 @@ from .allocation import Option, allocate, undominated
 from .fidelity import DenseReference, Fidelity
 from .measured_mlp import GRADIENT_SHARES, PROBED_SHARE, MeasuredMLP, only
 
-COSINE_PER_TOLERANCE = 5.0  # 1 - cosine of the gradient, for each unit of tolerance
-DIVERGENCE_PER_TOLERANCE = 5.0  # nats: what context tokens miss shows in the divergence, but little in training
-NOISE_PER_TOLERANCE = 30.0  # of the squared gradient: sampled rows change it in another direction in every step
+COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient, for each unit of tolerance
+DIVERGENCE_PER_TOLERANCE = 10.0  # nats: what context tokens miss shows in the divergence, but little in training
+NOISE_PER_TOLERANCE = 50.0  # of the squared gradient: sampled rows change it in another direction in every step
 
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
