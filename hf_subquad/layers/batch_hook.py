@@ -30,7 +30,7 @@ def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    for watched in (model, runtime.surroundings.model or model):
+    for watched in (model, runtime.surroundings.model):
         if not any(isinstance(hook, BatchHook) for hook in watched._forward_pre_hooks.values()):
             watched.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 
