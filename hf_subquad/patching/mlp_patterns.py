@@ -75,13 +75,9 @@ class Match:
         return linear_sizes(self.projection(self.paths[-1]))[0]
 
 
-def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out], Linear4bit packs them."""
-    if is_4bit(module):
-        quantized: Any = module
-        return quantized.in_features, quantized.out_features
-    first, second = module.get_parameter("weight").shape
-    return (first, second) if isinstance(module, Conv1D) else (second, first)
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear projection."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
@@ -144,17 +140,11 @@ def _match(name: str, module: nn.Module) -> Match | None:
 def _may_be_wide(match: Match) -> bool:
     """Whether inputs and outputs have the same width and there are more neurons; True if a projection is not plain."""
     projections = [match.projection(path) for path in match.paths]
-    if not all(map(_is_plain, projections)):
+    if not all(type(projection) in (nn.Linear, Conv1D) or is_4bit(projection) for projection in projections):
         return True
     *inputs, (neurons, outputs) = map(linear_sizes, projections)
     rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)
     return all(into in rows and width == outputs < neurons for width, into in inputs)
-
-
-def _is_plain(projection: nn.Module) -> bool:
-    weight = projection._parameters.get("weight")
-    of_matrix = type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
-    return of_matrix or (is_4bit(projection) and weight is not None)
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
