@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex
 from ..ops.parts import Part, down_project, up_project, without_autocast
-from ..ops.token_tiles import Selection
 from ..weights.projection import NeuronProjection, compute_dtype
 from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
@@ -41,7 +40,7 @@ class SparseMLP:
         calls: number of forward passes so far with fewer than all neurons or less than the whole gradient.
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
-        selection_override: if set, a selection for all tokens, or a list of parts, to use instead of the index's.
+        selection_override: if set, the parts to use instead of those that the index makes.
         opens: the input projection that the model calls first.
         shares_input: all input projections are called on the same tensor.
     """
@@ -60,6 +59,7 @@ class SparseMLP:
         self.parent = parent
         self.inputs = list(inputs)
         self.output = output
+        self.projections: list[NeuronProjection] = [*inputs, output]
         self.index = index
         self.runtime = runtime
         self.sources = sources
@@ -72,20 +72,17 @@ class SparseMLP:
         self.calls = 0
         self.auditing = False
         self.audited: dict[TokenClass, tuple[Tensor, Tensor]] = {}
-        self.selection_override: Selection | Sequence[Part] | None = None
+        self.selection_override: Sequence[Part] | None = None
         self.opens: InputProjection = self.inputs[0]
         self.shares_input = False
         self._call: _Call | None = None
         self._cast: dict[TokenClass, tuple[Compensation, Compensation]] = {}  # and the same in the compute dtype
         self.budget = Budget()
-        self.set_active(runtime.config.active_neurons(index.neurons))
+        k = runtime.config.active_neurons(index.neurons)
+        self.set_budget(Budget(k, k))
         output.mlp = self
         for projection in self.inputs:
             projection.mlp = self
-
-    @property
-    def projections(self) -> list[NeuronProjection]:
-        return [*self.inputs, self.output]
 
     @property
     def k(self) -> int:
@@ -116,19 +113,15 @@ class SparseMLP:
             for projection in self.projections:
                 projection.drop_copy()
 
-    def set_active(self, k: int) -> None:
-        """From now on compute k neurons per tile for tokens of any class; with k = m, run dense."""
-        self.set_budget(Budget.uniform(k))
-
     @contextmanager
     def using(
         self,
         budget: Budget | None = None,
         corrections: Mapping[TokenClass, Compensation] | None = None,
-        selection: Selection | Sequence[Part] | None = None,
+        selection: Sequence[Part] | None = None,
     ) -> Iterator[None]:
-        """Context manager: inside, run with another budget, other corrections or a given selection. On exit everything
-        is restored, including `calls` and `audited`."""
+        """Context manager: inside, run with another budget, other corrections or given parts. On exit everything is
+        restored, including `calls` and `audited`."""
         before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
         try:
             if budget is not None:
@@ -230,8 +223,7 @@ class SparseMLP:
             )
         if self.selection_override is not None:
             self.calls += 1
-            given = self.selection_override
-            parts = [Part(None, given.tiles.tokens, given)] if isinstance(given, Selection) else list(given)
+            parts = list(self.selection_override)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         groups = self._groups(x, budget)
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
