@@ -140,14 +140,13 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
     *into, out_of = sources
-    inputs = [InputProjection(sources[path], config, seeds[path]) for path in into]
-    output = OutputProjection(sources[out_of], config, seeds[out_of])
+    inputs = [InputProjection(sources[path], runtime, seeds[path]) for path in into]
+    output = OutputProjection(sources[out_of], runtime, seeds[out_of])
     inputs[0].stacked = match.stacked
     index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gated, config)
     mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
         projection.train(source.training)
-        projection.runtime = runtime
         projection.kept_frozen = keep_frozen and not projection.weight.requires_grad
         projection.update.requires_grad_(not projection.kept_frozen)
         source._parameters.update(dict.fromkeys(source._parameters))  # so that whole weights go when FSDP splits them
