@@ -87,7 +87,8 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
         NoMatchError: there are none, or `config` has a name or layer number that the model does not have.
     """
     model = bare_model(model)
-    matches = [match for name, module in model.named_modules() if (match := _match(name, module))]
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    matches = [match for name, module in model.named_modules() if (match := _match(name, module, names))]
     found = [match for match in matches if _may_be_wide(match)]
     if not found:
         why = _why_none(model, matches)
@@ -113,28 +114,16 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
     """Candidates for the activation: an attribute with a usual name beside the projections, else common ones."""
-    holders = [match.parent] + [
-        match.parent.get_submodule(path.rpartition(".")[0]) for path in match.paths[:-1] if "." in path
-    ]
-    for holder in holders:
-        for name in _ACTIVATION_NAMES:
-            candidate = getattr(holder, name, None)
-            if callable(candidate):
-                return [candidate]
-    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS]
+    holders = [match.parent, *(match.parent.get_submodule(path.rpartition(".")[0]) for path in match.paths[:-1])]
+    beside = (getattr(holder, name, None) for holder in holders for name in _ACTIVATION_NAMES)
+    found: Any = next(filter(callable, beside), None)
+    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS] if found is None else [found]
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        module = module._modules.get(part)  # type: ignore[assignment]
-        if module is None:
-            return False
-    return True
-
-
-def _match(name: str, module: nn.Module) -> Match | None:
+def _match(name: str, module: nn.Module, names: set[str]) -> Match | None:
+    """The first family of which a module has all projections, given the names of all modules."""
     matches = (Match(name, module, paths) for paths in FAMILIES)
-    return next((match for match in matches if all(_has(module, path) for path in match.paths)), None)
+    return next((match for match in matches if all(match.full_name(path) in names for path in match.paths)), None)
 
 
 def _may_be_wide(match: Match) -> bool:
@@ -150,7 +139,7 @@ def _may_be_wide(match: Match) -> bool:
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     if targets is None:
         return found
-    names = {match.full_name(path): match for match in found for path in match.paths}
+    names = [match.full_name(path) for match in found for path in match.paths]
     for target in targets:
         if not any(_is_named(name, target) for name in names):
             known = sorted({path for m in found for path in m.paths})
@@ -174,22 +163,17 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
 def _not_excluded(found: list[Match], excluded: list[str] | None) -> list[Match]:
     kept = found
     for name in excluded or []:
-        hit = [match for match in found if any(_is_named(path, name) for path in _paths_to(match))]
+        # A name is the end of the path to a projection, or to a module that holds it.
+        hit = [m for m in found if any(f".{name}." in f".{m.full_name(path)}." for path in m.paths)]
         if not hit:
-            names = sorted({part for m in found for path in _paths_to(m) for part in path.split(".")})
-            names = [part for part in names if not part.isdigit()]
+            parts = {part for m in found for path in m.paths for part in m.full_name(path).split(".")}
+            names = sorted(part for part in parts if not part.isdigit())
             near = difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.4)
             raise NoMatchError(
                 f"exclude_modules: there is no wide MLP in a module named {name!r}; nearest are {near}, all are {names}"
             )
         kept = [match for match in kept if match not in hit]
     return kept
-
-
-def _paths_to(match: Match) -> set[str]:
-    """Paths of an MLP's projections and of all modules that hold them."""
-    parts = [match.full_name(path).split(".") for path in match.paths]
-    return {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
 
 
 def _is_named(path: str, name: str) -> bool:

@@ -159,11 +159,10 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
 
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
-        for name in ("weight", "bias"):  # which `model.to` may have replaced
-            setattr(source, name, getattr(projection, name))
         source.train(projection.training)
         for name, trainable in mlp.trainable[path].items():
-            getattr(source, name).requires_grad_(trainable)
+            parameter = getattr(projection, name)  # `model.to` may have replaced it
+            setattr(source, name, parameter.requires_grad_(trainable))
         mlp.parent.set_submodule(path, source)
 
 
