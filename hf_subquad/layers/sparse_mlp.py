@@ -25,6 +25,7 @@ _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
 
 
+@dataclass(eq=False, repr=False)
 class SparseMLP:
     """One MLP: its projections, its index, its budget, and the current forward pass.
 
@@ -32,8 +33,6 @@ class SparseMLP:
         name: path of the MLP in the model (in the inner model, if PEFT wraps it).
         parent: the module whose forward calls the projections; its own code runs unchanged.
         sources: the modules that the projections replaced, by path below the parent.
-        trainable: which of their parameters were trainable.
-        parent_forward: the parent's forward at the time of the patch.
         budget: how much it computes for a token of each class. Change it with `set_budget`, or temporarily with
             `using`.
         corrections: corrections for skipped neurons, by class, once they are fitted.
@@ -41,46 +40,41 @@ class SparseMLP:
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
         selection_override: if set, the parts to use instead of those that the index makes.
-        opens: the input projection that the model calls first.
         shares_input: all input projections are called on the same tensor.
+        projections: the input projections and the output projection.
+        opens: the input projection that the model calls first.
+        trainable: which parameters of the sources were trainable, by path.
+        parent_forward: the parent's forward at the time of the patch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parent: nn.Module,
-        inputs: Sequence["InputProjection"],
-        output: "OutputProjection",
-        index: ActivationIndex,
-        runtime: Runtime,
-        sources: dict[str, nn.Module],
-    ) -> None:
-        self.name = name
-        self.parent = parent
-        self.inputs = list(inputs)
-        self.output = output
-        self.projections: list[NeuronProjection] = [*inputs, output]
-        self.index = index
-        self.runtime = runtime
-        self.sources = sources
+    name: str
+    parent: nn.Module
+    inputs: Sequence["InputProjection"]
+    output: "OutputProjection"
+    index: ActivationIndex
+    runtime: Runtime
+    sources: dict[str, nn.Module]
+    budget: Budget = Budget()
+    corrections: dict[TokenClass, Compensation] = field(default_factory=dict)
+    calls: int = 0
+    auditing: bool = False
+    audited: dict[TokenClass, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    selection_override: Sequence[Part] | None = None
+    shares_input: bool = False
+    _call: "_Call | None" = None
+    _cast: dict[TokenClass, tuple[Compensation, Compensation]] = field(default_factory=dict)  # also in compute dtype
+
+    def __post_init__(self) -> None:
+        self.projections: list[NeuronProjection] = [*self.inputs, self.output]
+        self.opens = self.inputs[0]
         self.trainable = {
             path: {name: value.requires_grad for name, value in source.named_parameters()}
-            for path, source in sources.items()
+            for path, source in self.sources.items()
         }
-        self.parent_forward = current_forward(parent)
-        self.corrections: dict[TokenClass, Compensation] = {}
-        self.calls = 0
-        self.auditing = False
-        self.audited: dict[TokenClass, tuple[Tensor, Tensor]] = {}
-        self.selection_override: Sequence[Part] | None = None
-        self.opens: InputProjection = self.inputs[0]
-        self.shares_input = False
-        self._call: _Call | None = None
-        self._cast: dict[TokenClass, tuple[Compensation, Compensation]] = {}  # and the same in the compute dtype
-        self.budget = Budget()
-        k = runtime.config.active_neurons(index.neurons)
+        self.parent_forward = current_forward(self.parent)
+        k = self.runtime.config.active_neurons(self.index.neurons)
         self.set_budget(Budget(k, k))
-        output.mlp = self
+        self.output.mlp = self
         for projection in self.inputs:
             projection.mlp = self
 
@@ -241,11 +235,8 @@ class SparseMLP:
             return [("predicted", None, budget.predicted)]
         if budget.predicted == budget.context:
             return [("predicted", classes.real, budget.predicted)]
-        groups: list[tuple[TokenClass, Tensor | None, int | None]] = [
-            ("predicted", classes.predicted, budget.predicted),
-            ("context", classes.context, budget.context),
-        ]
-        return [group for group in groups if group[1] is not None and len(group[1])]
+        by_class: dict[TokenClass, Tensor] = {"predicted": classes.predicted, "context": classes.context}
+        return [(name, rows, budget.neurons(name)) for name, rows in by_class.items() if len(rows)]
 
     def _part(self, x: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass) -> Part:
         """A group of the tokens x [..., d], with the neurons selected for it. What an audit needs is kept."""
