@@ -34,9 +34,12 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     bare = _bare(model)
     reshard(bare)  # what FSDP2 has gathered may be rounded to another dtype
+    wrapper = ""
     for name, module in bare.named_modules():
-        if _inside_adapter(name, bare):
+        if wrapper and name.startswith(wrapper):  # which has yielded what is inside
             continue
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            wrapper = f"{name}."
         state: dict[str, Any] = {}
         if hasattr(module, "base_layer") or isinstance(module, NeuronProjection):
             with gathered([module]):
@@ -94,13 +97,6 @@ def _bare(model: nn.Module) -> nn.Module:
     if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
         raise PatchError("prompts that PEFT has learned cannot be merged into weights: keep its adapter checkpoint")
     return wrapped.get_base_model()
-
-
-def _inside_adapter(name: str, model: nn.Module) -> bool:
-    """Whether a module is inside one with adapters, which yields it."""
-    parts = name.split(".")[:-1]
-    holders = (model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts) + 1))
-    return any(hasattr(holder, "base_layer") or hasattr(holder, "original_module") for holder in holders)
 
 
 def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:

@@ -192,24 +192,21 @@ class NeuronProjection(nn.Module):
         with gathered([self]):
             merged = self.merged_weight()
         if self._quant_state is not None:
-            self._check_only_adapters_are_saved(prefix)
+            if "peft_config" not in vars(self.runtime.surroundings.model):  # then a checkpoint has only PEFT's adapters
+                raise PatchError(
+                    f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, "
+                    "which from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or "
+                    "save_sidecar for the updates alone"
+                )
             merged = merged.cpu()  # all of a model's MLPs dequantised may not fit beside it
         split = is_shard(self.weight)
         destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if not merged.is_meta and not split and self._quant_state is None:
-            snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
+            content = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
-                self._handed_out.watch(merged, snapshot, self._written)
-
-    def _check_only_adapters_are_saved(self, prefix: str) -> None:
-        if "peft_config" not in vars(self.runtime.surroundings.model):  # then a checkpoint has only PEFT's adapters
-            raise PatchError(
-                f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, which "
-                "from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or save_sidecar for "
-                "the updates alone"
-            )
+                self._handed_out.watch(merged, content, self._written)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -240,8 +237,8 @@ class NeuronProjection(nn.Module):
             with gathered([self.update]):
                 self.update.restart()
         else:
-            self.update.U.copy_(known.U)
-            self.update.V.copy_(known.V)
+            for factor, value in zip(self.update.parameters(), known, strict=True):
+                factor.copy_(value)
             rows = self.update.added_to(self.rows(), sign=-1)
             weight = rows if self.weight_is_rows else rows.t()
             self.weight.data = weight.clone(memory_format=torch.contiguous_format)  # not what was assigned
