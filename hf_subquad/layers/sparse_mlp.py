@@ -43,7 +43,6 @@ class SparseMLP:
         shares_input: all input projections are called on the same tensor.
         projections: the input projections and the output projection.
         opens: the input projection that the model calls first.
-        trainable: which parameters of the sources were trainable, by path.
         parent_forward: the parent's forward at the time of the patch.
     """
 
@@ -67,10 +66,6 @@ class SparseMLP:
     def __post_init__(self) -> None:
         self.projections: list[NeuronProjection] = [*self.inputs, self.output]
         self.opens = self.inputs[0]
-        self.trainable = {
-            path: {name: value.requires_grad for name, value in source.named_parameters()}
-            for path, source in self.sources.items()
-        }
         self.parent_forward = current_forward(self.parent)
         k = self.runtime.config.active_neurons(self.index.neurons)
         self.set_budget(Budget(k, k))
@@ -306,10 +301,6 @@ class OutputProjection(NeuronProjection):
 
     is_input = False
     mlp: SparseMLP
-
-    def weights_loaded(self) -> None:
-        """Rebuild the index: an MLP's output projection is loaded after its input projections."""
-        self.mlp.index.rebuild_if_stale()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, a: Tensor) -> Tensor:

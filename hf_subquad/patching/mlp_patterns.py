@@ -139,9 +139,8 @@ def _may_be_wide(match: Match) -> bool:
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     if targets is None:
         return found
-    names = [match.full_name(path) for match in found for path in match.paths]
     for target in targets:
-        if not any(_is_named(name, target) for name in names):
+        if not any(_is_named(match.full_name(path), target) for match in found for path in match.paths):
             known = sorted({path for m in found for path in m.paths})
             near = difflib.get_close_matches(target, known, cutoff=0.4)
             raise NoMatchError(

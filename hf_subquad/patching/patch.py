@@ -160,7 +160,7 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
         source.train(projection.training)
-        for name, trainable in mlp.trainable[path].items():
+        for name, trainable in projection.trainable.items():
             parameter = getattr(projection, name)  # `model.to` may have replaced it
             setattr(source, name, parameter.requires_grad_(trainable))
         mlp.parent.set_submodule(path, source)

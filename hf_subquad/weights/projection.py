@@ -33,7 +33,7 @@ class NeuronProjection(nn.Module):
 
     A weight in 4 bits stays in them: each pass dequantises what it needs, and nothing is folded into it.
 
-    Subclasses set `is_input`.
+    Subclasses set `is_input`, and the `layers.sparse_mlp.SparseMLP` that it belongs to sets `mlp`.
 
     Args:
         source: the projection replaced, an `nn.Linear`, `Conv1D` or `Linear4bit`; weight and bias are shared with it.
@@ -43,11 +43,13 @@ class NeuronProjection(nn.Module):
     Attributes:
         shape: m and d.
         in_features, out_features: as of `nn.Linear`.
+        trainable: which parameters of the source were trainable, by name.
         kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
         moments_are_stale: loading other weights restarted the update since the optimizer's last step.
     """
 
     is_input: bool
+    mlp: Any
 
     def __init__(self, source: nn.Module, runtime: Any, seed: int) -> None:
         super().__init__()
@@ -58,6 +60,7 @@ class NeuronProjection(nn.Module):
         # Linear stores [out, in], Conv1D [in, out]; neurons are the outputs of an input projection.
         self.weight_is_rows = self.is_input != isinstance(source, Conv1D)
         self.source_class = type(source).__name__
+        self.trainable = {name: parameter.requires_grad for name, parameter in source.named_parameters()}
         shape = self.weight.shape if self._quant_state is None else self._quant_state.shape
         neurons, width = shape if self.weight_is_rows else shape[::-1]
         self.shape = neurons, width
@@ -243,10 +246,8 @@ class NeuronProjection(nn.Module):
             weight = rows if self.weight_is_rows else rows.t()
             self.weight.data = weight.clone(memory_format=torch.contiguous_format)  # not what was assigned
         self.moments_are_stale = known is None
-        self.weights_loaded()
-
-    def weights_loaded(self) -> None:
-        """Called after new weights are loaded, to rebuild what depends on them."""
+        if not self.is_input:  # an MLP's output projection is loaded after its input projections
+            self.mlp.index.rebuild_if_stale()
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(
