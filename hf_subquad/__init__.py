@@ -20,7 +20,8 @@ from .errors import (
     WeightsError,
 )
 from .head.patch_head import patch_head, unpatch_head
-from .layers.patched_mlps import dense_forward, sparse_forward, sparse_mlps
+from .layers.modes import dense_forward, sparse_forward
+from .layers.patched_mlps import sparse_mlps
 from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
 from .planning.make_plan import calibrate, compensate

@@ -1,13 +1,12 @@
-"""Finds the sparse MLPs of a model and the runtime that they share, and runs them dense or sparse."""
+"""Finds the sparse MLPs of a model, and the runtime that they share."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..errors import NotPatchedError, ParallelismError, PatchError
 from ..weights.shards import is_fsdp, is_shard, reshard
-from .runtime import Forward, Runtime
+from .runtime import Runtime
 from .sparse_mlp import OutputProjection, SparseMLP
 
 
@@ -86,25 +85,3 @@ def settle_shards(runtime: Runtime, mlps: Sequence[SparseMLP]) -> None:
                 projection.drop_copy()
     if runtime.sharded:
         reshard(model)
-
-
-def dense_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: all MLPs run dense (base weights and current updates), in training mode too."""
-    return _forced(model, "dense")
-
-
-def sparse_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Context manager: all patched MLPs run sparse, in evaluation mode too."""
-    return _forced(model, "sparse")
-
-
-@contextmanager
-def _forced(model: nn.Module, forward: Forward) -> Iterator[None]:
-    before = [(mlp.runtime, mlp.runtime.forward) for mlp in require_patched(model)]
-    for runtime, _ in before:
-        runtime.forward = forward
-    try:
-        yield
-    finally:
-        for runtime, previous in before:
-            runtime.forward = previous

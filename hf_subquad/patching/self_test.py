@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
-from ..layers.patched_mlps import dense_forward, sparse_forward
+from ..layers.modes import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part

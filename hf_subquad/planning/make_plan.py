@@ -19,14 +19,8 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.attention_patch import stock_attention
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.patched_mlps import (
-    dense_forward,
-    patched_parts,
-    require_patched,
-    require_whole,
-    sparse_forward,
-    sparse_mlps,
-)
+from ..layers.modes import dense_forward, sparse_forward
+from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model

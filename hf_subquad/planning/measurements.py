@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
-from ..layers.patched_mlps import dense_forward
+from ..layers.modes import dense_forward
 from ..layers.sparse_mlp import SparseMLP
 from ..layers.token_classes import TokenClasses
 from ..weights.projection import compute_dtype
