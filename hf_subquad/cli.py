@@ -74,7 +74,7 @@ def print_mlps(name: str, config: SubquadConfig) -> None:
         model = build(settings)
     print(f"{'MLP':<40} {'neurons':>8} {'active':>8} {'share':>7} {'width':>7}")
     for match in find_mlps(model, config):
-        neurons, width = linear_sizes(match.projection(match.family.output))
+        neurons, width = linear_sizes(match.projection(match.paths[-1]))
         active = config.active_neurons(neurons)
         print(f"{match.name:<40} {neurons:>8} {active:>8} {active / neurons:>7.1%} {width:>7}")
     print("These are the budgets before planning: add --data FILE to plan them.")

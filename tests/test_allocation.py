@@ -22,7 +22,7 @@ BUDGETS = st.one_of(st.just(0.0), st.floats(1e-7, 20))
 
 
 def option(k: int, ms: float, cost: float) -> Option:
-    return Option(Budget.uniform(k), ms, cost)
+    return Option(Budget(k, k), ms, cost)
 
 
 def active(options: Sequence[Option]) -> list[int | None]:

@@ -224,7 +224,8 @@ def test_an_mlp_equals_its_masked_dense_twin(kind: Kind, bias: bool, device: str
     expected.backward(upstream.double())
 
     tiles = type(selection.tiles)(selection.tiles.entries.to(device), N)
-    mlp.selection_override = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
+    selection = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
+    mlp.selection_override = [parts.Part(None, N, selection)]
     x = x.to(device).requires_grad_()
     found = module.to(device)(x)
     found.backward(upstream.to(device))
@@ -309,7 +310,7 @@ class Unwatched:
 
 
 BUDGETS = {
-    "tiles": Budget.uniform(16),
+    "tiles": Budget(16, 16),
     "all but padding": Budget(),
     "no context": Budget(context=0),
     "tiles of context": Budget(context=16),

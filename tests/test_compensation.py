@@ -347,7 +347,7 @@ def test_under_autocast() -> None:
 def test_only_sparse_mlps_are_fitted() -> None:
     model = patch_model(opt(), CONFIG)
     first, second = sparse_mlps(model)
-    first.set_active(first.index.neurons)
+    first.set_budget(Budget())
     sketches = first.index.sketch, second.index.sketch
     compensate(model, text_batches(0))
     assert not first.corrections and set(second.corrections) == {"predicted"}

@@ -22,6 +22,7 @@ from helpers.reference import mask_of, plain_logits, recorded_selections
 from torch import Tensor, nn
 
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, unpatch_model
+from hf_subquad.ops.parts import Part
 
 ALL = SubquadConfig(**{**CONFIG.to_dict(), "layers_to_transform": "all"})
 
@@ -159,7 +160,7 @@ def test_one_wrong_neuron_a_tile_changes_the_output(family: str) -> None:
     with recorded_selections() as selections:
         before = logits(model, inputs)
     mlp, selection = sparse_mlps(model)[0], selections[0]
-    mlp.selection_override = selection
+    mlp.selection_override = [Part(None, selection.tiles.tokens, selection)]
     torch.testing.assert_close(logits(model, inputs), before)
     for chosen in selection.neurons:
         chosen[0] = next(j for j in range(NEURONS) if j not in chosen)

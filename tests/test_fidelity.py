@@ -109,7 +109,7 @@ def test_outputs_of_any_kind(kind: str) -> None:
     model = patch_model(Head(kind), CONFIG).eval()
     fill_updates(model, size=0.1)
     for mlp in sparse_mlps(model):
-        mlp.set_budget(Budget.uniform(16))
+        mlp.set_budget(Budget(16, 16))
     found = measured(model, BATCH)
     assert 0 < found.cosine < 0.9999 and found.gradient_error > 0.01
     assert (found.divergence > 1e-6) == (kind != "only a loss")

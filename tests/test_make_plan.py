@@ -484,7 +484,7 @@ def test_a_patched_model_is_left_as_it_was() -> None:
     fill_updates(model)
     compensate(model, TEXTS[:1])
     first, second = sparse_mlps(model)
-    first.set_active(NEURONS)
+    first.set_budget(Budget())
     second.set_budget(Budget(24, 0, 0.9))
     runtime_of(model).plan = plan = hand_plan(model, [NEURONS, 24])
     model.get_submodule("model.decoder.layers.1").eval()
@@ -513,7 +513,7 @@ def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     other = patch_model(opt(dropout=0.5), PLANNED)
     compensate(other, TEXTS[:1])
     for mlp, k in zip(sparse_mlps(other), (NEURONS, 8), strict=True):
-        mlp.set_active(k)
+        mlp.set_budget(Budget(k, k))
     plan = calibrate(plain, TEXTS)
     set_times(monkeypatch)
     assert calibrate(other.eval(), TEXTS) == plan

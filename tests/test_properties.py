@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.parts import Part
 from hf_subquad.ops.token_tiles import Selection
 from hf_subquad.patching.mlp_patterns import find_activations, find_mlps
 
@@ -247,7 +248,7 @@ def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None
     for step in range(1, folds + 1):
         assert sync_model(module, step).folded
     assert all(p.update.is_zero() and p.update.restarts == folds for p in mlp.projections)
-    mlp.selection_override = made[0] if made else None
+    mlp.selection_override = [Part(None, made[0].tiles.tokens, made[0])] if made else None
     with torch.no_grad():
         with sparse_forward(module):
             torch.testing.assert_close(module(x), sparse, rtol=1e-9, atol=1e-9)

@@ -38,7 +38,7 @@ bnb = pytest.importorskip("bitsandbytes")
 
 WIDTH, NEURONS = 64, 192
 CONFIG = SubquadConfig(rank=3, alpha=5.0, tile_size=5, sketch_rank=12, active=0.4, layers_to_transform="all_but_first")
-BUDGETS = [Budget(), Budget.uniform(70), Budget(150, 40), Budget(None, 0), Budget(100, 0, 0.9)]
+BUDGETS = [Budget(), Budget(70, 70), Budget(150, 40), Budget(None, 0), Budget(100, 0, 0.9)]
 FAMILIES = ("llama", "phi3", "opt", "gpt2")
 SIZES = {
     "llama": dict(hidden_size=WIDTH, intermediate_size=NEURONS),
@@ -146,7 +146,7 @@ def test_every_storage(settings: dict[str, Any]) -> None:
     pair = patched_pair("llama", **settings)
     for model in pair:
         for mlp in sparse_mlps(model):
-            mlp.set_budget(Budget.uniform(30))
+            mlp.set_budget(Budget(30, 30))
     assert_same_step(*pair)
 
 

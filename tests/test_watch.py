@@ -30,7 +30,7 @@ def mlp_with(k: int, sketch_rank: int = D) -> SparseMLP:
     """An MLP that kept some tiles of its last batch, with what it chose there."""
     mlp = patched("plain", D, M, dtype=torch.float32, sketch_rank=sketch_rank)[1]
     mlp.index.refresh()
-    mlp.set_active(k)
+    mlp.set_budget(Budget(k, k))
     keep(mlp)
     return mlp
 
@@ -276,7 +276,7 @@ def test_classes_that_share_their_tiles_go_on_to_share_them() -> None:
 
 def test_dense_mlps_stay() -> None:
     mlp = mlp_with(24)
-    mlp.set_active(M)
+    mlp.set_budget(Budget())
     assert reviewed(mlp, planned(0.1), Audit(1.0, 0.0)) is None
     assert reviewed(mlp, planned(0.1), Audit(0.1, 9.0)) is None
     assert mlp.dense

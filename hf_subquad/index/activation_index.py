@@ -317,7 +317,7 @@ class ActivationIndex:
             self.sketch = self.sketch.to(device)
             self.output_norms = self.output_norms.to(device)
         # A pass sees the weights that FSDP2 has gathered, in tensors of its own.
-        if not self._warned and not self.output.sharded and self._is_stale():
+        if not self._warned and not self.output.runtime.sharded and self._is_stale():
             self._warned = True
             warnings.warn(
                 f"the base weights of {self.name} were changed after its activation index was built, so neurons are "

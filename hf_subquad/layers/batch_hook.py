@@ -1,6 +1,7 @@
 """The hook that passes a patched model's inputs to its runtime before each forward."""
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 from .runtime import Runtime
 
 
+@dataclass(eq=False)
 class BatchHook:
     """A forward pre-hook; copying the model copies the hook."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime = runtime
+    runtime: Runtime
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -30,7 +31,7 @@ def watch_batches(model: nn.Module, runtime: Runtime) -> None:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    for watched in (model, runtime.surroundings.model or model):
+    for watched in (model, runtime.surroundings.model):
         if not any(isinstance(hook, BatchHook) for hook in watched._forward_pre_hooks.values()):
             watched.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
 

@@ -22,11 +22,6 @@ class Budget:
     context: int | None = None
     gradient: float = 1.0
 
-    @classmethod
-    def uniform(cls, k: int | None) -> "Budget":
-        """The same k neurons for every token."""
-        return cls(k, k)
-
     def neurons(self, token_class: TokenClass) -> int | None:
         """Neurons for tokens of a class; None: all."""
         return self.predicted if token_class == "predicted" else self.context

@@ -83,5 +83,5 @@ def settle_shards(runtime: Runtime, mlps: Sequence[SparseMLP]) -> None:
             mlp.index.compare_weights()
             for projection in mlp.projections:
                 projection.drop_copy()
-    if runtime.sharded and model is not None:
+    if runtime.sharded:
         reshard(model)

@@ -10,19 +10,27 @@ from torch import nn
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; on exit, modes are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
 def preserve_mode_and_rng(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; on exit, modes and the global random states are restored."""
-    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), numpy.random.get_state()
     try:
-        with torch.random.fork_rng(device_type=_accelerator()), torch.no_grad():
-            model.eval()
+        with torch.random.fork_rng(device_type=_accelerator()), torch.no_grad(), evaluating(model):
             yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
-        for module, training in modes:
-            module.training = training
 
 
 def _accelerator() -> str:

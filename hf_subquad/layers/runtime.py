@@ -52,7 +52,7 @@ class Runtime:
     """
 
     config: SubquadConfig
-    surroundings: Surroundings = field(default_factory=Surroundings, repr=False)
+    surroundings: Surroundings = field(repr=False)
     forward: Forward = "auto"
     exact_forward: bool = False
     dense_step: bool = False

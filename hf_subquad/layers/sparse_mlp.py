@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..errors import EmptyBatchError, InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex
 from ..ops.parts import Part, down_project, up_project, without_autocast
-from ..ops.token_tiles import Selection
 from ..weights.projection import NeuronProjection, compute_dtype
 from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
@@ -26,6 +25,7 @@ _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
 
 
+@dataclass(eq=False, repr=False)
 class SparseMLP:
     """One MLP: its projections, its index, its budget, and the current forward pass.
 
@@ -33,59 +33,45 @@ class SparseMLP:
         name: path of the MLP in the model (in the inner model, if PEFT wraps it).
         parent: the module whose forward calls the projections; its own code runs unchanged.
         sources: the modules that the projections replaced, by path below the parent.
-        trainable: which of their parameters were trainable.
-        parent_forward: the parent's forward at the time of the patch.
         budget: how much it computes for a token of each class. Change it with `set_budget`, or temporarily with
             `using`.
         corrections: corrections for skipped neurons, by class, once they are fitted.
         calls: number of forward passes so far with fewer than all neurons or less than the whole gradient.
         audited: by class, tokens [n, T, d] and chosen neurons [n, k] of some tiles of a recent batch, kept if
             `auditing`.
-        selection_override: if set, a selection for all tokens, or a list of parts, to use instead of the index's.
-        opens: the input projection that the model calls first.
+        selection_override: if set, the parts to use instead of those that the index makes.
         shares_input: all input projections are called on the same tensor.
+        projections: the input projections and the output projection.
+        opens: the input projection that the model calls first.
+        parent_forward: the parent's forward at the time of the patch.
     """
 
-    def __init__(
-        self,
-        name: str,
-        parent: nn.Module,
-        inputs: Sequence["InputProjection"],
-        output: "OutputProjection",
-        index: ActivationIndex,
-        runtime: Runtime,
-        sources: dict[str, nn.Module],
-    ) -> None:
-        self.name = name
-        self.parent = parent
-        self.inputs = list(inputs)
-        self.output = output
-        self.index = index
-        self.runtime = runtime
-        self.sources = sources
-        self.trainable = {
-            path: {name: value.requires_grad for name, value in source.named_parameters()}
-            for path, source in sources.items()
-        }
-        self.parent_forward = current_forward(parent)
-        self.corrections: dict[TokenClass, Compensation] = {}
-        self.calls = 0
-        self.auditing = False
-        self.audited: dict[TokenClass, tuple[Tensor, Tensor]] = {}
-        self.selection_override: Selection | Sequence[Part] | None = None
-        self.opens: InputProjection = self.inputs[0]
-        self.shares_input = False
-        self._call: _Call | None = None
-        self._cast: dict[TokenClass, tuple[Compensation, Compensation]] = {}  # and the same in the compute dtype
-        self.budget = Budget()
-        self.set_active(runtime.config.active_neurons(index.neurons))
-        output.mlp = self
+    name: str
+    parent: nn.Module
+    inputs: Sequence["InputProjection"]
+    output: "OutputProjection"
+    index: ActivationIndex
+    runtime: Runtime
+    sources: dict[str, nn.Module]
+    budget: Budget = Budget()
+    corrections: dict[TokenClass, Compensation] = field(default_factory=dict)
+    calls: int = 0
+    auditing: bool = False
+    audited: dict[TokenClass, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    selection_override: Sequence[Part] | None = None
+    shares_input: bool = False
+    _call: "_Call | None" = None
+    _cast: dict[TokenClass, tuple[Compensation, Compensation]] = field(default_factory=dict)  # also in compute dtype
+
+    def __post_init__(self) -> None:
+        self.projections: list[NeuronProjection] = [*self.inputs, self.output]
+        self.opens = self.inputs[0]
+        self.parent_forward = current_forward(self.parent)
+        k = self.runtime.config.active_neurons(self.index.neurons)
+        self.set_budget(Budget(k, k))
+        self.output.mlp = self
         for projection in self.inputs:
             projection.mlp = self
-
-    @property
-    def projections(self) -> list[NeuronProjection]:
-        return [*self.inputs, self.output]
 
     @property
     def k(self) -> int:
@@ -116,19 +102,15 @@ class SparseMLP:
             for projection in self.projections:
                 projection.drop_copy()
 
-    def set_active(self, k: int) -> None:
-        """From now on compute k neurons per tile for tokens of any class; with k = m, run dense."""
-        self.set_budget(Budget.uniform(k))
-
     @contextmanager
     def using(
         self,
         budget: Budget | None = None,
         corrections: Mapping[TokenClass, Compensation] | None = None,
-        selection: Selection | Sequence[Part] | None = None,
+        selection: Sequence[Part] | None = None,
     ) -> Iterator[None]:
-        """Context manager: inside, run with another budget, other corrections or a given selection. On exit everything
-        is restored, including `calls` and `audited`."""
+        """Context manager: inside, run with another budget, other corrections or given parts. On exit everything is
+        restored, including `calls` and `audited`."""
         before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
         try:
             if budget is not None:
@@ -230,8 +212,7 @@ class SparseMLP:
             )
         if self.selection_override is not None:
             self.calls += 1
-            given = self.selection_override
-            parts = [Part(None, given.tiles.tokens, given)] if isinstance(given, Selection) else list(given)
+            parts = list(self.selection_override)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         groups = self._groups(x, budget)
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
@@ -249,11 +230,8 @@ class SparseMLP:
             return [("predicted", None, budget.predicted)]
         if budget.predicted == budget.context:
             return [("predicted", classes.real, budget.predicted)]
-        groups: list[tuple[TokenClass, Tensor | None, int | None]] = [
-            ("predicted", classes.predicted, budget.predicted),
-            ("context", classes.context, budget.context),
-        ]
-        return [group for group in groups if group[1] is not None and len(group[1])]
+        by_class: dict[TokenClass, Tensor] = {"predicted": classes.predicted, "context": classes.context}
+        return [(name, rows, budget.neurons(name)) for name, rows in by_class.items() if len(rows)]
 
     def _part(self, x: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass) -> Part:
         """A group of the tokens x [..., d], with the neurons selected for it. What an audit needs is kept."""
@@ -323,10 +301,6 @@ class OutputProjection(NeuronProjection):
 
     is_input = False
     mlp: SparseMLP
-
-    def weights_loaded(self) -> None:
-        """Rebuild the index: an MLP's output projection is loaded after its input projections."""
-        self.mlp.index.rebuild_if_stale()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, a: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import itertools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -15,43 +15,30 @@ from ..config import SubquadConfig
 from ..errors import NoMatchError
 from ..weights.quantized import is_4bit
 
-
-@dataclass(frozen=True)
-class Family:
-    """Paths of an MLP's projections, relative to the module that calls them.
-
-    Attributes:
-        inputs: the projection(s) into neurons, the activated one first.
-        output: the projection out of neurons.
-    """
-
-    inputs: tuple[str, ...]
-    output: str
-
-
-# A module matches the first row whose names it has.
+# Paths of an MLP's projections, relative to the module that calls them: the projection(s) into neurons, the activated
+# one first, then the projection out of neurons. A module matches the first row whose names it has.
 FAMILIES = (
-    Family(("gate_proj.linear", "up_proj.linear"), "down_proj.linear"),  # Gemma 4 vision
-    Family(("gate_proj", "up_proj"), "down_proj"),  # Llama, Mistral, Qwen, Gemma
-    Family(("gate_up_proj",), "down_proj"),  # Phi-3, GLM
-    Family(("up_proj",), "down_proj"),  # Nemotron, Arcee, MPT, DINOv3
-    Family(("wi_0", "wi_1"), "wo"),  # T5 v1.1, Flan-T5, mT5
-    Family(("wi",), "wo"),  # T5, Switch Transformers
-    Family(("Wi",), "Wo"),  # ModernBERT
-    Family(("w1", "w3"), "w2"),  # LFM2
-    Family(("fc1",), "fc2"),  # OPT, BART, Whisper, ViT
-    Family(("c_fc",), "c_proj"),  # GPT-2
-    Family(("fc_in",), "fc_out"),  # GPT-J, CodeGen
-    Family(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
-    Family(("intermediate.dense",), "output.dense"),  # BERT, RoBERTa, ELECTRA
-    Family(("intermediate_dense",), "output_dense"),  # Wav2Vec2, HuBERT
-    Family(("ffn",), "ffn_output"),  # ALBERT
-    Family(("lin1",), "lin2"),  # DistilBERT, XLM, SAM
-    Family(("linear1",), "linear2"),  # Parakeet
-    Family(("linear_1",), "linear_2"),  # Funnel
-    Family(("layer_1",), "layer_2"),  # XLNet
-    Family(("linear_fc1",), "linear_fc2"),  # Qwen-VL
-    Family(("proj_in",), "proj_out"),  # SAM 2
+    ("gate_proj.linear", "up_proj.linear", "down_proj.linear"),  # Gemma 4 vision
+    ("gate_proj", "up_proj", "down_proj"),  # Llama, Mistral, Qwen, Gemma
+    ("gate_up_proj", "down_proj"),  # Phi-3, GLM
+    ("up_proj", "down_proj"),  # Nemotron, Arcee, MPT, DINOv3
+    ("wi_0", "wi_1", "wo"),  # T5 v1.1, Flan-T5, mT5
+    ("wi", "wo"),  # T5, Switch Transformers
+    ("Wi", "Wo"),  # ModernBERT
+    ("w1", "w3", "w2"),  # LFM2
+    ("fc1", "fc2"),  # OPT, BART, Whisper, ViT
+    ("c_fc", "c_proj"),  # GPT-2
+    ("fc_in", "fc_out"),  # GPT-J, CodeGen
+    ("dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Bloom, Falcon
+    ("intermediate.dense", "output.dense"),  # BERT, RoBERTa, ELECTRA
+    ("intermediate_dense", "output_dense"),  # Wav2Vec2, HuBERT
+    ("ffn", "ffn_output"),  # ALBERT
+    ("lin1", "lin2"),  # DistilBERT, XLM, SAM
+    ("linear1", "linear2"),  # Parakeet
+    ("linear_1", "linear_2"),  # Funnel
+    ("layer_1", "layer_2"),  # XLNet
+    ("linear_fc1", "linear_fc2"),  # Qwen-VL
+    ("proj_in", "proj_out"),  # SAM 2
 )
 
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "intermediate_act_fn", "activation", "activation_function")
@@ -60,16 +47,11 @@ _COMMON_ACTIVATIONS = ("relu", "gelu", "gelu_pytorch_tanh", "silu", "relu2", "qu
 
 @dataclass(frozen=True)
 class Match:
-    """An MLP found in a model: `parent` calls the projections `family.inputs` and `family.output`."""
+    """An MLP found in a model: `parent` calls the projections at `paths` below it, the one out of neurons last."""
 
     name: str
     parent: nn.Module
-    family: Family
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Paths of the projections below the parent, the output last."""
-        return (*self.family.inputs, self.family.output)
+    paths: tuple[str, ...]
 
     def projection(self, path: str) -> nn.Module:
         return self.parent.get_submodule(path)
@@ -78,27 +60,24 @@ class Match:
         return f"{self.name}.{path}" if self.name else path
 
     @property
-    def gate(self) -> Literal["none", "separate", "stacked"]:
-        """'none': neurons are activation(input). Otherwise they are activation(gate) * up, with two projections
-        ('separate') or one that stacks the gate rows above the up rows ('stacked')."""
-        if len(self.family.inputs) == 2:
-            return "separate"
-        rows = linear_sizes(self.projection(self.family.inputs[0]))[1]
-        return "stacked" if rows == 2 * self.neurons else "none"
+    def stacked(self) -> bool:
+        """Neurons are activation(gate) * up, and one projection stacks the gate rows above the up rows."""
+        return len(self.paths) == 2 and linear_sizes(self.projection(self.paths[0]))[1] == 2 * self.neurons
+
+    @property
+    def gated(self) -> bool:
+        """Neurons are activation(gate) * up, with one or two input projections; else they are activation(input)."""
+        return len(self.paths) == 3 or self.stacked
 
     @property
     def neurons(self) -> int:
         """m."""
-        return linear_sizes(self.projection(self.family.output))[0]
+        return linear_sizes(self.projection(self.paths[-1]))[0]
 
 
-def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear projection: Linear stores [out, in], Conv1D [in, out], Linear4bit packs them."""
-    if is_4bit(module):
-        quantized: Any = module
-        return quantized.in_features, quantized.out_features
-    first, second = module.get_parameter("weight").shape
-    return (first, second) if isinstance(module, Conv1D) else (second, first)
+def linear_sizes(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear projection."""
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
 
 
 def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
@@ -108,9 +87,12 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
         NoMatchError: there are none, or `config` has a name or layer number that the model does not have.
     """
     model = bare_model(model)
-    found = [match for name, module in model.named_modules() if (match := _match(name, module)) and _may_be_wide(match)]
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    matches = [match for name, module in model.named_modules() if (match := _match(name, module, names))]
+    found = [match for match in matches if _may_be_wide(match)]
     if not found:
-        raise NoMatchError(f"no wide MLP found in {type(model).__name__}{_why_none(model)}. {_what_is_there(model)}")
+        why = _why_none(model, matches)
+        raise NoMatchError(f"no wide MLP found in {type(model).__name__}{why}. {_what_is_there(model)}")
     named, in_layers = _by_target(found, config.target_modules), _by_layer(found, config)
     not_excluded = _not_excluded(found, config.exclude_modules)
     kept = [match for match in named if match in in_layers and match in not_excluded]
@@ -132,52 +114,33 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
     """Candidates for the activation: an attribute with a usual name beside the projections, else common ones."""
-    holders = [match.parent] + [
-        match.parent.get_submodule(path.rpartition(".")[0]) for path in match.family.inputs if "." in path
-    ]
-    for holder in holders:
-        for name in _ACTIVATION_NAMES:
-            candidate = getattr(holder, name, None)
-            if callable(candidate):
-                return [candidate]
-    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS]
+    holders = [match.parent, *(match.parent.get_submodule(path.rpartition(".")[0]) for path in match.paths[:-1])]
+    beside = (getattr(holder, name, None) for holder in holders for name in _ACTIVATION_NAMES)
+    found: Any = next(filter(callable, beside), None)
+    return [ACT2FN[name] for name in _COMMON_ACTIVATIONS] if found is None else [found]
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        module = module._modules.get(part)  # type: ignore[assignment]
-        if module is None:
-            return False
-    return True
-
-
-def _match(name: str, module: nn.Module) -> Match | None:
-    matches = (Match(name, module, family) for family in FAMILIES)
-    return next((match for match in matches if all(_has(module, path) for path in match.paths)), None)
+def _match(name: str, module: nn.Module, names: set[str]) -> Match | None:
+    """The first family of which a module has all projections, given the names of all modules."""
+    matches = (Match(name, module, paths) for paths in FAMILIES)
+    return next((match for match in matches if all(match.full_name(path) in names for path in match.paths)), None)
 
 
 def _may_be_wide(match: Match) -> bool:
     """Whether inputs and outputs have the same width and there are more neurons; True if a projection is not plain."""
     projections = [match.projection(path) for path in match.paths]
-    if not all(map(_is_plain, projections)):
+    if not all(type(projection) in (nn.Linear, Conv1D) or is_4bit(projection) for projection in projections):
         return True
     *inputs, (neurons, outputs) = map(linear_sizes, projections)
     rows = (neurons,) if len(inputs) == 2 else (neurons, 2 * neurons)
     return all(into in rows and width == outputs < neurons for width, into in inputs)
 
 
-def _is_plain(projection: nn.Module) -> bool:
-    weight = projection._parameters.get("weight")
-    of_matrix = type(projection) in (nn.Linear, Conv1D) and weight is not None and weight.dim() == 2
-    return of_matrix or (is_4bit(projection) and weight is not None)
-
-
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
     if targets is None:
         return found
-    names = {match.full_name(path): match for match in found for path in match.paths}
     for target in targets:
-        if not any(_is_named(name, target) for name in names):
+        if not any(_is_named(match.full_name(path), target) for match in found for path in match.paths):
             known = sorted({path for m in found for path in m.paths})
             near = difflib.get_close_matches(target, known, cutoff=0.4)
             raise NoMatchError(
@@ -199,22 +162,17 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
 def _not_excluded(found: list[Match], excluded: list[str] | None) -> list[Match]:
     kept = found
     for name in excluded or []:
-        hit = [match for match in found if any(_is_named(path, name) for path in _paths_to(match))]
+        # A name is the end of the path to a projection, or to a module that holds it.
+        hit = [m for m in found if any(f".{name}." in f".{m.full_name(path)}." for path in m.paths)]
         if not hit:
-            names = sorted({part for m in found for path in _paths_to(m) for part in path.split(".")})
-            names = [part for part in names if not part.isdigit()]
+            parts = {part for m in found for path in m.paths for part in m.full_name(path).split(".")}
+            names = sorted(part for part in parts if not part.isdigit())
             near = difflib.get_close_matches(name.rpartition(".")[2], names, cutoff=0.4)
             raise NoMatchError(
                 f"exclude_modules: there is no wide MLP in a module named {name!r}; nearest are {near}, all are {names}"
             )
         kept = [match for match in kept if match not in hit]
     return kept
-
-
-def _paths_to(match: Match) -> set[str]:
-    """Paths of an MLP's projections and of all modules that hold them."""
-    parts = [match.full_name(path).split(".") for path in match.paths]
-    return {".".join(path[:length]) for path in parts for length in range(1, len(path) + 1)}
 
 
 def _is_named(path: str, name: str) -> bool:
@@ -259,8 +217,7 @@ def _widening_pair(model: nn.Module) -> str | None:
     return None
 
 
-def _why_none(model: nn.Module) -> str:
-    narrow = [match for name, module in model.named_modules() if (match := _match(name, module))]
+def _why_none(model: nn.Module, narrow: list[Match]) -> str:
     if experts := fused_experts(model):
         return f": its experts share 3-D parameters ({experts[0]}), which cannot be patched"
     if narrow:
@@ -273,9 +230,9 @@ def _why_none(model: nn.Module) -> str:
 
 def _what_is_there(model: nn.Module) -> str:
     names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if not module._modules} - {""})
-    known = sorted({path.rpartition(".")[2] for family in FAMILIES for path in (*family.inputs, family.output)})
+    known = sorted({path.rpartition(".")[2] for paths in FAMILIES for path in paths})
     near = sorted({hit for name in names for hit in difflib.get_close_matches(name, known, n=1, cutoff=0.7)})
     return (
-        f"Searched for modules holding one of {[' / '.join((*f.inputs, f.output)) for f in FAMILIES]}. "
+        f"Searched for modules holding one of {[' / '.join(paths) for paths in FAMILIES]}. "
         f"Its leaf modules are named {names[:40]}" + (f"; nearest known names: {near}" if near else "")
     )

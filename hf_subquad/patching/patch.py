@@ -1,7 +1,6 @@
 """Replaces a model's MLP projections by sparse ones, and restores them."""
 
 import hashlib
-import math
 from typing import TypeVar
 
 import torch
@@ -15,17 +14,15 @@ from ..layers.attention_patch import attend_as_before
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
-from ..layers.peft_and_checkpointing import Surroundings, holders
+from ..layers.peft_and_checkpointing import Surroundings
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
 from ..plan import Plan
-from .mlp_patterns import Match, bare_model, find_activations, find_mlps, linear_sizes
+from .mlp_patterns import Match, bare_model, find_activations, find_mlps
 from .self_test import self_test
 from .validation import check_not_shared, check_projections
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-
-_SHOW_PROGRESS_FROM = 50_000_000  # patched parameters: about a second of work
 
 
 def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
@@ -61,13 +58,11 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
         check_projections(match, config)
     bare = bare_model(model)
     check_not_shared(bare, matches)
-    size = sum(math.prod(linear_sizes(match.projection(path))) for match in matches for path in match.paths)
-    runtime = Runtime(config, Surroundings(bare, holders(bare, [match.name for match in matches])))
+    runtime = Runtime(config, Surroundings(bare))
     keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []
     try:
-        progress = logging.tqdm(matches, desc="Activation index", unit="layer", disable=size < _SHOW_PROGRESS_FROM)
-        for match in progress:
+        for match in logging.tqdm(matches, desc="Activation index", unit="layer", delay=1):  # shown after a second
             mlp = _patch_one(match, runtime, keep_frozen)
             patched.append(mlp)
             with torch.autocast(mlp.output.weight.device.type, enabled=False):  # whose rounding would fail the test
@@ -144,39 +139,33 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
     config = runtime.config
     sources = {path: match.projection(path) for path in match.paths}
     seeds = {path: _derived_seed(config.seed, match.full_name(path)) for path in sources}
-    inputs = [InputProjection(sources[path], config, seeds[path]) for path in match.family.inputs]
-    output = OutputProjection(sources[match.family.output], config, seeds[match.family.output])
-    inputs[0].stacked = match.gate == "stacked"
-    index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gate != "none", config)
+    *into, out_of = sources
+    inputs = [InputProjection(sources[path], runtime, seeds[path]) for path in into]
+    output = OutputProjection(sources[out_of], runtime, seeds[out_of])
+    inputs[0].stacked = match.stacked
+    index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gated, config)
     mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):
         projection.train(source.training)
-        projection.runtime = runtime
         projection.kept_frozen = keep_frozen and not projection.weight.requires_grad
         projection.update.requires_grad_(not projection.kept_frozen)
         source._parameters.update(dict.fromkeys(source._parameters))  # so that whole weights go when FSDP splits them
         for parameter in (projection.weight, projection.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
-        _place(match.parent, path, projection)
+        match.parent.set_submodule(path, projection)
     return mlp
 
 
 def _restore(mlp: SparseMLP) -> None:
     for (path, source), projection in zip(mlp.sources.items(), mlp.projections, strict=True):
-        for name in ("weight", "bias"):  # which `model.to` may have replaced
-            setattr(source, name, getattr(projection, name))
         source.train(projection.training)
-        for name, trainable in mlp.trainable[path].items():
-            getattr(source, name).requires_grad_(trainable)
-        _place(mlp.parent, path, source)
+        for name, trainable in projection.trainable.items():
+            parameter = getattr(projection, name)  # `model.to` may have replaced it
+            setattr(source, name, parameter.requires_grad_(trainable))
+        mlp.parent.set_submodule(path, source)
 
 
 def _derived_seed(seed: int, name: str) -> int:
     """A seed for the factors of one projection: 56 bits, which leaves room to count restarts up."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
-
-
-def _place(parent: nn.Module, path: str, module: nn.Module) -> None:
-    holder, _, name = path.rpartition(".")
-    setattr(parent.get_submodule(holder), name, module)

@@ -1,10 +1,9 @@
 """Checks, at patch time, that an MLP computes the same on compact activations."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,10 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
 from ..layers.modes import dense_forward, sparse_forward
+from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part
-from ..ops.token_tiles import Selection, TokenTiles, make_tiles
+from ..ops.token_tiles import Selection, make_tiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
@@ -39,36 +39,37 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].shape[1], generator=generator, dtype=torch.float32)
     x = x.to(device, dtype)
     selection = _half_of_the_neurons(mlp, x, generator)
-    mixture, whole = _whole_and_half(selection), selection.tiles.slots[0]
+    part = Part(None, _BATCH * _TOKENS, selection)
     mask = torch.zeros(_BATCH, mlp.index.neurons, device=device, dtype=dtype)
     mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
-    mixed_mask = mask.index_fill(0, whole, 1)
+    called: list[tuple[InputProjection, Tensor]] = []  # input projections, in order, and what they are called on
+    activated: list[Tensor] = []
 
-    with _evaluating(mlp.parent), dense_forward(mlp.parent):
-        with _noting_calls(mlp), _masked(mlp, mask):
+    def note_call(module: InputProjection, args: tuple[Tensor]) -> None:
+        called.append((module, args[0]))
+
+    def mask_neurons(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return args[0] * mask.view(*args[0].shape[:-1], -1)
+
+    with evaluating(mlp.parent):
+        with dense_forward(mlp.parent), ExitStack() as hooks:
+            for projection in mlp.inputs:
+                hooks.enter_context(projection.register_forward_pre_hook(note_call))
+            hooks.enter_context(mlp.output.register_forward_pre_hook(mask_neurons))
             run, expected = _runnable(mlp, x)
-        with _masked(mlp, mixed_mask):
-            expected_of_mixture = run(x)
-    seen: dict[str, Tensor] = {}
-    otherwise = "the code between its projections does not run on a subset of its neurons"
-    with _evaluating(mlp.parent), sparse_forward(mlp.parent):
-        with (
-            mlp.using(selection=selection),
-            _pre_hook(mlp.opens, lambda module, args: seen.update(x=args[0])),
-            _pre_hook(mlp.output, lambda module, args: seen.update(a=args[0])),
-        ):
-            got = _attempt(mlp, run, x, otherwise)
-        with mlp.using(selection=mixture):
-            got_of_mixture = _attempt(mlp, run, x, otherwise)
-    if len(seen) < 2:
-        raise _refusal(mlp, "run by itself, it does not call its projections")
-    if not (_close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)):
+        if not called:
+            raise _refusal(mlp, "run by itself, it does not call its projections")
+        mlp.opens, seen = called[0]
+        mlp.shares_input = all(other is seen for _, other in called)
+        note_activated = mlp.output.register_forward_pre_hook(lambda module, args: activated.append(args[0]))
+        with sparse_forward(mlp.parent), mlp.using(selection=[part]), note_activated:
+            got = _attempt(mlp, run, x, "the code between its projections does not run on a subset of its neurons")
+    if not activated or not _close(mlp, got, expected):
         raise _refusal(mlp, "it is not elementwise between its projections")
-    part, backend = Part(None, _BATCH * _TOKENS, selection), mlp.index.backend(device)
-    compact = part.compact(seen["a"], mlp.index.neurons, backend)
+    compact = part.compact(activated[0], mlp.index.neurons, mlp.index.backend(device))
     for activation in activations:
         mlp.index.activation = activation
-        exact = exact_activations(mlp.index, seen["x"].reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
+        exact = exact_activations(mlp.index, seen.reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
         if _close(mlp, compact, exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
             return
     if len(activations) == 1:
@@ -143,52 +144,3 @@ def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) 
     half = -(-mlp.index.neurons // 2)
     chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
     return Selection(tiles, torch.stack(chosen).to(x.device))
-
-
-def _whole_and_half(selection: Selection) -> list[Part]:
-    """All neurons for the tokens of the first tile, those of the selection for the others."""
-    first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
-    tiles = TokenTiles(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
-    return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]
-
-
-@contextmanager
-def _noting_calls(mlp: SparseMLP) -> Iterator[None]:
-    """Find out which input projection the model calls first, and whether all are called on the same tensor."""
-    called: list[Tensor] = []
-
-    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if not called:
-            mlp.opens = cast(InputProjection, module)
-        called.append(args[0])
-
-    with ExitStack() as stack:
-        for projection in mlp.inputs:
-            stack.enter_context(_pre_hook(projection, note))
-        yield
-    mlp.shares_input = all(x is called[0] for x in called)
-
-
-def _masked(mlp: SparseMLP, mask: Tensor) -> AbstractContextManager[None]:
-    """Inside, the output projection only sees the neurons of a mask [N, m]."""
-    return _pre_hook(mlp.output, lambda module, args: (args[0] * mask.view(*args[0].shape[:-1], -1), *args[1:]))
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    before = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
-
-
-@contextmanager
-def _pre_hook(module: nn.Module, hook: Any) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -63,9 +63,8 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
             raise UnsupportedModuleError(
                 f"{name} has no weights yet (meta device, or DeepSpeed ZeRO-3): load them before patching"
             )
-        for kind in ("weight", "bias"):
-            values = dequantized_state(module).get(kind) if in_4bit else getattr(module, kind)
-            if values is not None and not torch.isfinite(values).all():
+        for kind, values in dequantized_state(module).items() if in_4bit else module.named_parameters():
+            if not torch.isfinite(values).all():
                 raise WeightsError(f"{name}.{kind} holds NaN or infinite values: the checkpoint is damaged")
         if in_4bit and config.fold_steps:
             raise ConfigError(
@@ -88,19 +87,17 @@ def check_not_shared(model: nn.Module, matches: Sequence[Match]) -> None:
         UnsupportedModuleError: a weight that would be patched also belongs to another module (a module that is called
             several times counts as one). Their updates would both change it when they are folded or saved.
     """
-    holders: dict[int, list[str]] = {}
+    patched = {f"{match.full_name(path)}.weight" for match in matches for path in match.paths}
+    holders: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
-        for kind, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append(f"{name}.{kind}")
-    for match in matches:
-        for path in match.paths:
-            names = holders.get(id(match.projection(path)._parameters.get("weight")), [])
-            if len(names) > 1:
-                raise UnsupportedModuleError(
-                    f"{names[0]} and {names[1]} are one tied parameter, and an update of one would change both: leave "
-                    "these MLPs out with exclude_modules, or give each a weight of its own"
-                )
+        for kind, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append(f"{name}.{kind}")
+    for names in holders.values():
+        if len(names) > 1 and patched.intersection(names):
+            raise UnsupportedModuleError(
+                f"{names[0]} and {names[1]} are one tied parameter, and an update of one would change both: leave "
+                "these MLPs out with exclude_modules, or give each a weight of its own"
+            )
 
 
 @torch.no_grad()

@@ -80,13 +80,13 @@ def _full(mlp: SparseMLP, x: Tensor, gradient: Tensor) -> None:
     wanted: list[Tensor] = []
 
     def call(path: str, values: Tensor) -> Tensor:
-        source, trainable = mlp.sources[path], mlp.trainable[path]
+        projection: Any = mlp.parent.get_submodule(path)
         weights = {  # those in 4 bits as they are, never trainable: detached, they would lose their scales
-            name: value.detach().requires_grad_() if trainable[name] else value
-            for name, value in mlp.parent.get_submodule(path).named_parameters(recurse=False)
+            name: value.detach().requires_grad_() if projection.trainable[name] else value
+            for name, value in projection.named_parameters(recurse=False)
         }
         wanted.extend(value for value in weights.values() if value.requires_grad)
-        result: Tensor = functional_call(source, weights, (values,))
+        result: Tensor = functional_call(mlp.sources[path], weights, (values,))
         return result
 
     *inputs, output = mlp.sources

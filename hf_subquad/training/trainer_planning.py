@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from ..errors import CalibrationError
 from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
-from ..layers.budget import TokenClass
+from ..layers.budget import Budget, TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
@@ -105,7 +105,7 @@ def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
         mlp.corrections = {}
         if plans:
             mlp.runtime.plan = None
-            mlp.set_active(mlp.index.neurons)
+            mlp.set_budget(Budget())
     consequence = (
         "MLPs run dense"
         if plans

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,26 +34,25 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     bare = _bare(model)
     reshard(bare)  # what FSDP2 has gathered may be rounded to another dtype
+    wrapper = ""
     for name, module in bare.named_modules():
-        if _inside_adapter(name, bare):
+        if wrapper and name.startswith(wrapper):  # which has yielded what is inside
             continue
-        if hasattr(module, "base_layer"):
+        if hasattr(module, "base_layer") or hasattr(module, "original_module"):
+            wrapper = f"{name}."
+        state: dict[str, Any] = {}
+        if hasattr(module, "base_layer") or isinstance(module, NeuronProjection):
             with gathered([module]):
-                merged = _merged(name, module)
-            yield from _prefixed(name, merged)
+                state = module.plain_state() if isinstance(module, NeuronProjection) else _merged(name, module)
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             trained = module.modules_to_save[module.active_adapters[0]] if not module.disable_adapters else None
             state = (trained or module.original_module).state_dict()
-            yield from ((key, whole(value)) for key, value in _prefixed(name, state))
         elif is_4bit(module):
-            yield from _prefixed(name, dequantized_state(module))
-        elif _held_in_4bit(module):
-            yield from _prefixed(name, module.plain_state())
+            state = dequantized_state(module)
         else:
-            own: dict[str, Any] = {}
-            prefix = f"{name}." if name else ""
-            module._save_to_state_dict(own, prefix, keep_vars=False)
-            yield from ((key, whole(value)) for key, value in own.items() if isinstance(value, Tensor))
+            module._save_to_state_dict(state, "", keep_vars=False)
+        prefix = f"{name}." if name else ""
+        yield from ((prefix + key, whole(value)) for key, value in state.items() if isinstance(value, Tensor))
 
 
 def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: Any) -> None:
@@ -77,7 +76,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], **settings: An
     if not writes:
         return
     hidden = [(vars(bare), name) for name in _ADAPTERS]
-    if any(is_4bit(module) or _held_in_4bit(module) for module in bare.modules()):
+    patched = (module for module in bare.modules() if isinstance(module, NeuronProjection))
+    if any(map(is_4bit, bare.modules())) or any(projection.quantization is not None for projection in patched):
         hidden += [(vars(bare), "hf_quantizer"), (vars(bare.config), "quantization_config")]
     held = [(attributes, name, attributes.pop(name)) for attributes, name in hidden if name in attributes]
     try:
@@ -97,17 +97,6 @@ def _bare(model: nn.Module) -> nn.Module:
     if any(config.is_prompt_learning for config in wrapped.peft_config.values()):
         raise PatchError("prompts that PEFT has learned cannot be merged into weights: keep its adapter checkpoint")
     return wrapped.get_base_model()
-
-
-def _held_in_4bit(module: nn.Module) -> TypeGuard[NeuronProjection]:
-    return isinstance(module, NeuronProjection) and module.quantization is not None
-
-
-def _inside_adapter(name: str, model: nn.Module) -> bool:
-    """Whether a module is inside one with adapters, which yields it."""
-    parts = name.split(".")[:-1]
-    holders = (model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts) + 1))
-    return any(hasattr(holder, "base_layer") or hasattr(holder, "original_module") for holder in holders)
 
 
 def _merged(name: str, layer: nn.Module) -> dict[str, Tensor]:
@@ -137,7 +126,3 @@ def _merged_into_4bit(name: str, layer: Any) -> dict[str, Tensor]:
     for adapter in names:
         weight = (weight.float() + layer.get_delta_weight(adapter).float()).to(weight.dtype)
     return state | {"weight": weight}
-
-
-def _prefixed(name: str, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    return ((f"{name}.{key}", value) for key, value in state.items())

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import SubquadConfig
 from ..errors import ParallelismError, PatchError
 from ..ops.backends import MergedWeight
 from .low_rank import LowRankUpdate
@@ -34,42 +33,45 @@ class NeuronProjection(nn.Module):
 
     A weight in 4 bits stays in them: each pass dequantises what it needs, and nothing is folded into it.
 
-    Subclasses set `is_input`.
+    Subclasses set `is_input`, and the `layers.sparse_mlp.SparseMLP` that it belongs to sets `mlp`.
 
     Args:
         source: the projection replaced, an `nn.Linear`, `Conv1D` or `Linear4bit`; weight and bias are shared with it.
-        config: rank and scale of the update.
+        runtime: the MLP's `layers.runtime.Runtime`, which has the config, and knows whether updates are switched off.
         seed: of the update's random factor.
 
     Attributes:
-        runtime: the MLP's `layers.runtime.Runtime`, which knows whether updates are switched off.
+        shape: m and d.
+        in_features, out_features: as of `nn.Linear`.
+        trainable: which parameters of the source were trainable, by name.
         kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
         moments_are_stale: loading other weights restarted the update since the optimizer's last step.
     """
 
     is_input: bool
-    runtime: Any = None
+    mlp: Any
 
-    def __init__(self, source: nn.Module, config: SubquadConfig, seed: int) -> None:
+    def __init__(self, source: nn.Module, runtime: Any, seed: int) -> None:
         super().__init__()
+        self.runtime = runtime
         self.weight = source.get_parameter("weight")
         self.bias = source._parameters["bias"]
         self._quant_state = quant_state(source)
         # Linear stores [out, in], Conv1D [in, out]; neurons are the outputs of an input projection.
         self.weight_is_rows = self.is_input != isinstance(source, Conv1D)
         self.source_class = type(source).__name__
-        neurons, width = self.shape
+        self.trainable = {name: parameter.requires_grad for name, parameter in source.named_parameters()}
+        shape = self.weight.shape if self._quant_state is None else self._quant_state.shape
+        neurons, width = shape if self.weight_is_rows else shape[::-1]
+        self.shape = neurons, width
+        self.in_features, self.out_features = (width, neurons) if self.is_input else (neurons, width)
+        config = runtime.config
         zero: Literal["U", "V"] = "U" if self.is_input else "V"
         self.update = LowRankUpdate(neurons, width, config.rank, config.scale, zero, seed, like=self.weight)
         self.kept_frozen = False
         self.moments_are_stale = False
         self._handed_out = HandedOut()
         self._copied_rows: tuple[tuple[Any, ...], Tensor] | None = None
-
-    @property
-    def sharded(self) -> bool:
-        """FSDP2 holds the weight, whole in forward and backward passes and a shard of it between them."""
-        return self.runtime is not None and self.runtime.sharded
 
     @property
     def quantization(self) -> Any:
@@ -82,23 +84,6 @@ class NeuronProjection(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weight; of the dequantised one, if it is in 4 bits."""
         return self.weight.dtype if self._quant_state is None else self._quant_state.dtype
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """m and d."""
-        shape = self.weight.shape if self._quant_state is None else self._quant_state.shape
-        first, second = shape if self.weight_is_rows else shape[::-1]
-        return first, second
-
-    @property
-    def in_features(self) -> int:
-        """Inputs, as of `nn.Linear`."""
-        return self.shape[1 if self.is_input else 0]
-
-    @property
-    def out_features(self) -> int:
-        """Outputs, as of `nn.Linear`."""
-        return self.shape[0 if self.is_input else 1]
 
     def rows(self, dtype: torch.dtype | None = None, contiguous: bool = False) -> Tensor:
         """Base rows [m, d], detached.
@@ -119,7 +104,7 @@ class NeuronProjection(nn.Module):
         dtype = dtype or rows.dtype
         if dtype == rows.dtype and (rows.is_contiguous() or not contiguous):
             return rows
-        if self.sharded:
+        if self.runtime.sharded:
             return rows.to(dtype)
         version = (dtype, self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._copied_rows is None or self._copied_rows[0] != version:
@@ -133,10 +118,9 @@ class NeuronProjection(nn.Module):
 
     def matrix(self, dtype: torch.dtype, contiguous: bool = False) -> MergedWeight:
         """Base rows as of `rows`, those in 4 bits yet to be loaded, and the update's factors with gradients."""
-        if self._quant_state is None:
-            return MergedWeight(self.rows(dtype, contiguous), *self.update.factors(), self.bias)
-        stored = cast(Tensor, self._quantized_rows(dtype, contiguous))
-        return MergedWeight(stored, *self.update.factors(), self.bias)
+        quantized = self._quant_state is not None
+        rows = self._quantized_rows(dtype, contiguous) if quantized else self.rows(dtype, contiguous)
+        return MergedWeight(cast(Tensor, rows), *self.update.factors(), self.bias)
 
     def merged_rows(self) -> Tensor:
         """rows + scale U V, [m, d] in the dtype of the weight."""
@@ -189,9 +173,9 @@ class NeuronProjection(nn.Module):
             weight = self.rows() if self.is_input else self.rows().t()
             y = F.linear(x, weight, bias)
         else:
-            y = linear(x, self._quantized_rows(compute_dtype(x)), self.is_input)
+            y = linear(x.to(compute_dtype(x)), self.weight.detach(), self.quantization)
             y = y if bias is None else y + bias.to(y.dtype)
-        if self.runtime is not None and self.runtime.updates_off():
+        if self.runtime.updates_off():
             return y
         u, v = self.update.U.to(x.dtype), self.update.V.to(x.dtype)
         low = F.linear(F.linear(x, v), u) if self.is_input else x @ u @ v
@@ -211,25 +195,21 @@ class NeuronProjection(nn.Module):
         with gathered([self]):
             merged = self.merged_weight()
         if self._quant_state is not None:
-            self._check_only_adapters_are_saved(prefix)
+            if "peft_config" not in vars(self.runtime.surroundings.model):  # then a checkpoint has only PEFT's adapters
+                raise PatchError(
+                    f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, "
+                    "which from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or "
+                    "save_sidecar for the updates alone"
+                )
             merged = merged.cpu()  # all of a model's MLPs dequantised may not fit beside it
         split = is_shard(self.weight)
         destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
         if not merged.is_meta and not split and self._quant_state is None:
-            snapshot = self._handed_out.remember(merged, self.update.U, self.update.V)
+            content = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
-                self._handed_out.watch(merged, snapshot, self._written)
-
-    def _check_only_adapters_are_saved(self, prefix: str) -> None:
-        model = self.runtime and self.runtime.surroundings.model
-        if "peft_config" not in vars(model or self):  # then a checkpoint has only PEFT's adapters
-            raise PatchError(
-                f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, which "
-                "from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or save_sidecar for "
-                "the updates alone"
-            )
+                self._handed_out.watch(merged, content, self._written)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -260,16 +240,14 @@ class NeuronProjection(nn.Module):
             with gathered([self.update]):
                 self.update.restart()
         else:
-            self.update.U.copy_(known.U)
-            self.update.V.copy_(known.V)
+            for factor, value in zip(self.update.parameters(), known, strict=True):
+                factor.copy_(value)
             rows = self.update.added_to(self.rows(), sign=-1)
             weight = rows if self.weight_is_rows else rows.t()
             self.weight.data = weight.clone(memory_format=torch.contiguous_format)  # not what was assigned
         self.moments_are_stale = known is None
-        self.weights_loaded()
-
-    def weights_loaded(self) -> None:
-        """Called after new weights are loaded, to rebuild what depends on them."""
+        if not self.is_input:  # an MLP's output projection is loaded after its input projections
+            self.mlp.index.rebuild_if_stale()
 
     def _replicate_for_data_parallel(self) -> "NeuronProjection":
         raise ParallelismError(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.backends import StoredRows
@@ -115,21 +116,19 @@ class QuantizedRows(StoredRows):
 
 
 class _Linear(torch.autograd.Function):
-    """x R^T, or x R: R is loaded again in the backward pass instead of being kept for it."""
+    """x W^T: W is dequantised again in the backward pass instead of being kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: StoredRows, into_neurons: bool) -> Tensor:
-        ctx.rows, ctx.into_neurons = rows, into_neurons
-        loaded = rows.load()
-        return x @ (loaded.t() if into_neurons else loaded)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
+        ctx.weight, ctx.state = weight, state
+        return F.linear(x, dequantized(weight, state).to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        loaded = ctx.rows.load()
-        return grad @ (loaded if ctx.into_neurons else loaded.t()), None, None
+        return grad @ dequantized(ctx.weight, ctx.state).to(grad.dtype), None, None
 
 
-def linear(x: Tensor, rows: StoredRows, into_neurons: bool) -> Tensor:
-    """x R^T [..., m] into neurons, x R [..., d] out of them; differentiable in x, in the dtype of the loaded rows."""
-    y: Tensor = _Linear.apply(x.to(rows.dtype), rows, into_neurons)
+def linear(x: Tensor, weight: Tensor, state: Any) -> Tensor:
+    """x W^T [..., out] in the dtype of x [..., in]; differentiable in x."""
+    y: Tensor = _Linear.apply(x, weight, state)
     return y

@@ -1,23 +1,16 @@
 """Tracks merged weights that `state_dict()` returned, so that writing to them or loading them again loses nothing."""
 
 import weakref
-from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Fingerprint = tuple[int, int]
+
 _REMEMBERED = 3  # states
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Snapshot(NamedTuple):
-    """The factors that a merged weight was computed from, and how to recognise it."""
-
-    fingerprint: tuple[int, int]
-    U: Tensor
-    V: Tensor
 
 
 class HandedOut:
@@ -33,25 +26,24 @@ class HandedOut:
 
     def __init__(self) -> None:
         self._live: list[_Copy] = []
-        self._snapshots: deque[Snapshot] = deque(maxlen=_REMEMBERED)
+        self._factors: dict[Fingerprint, tuple[Tensor, Tensor]] = {}  # of the merged weights, the latest last
 
-    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> Snapshot:
-        """Remember the factors that a merged weight was computed from."""
-        snapshot = Snapshot(fingerprint(merged), U.detach().clone(), V.detach().clone())
-        if not self._snapshots or self._snapshots[-1].fingerprint != snapshot.fingerprint:
-            self._snapshots.append(snapshot)
-        return snapshot
-
-    def recall(self, merged: Tensor) -> Snapshot | None:
-        """The factors of this merged weight, if `state_dict()` returned it."""
-        if not self._snapshots:
-            return None
+    def remember(self, merged: Tensor, U: Tensor, V: Tensor) -> Fingerprint:
+        """Remember the factors that a merged weight was computed from. Returns how it is recognised."""
         found = fingerprint(merged)
-        return next((known for known in reversed(self._snapshots) if known.fingerprint == found), None)
+        self._factors.pop(found, None)
+        self._factors[found] = U.detach().clone(), V.detach().clone()
+        if len(self._factors) > _REMEMBERED:
+            del self._factors[next(iter(self._factors))]
+        return found
 
-    def watch(self, merged: Tensor, snapshot: Snapshot, written: Callable[[Tensor], None]) -> None:
+    def recall(self, merged: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The factors of this merged weight, if `state_dict()` returned it."""
+        return self._factors.get(fingerprint(merged)) if self._factors else None
+
+    def watch(self, merged: Tensor, content: Fingerprint, written: Callable[[Tensor], None]) -> None:
         """Call a method of the projection with a returned copy, if it is written to."""
-        self._live.append(_Copy(merged, snapshot, self._live, written))
+        self._live.append(_Copy(merged, content, self._live, written))
 
     def notice_writes(self) -> None:
         """Write changes of copies that are in use into the model."""
@@ -59,7 +51,7 @@ class HandedOut:
             copy.pass_on()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_live": [], "_snapshots": deque(maxlen=_REMEMBERED)}
+        return {"_live": [], "_factors": {}}
 
 
 class _Copy(weakref.ref):  # type: ignore[type-arg]
@@ -69,12 +61,12 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
         return super().__new__(cls, merged, _Copy._out_of_use)
 
     def __init__(
-        self, merged: Tensor, snapshot: Snapshot, live: list["_Copy"], written: Callable[[Tensor], None]
+        self, merged: Tensor, content: Fingerprint, live: list["_Copy"], written: Callable[[Tensor], None]
     ) -> None:
         super().__init__(merged, _Copy._out_of_use)  # type: ignore[call-arg]
         self._shared: Tensor = merged.detach()
         self._version = self._shared._version
-        self._content = snapshot.fingerprint
+        self._content = content
         self._live = live
         self._written = weakref.WeakMethod(written)
 
@@ -93,7 +85,7 @@ class _Copy(weakref.ref):  # type: ignore[type-arg]
 
 
 @torch.no_grad()
-def fingerprint(values: Tensor) -> tuple[int, int]:
+def fingerprint(values: Tensor) -> Fingerprint:
     """A hash of the bits of a matrix and their positions: equal for equal matrices, whatever their memory layout."""
     values = values.contiguous()
     whole = values.shape[1] * values.dtype.itemsize % 8 == 0  # a row in words of 64 bits, which add up fastest

@@ -84,7 +84,7 @@ class Subjects:
         # Tokens of a real batch resemble each other in groups; random ones do not, and tiles of them cost the same.
         self.x = F.layer_norm(x, (args.hidden,)).requires_grad_(True)
         self.gradient = torch.randn_like(x)
-        self.budgets = dict(budgets or {"uniform": Budget.uniform(self.mlp.k)})
+        self.budgets = dict(budgets or {"uniform": Budget(self.mlp.k, self.mlp.k)})
         if args.classes:
             self._classify()
             self.budgets = {

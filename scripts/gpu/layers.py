@@ -24,9 +24,7 @@ def cases(bench: Bench) -> list[Case]:
 
 def _layer(bench: Bench, mlp: str, classes: bool, tokens: int) -> Iterator[Row]:
     neurons = bench.mlps[mlp][1]
-    tiled = {
-        f"{share or 'm^0.8'} of the neurons": Budget.uniform(SubquadConfig(active=share).active_neurons(neurons))
-        for share in _SHARES
-    }
+    counts = {share: SubquadConfig(active=share).active_neurons(neurons) for share in _SHARES}
+    tiled = {f"{share or 'm^0.8'} of the neurons": Budget(k, k) for share, k in counts.items()}
     for row in layer.bench(bench.layer(mlp, classes, tokens), tiled):
         yield {"mlp": mlp, **row}

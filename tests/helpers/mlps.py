@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.parts import Part
 from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 Kind = Literal["plain", "gated", "stacked", "conv1d"]
@@ -106,8 +107,9 @@ def force(mlp: SparseMLP, tokens: int, k: int, tile_size: int) -> Selection:
     tiles = make_tiles(torch.randn(tokens, 6, generator=generator), tile_size, "similar")
     m = mlp.index.neurons
     chosen = [torch.randperm(m, generator=generator)[:k].sort().values for _ in range(tiles.shape[0])]
-    mlp.selection_override = Selection(tiles, torch.stack(chosen))
-    return mlp.selection_override
+    selection = Selection(tiles, torch.stack(chosen))
+    mlp.selection_override = [Part(None, tokens, selection)]
+    return selection
 
 
 def reference(

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from helpers.models import fill_updates
 from helpers.reference import mask_of, plain_output, selections_by_mlp
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, unpatch_model
+from hf_subquad.layers.budget import Budget
 
 CONFIG = SubquadConfig(rank=3, alpha=5.0, active=0.25, tile_size=8, sketch_rank=12, layers_to_transform="all")
 _TOLERANCE = 1e-6  # of the largest value: both sides compute in float64, from updates in float32
@@ -56,7 +57,7 @@ def prove(model: nn.Module, inputs: dict[str, Tensor]) -> list[str]:
         raise NotComparedError("its outputs do not show what the MLPs compute")
 
     for mlp in mlps:
-        mlp.set_active(mlp.index.neurons)  # all of them, through the code of parts
+        mlp.set_budget(Budget())  # all of them, through the code of parts
     _assert_close("all neurons", _result_of(model, inputs), dense)
     model.eval(), plain.eval()
     _prove_saving(model, inputs)
