@@ -66,7 +66,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         folder = run_folder(args)
         if state.global_step:
             checkpoint = resumed_from() or _checkpoint_folder(folder, state)
-            resume(model, checkpoint, state.global_step, optimizer, type(self).__name__ in _states(state))
+            resume(model, checkpoint, state.global_step, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         stop_labelled_head(model)  # of a training that was broken off
@@ -93,7 +93,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
-        sync_model(model, state.global_step)
+        sync_model(model, state.global_step, optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,

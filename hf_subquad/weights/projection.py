@@ -44,7 +44,7 @@ class NeuronProjection(nn.Module):
     Attributes:
         runtime: the MLP's `layers.runtime.Runtime`, which knows whether updates are switched off.
         kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
-        moments_are_stale: loading other weights restarted the update since the optimizer's last step.
+        moments_are_stale: a fold or other weights restarted the update since the optimizer's last step.
     """
 
     is_input: bool
