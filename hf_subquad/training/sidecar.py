@@ -100,6 +100,10 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
             f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
         )
+    for setting in ("rank", "alpha"):
+        written = about["config"][setting]
+        if written != getattr(runtime.config, setting):
+            raise SidecarError(f"{path} was written with {setting}={written}: use the {setting} of that run")
     spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if spoiled:
         raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
@@ -107,7 +111,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     for mlp in mlps:
         with mlp.index.gathered():
             for name, projection in named_projections([mlp]):
-                _check_fits(path, name, projection, about, tensors)
+                if not _fits(name, projection, tensors, about["merged"]):
+                    raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
     plan = _plan(path, model, about)
     for mlp in mlps:
         device = mlp.output.weight.device
@@ -169,25 +174,16 @@ def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     return plan
 
 
-def _check_fits(
-    path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    for factor, there in projection.update.named_parameters():
-        if tensors[f"{name}.{factor}"].shape != there.shape:
-            raise SidecarError(
-                f"{path}: {factor} of {name} is {tuple(tensors[f'{name}.{factor}'].shape)}, the model's is "
-                f"{tuple(there.shape)}: use the rank of the run that wrote it ({about['config']['rank']})"
-            )
-    written = about["config"]["alpha"] / about["config"]["rank"]
-    if written != projection.update.scale:
-        raise SidecarError(f"{path} was written with alpha={about['config']['alpha']}: use the alpha of that run")
+def _fits(name: str, projection: NeuronProjection, tensors: dict[str, Tensor], merged: bool) -> bool:
+    """Whether what a sidecar holds under a name is of this projection."""
+    factors = projection.update.named_parameters()
+    if any(tensors[f"{name}.{factor}"].shape != there.shape for factor, there in factors):
+        return False
     if f"{name}.rows" in tensors:
-        return
-    expected = tensors[f"{name}.sample"]
-    found = projection.sample(live=about["merged"]).cpu()
+        return True
+    expected, found = tensors[f"{name}.sample"], projection.sample(live=merged).cpu()
     tolerance = 4 * torch.finfo(projection.dtype).eps
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
-        raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -97,10 +97,6 @@ def sync_parts(
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
-        if runtime.sharded:  # FSDP has moved the weights to its device
-            device = mlp.output.weight.device
-            if any(made.bias.device != device for made in mlp.corrections.values()):
-                mlp.corrections = {name: made.to(device) for name, made in mlp.corrections.items()}
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already
