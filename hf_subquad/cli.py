@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.utils import send_to_device
 
 from .config import SubquadConfig
 from .errors import SubquadError
@@ -87,9 +88,7 @@ def print_plan(options: argparse.Namespace, config: SubquadConfig) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     batches = text_batches(text, tokenizer, options.batch_size, options.length, _BATCHES, settings.is_encoder_decoder)
     model = _model_class(settings).from_pretrained(options.model, dtype=options.dtype).to(options.device)
-    plan = calibrate(
-        model, [{name: ids.to(options.device) for name, ids in batch.items()} for batch in batches], config
-    )
+    plan = calibrate(model, send_to_device(batches, options.device), config)
     print(plan.table())
     if options.save:
         plan.save(options.save)

@@ -2,11 +2,8 @@
 
 import logging
 import sys
-from typing import Any
 
-from transformers.utils import logging as transformers_logging
-
-_ROOT = "hf_subquad"
+from transformers.utils.logging import get_logger as get_logger  # whose loggers have `warning_once`
 
 
 class _UntilConfigured(logging.Handler):
@@ -17,11 +14,7 @@ class _UntilConfigured(logging.Handler):
             print(self.format(record), file=sys.stderr, flush=True)
 
 
-def get_logger(name: str) -> Any:
-    """A logger below `hf_subquad` with transformers' `warning_once`; its level is INFO unless it was set."""
-    root = logging.getLogger(_ROOT)
-    if not any(isinstance(handler, _UntilConfigured) for handler in root.handlers):
-        root.addHandler(_UntilConfigured())
-        if root.level == logging.NOTSET:
-            root.setLevel(logging.INFO)
-    return transformers_logging.get_logger(name)
+_root = logging.getLogger("hf_subquad")
+_root.addHandler(_UntilConfigured())
+if _root.level == logging.NOTSET:
+    _root.setLevel(logging.INFO)

@@ -196,13 +196,9 @@ class Plan:
             PlanError: it holds no plan.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"{path} is not JSON: {error}") from error
-        try:
-            return cls.from_dict(values)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:  # of json, or a PlanError
+            raise PlanError(f"{path} holds no plan: {error}") from error
 
 
 def _check(part: Plan | LayerPlan) -> None:

@@ -31,8 +31,7 @@ from hf_subquad import (
     patch_model,
     unpatch_head,
 )
-from hf_subquad.head import chunked_loss
-from hf_subquad.head.labelled_rows import LabelledRows
+from hf_subquad.head import chunked_loss, head_on_labelled_rows
 from hf_subquad.head.patch_head import labelled_forward
 
 EPS = torch.finfo(torch.float32).eps
@@ -170,6 +169,7 @@ def test_float16_keeps_the_loss_scale() -> None:
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0},
                                       {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+                                      {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
                                       {"target_modules": ["q_proj"]}])  # fmt: skip
 @pytest.mark.parametrize("first", ["peft", "patch"])
 def test_beside_peft(settings: dict[str, Any], first: str, four_rows: None) -> None:
@@ -186,6 +186,17 @@ def test_beside_peft(settings: dict[str, Any], first: str, four_rows: None) -> N
     assert model(**inputs).logits is None
     assert (loss - expected_loss).abs() <= 4 * EPS * expected_loss
     assert distance(gradients, expected) <= 16 * EPS * largest(expected)  # both round logits' gradients to float32
+
+
+def test_a_head_that_reads_parameters_of_others_is_not_run_in_chunks() -> None:
+    """Which would have no gradients for them."""
+    model, inputs = model_of("llama"), labelled_batch()
+    gain, head = model.model.norm.weight, model.lm_head
+    head.forward = lambda hidden: nn.functional.linear(hidden * gain, head.weight)
+    _, expected = loss_and_gradients(model, inputs)
+    _, gradients = loss_and_gradients(patch_head(model), inputs)
+    assert labelled_forward(model).way == "rows"
+    assert distance(gradients, expected) <= 16 * EPS * largest(expected)
 
 
 def test_head_trained_beside_frozen_body(four_rows: None) -> None:
@@ -378,8 +389,9 @@ def test_refused_by_name(make: Callable[[], nn.Module], reason: str) -> None:
 
 
 def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = LabelledRows.of.__func__
-    monkeypatch.setattr(LabelledRows, "of", classmethod(lambda cls, labels, shifted: right(cls, labels, not shifted)))
+    right = head_on_labelled_rows.labelled_positions
+    wrong = lambda labels, shifted: right(labels, not shifted)  # noqa: E731
+    monkeypatch.setattr(head_on_labelled_rows, "labelled_positions", wrong)
     for family in ("llama", "gemma2", "bert"):
         with pytest.raises(UnsupportedModuleError, match="do not reproduce its loss"):
             patch_head(model_of(family))

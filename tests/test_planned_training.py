@@ -33,7 +33,6 @@ from hf_subquad import (
 )
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.training.trainer_batches import sample_batches
-from hf_subquad.training.trainer_planning import Fitted
 
 PLANNED = {**TRAIN.to_dict(), "active": None, "tolerance": 1e-3}  # a part of what the fastest plan costs
 
@@ -91,8 +90,8 @@ def same_fits(ones: list[Any], others: list[Any]) -> bool:
     )
 
 
-def all_fitted(model: nn.Module) -> list[Fitted]:
-    return [copy.deepcopy(Fitted.of(mlp)) for mlp in sparse_mlps(model)]
+def all_fitted(model: nn.Module) -> list[Any]:
+    return copy.deepcopy([(mlp.index.summary, mlp.corrections) for mlp in sparse_mlps(model)])
 
 
 # Planning at the start
@@ -219,8 +218,9 @@ def test_planning_disturbs_neither_data_nor_random_states(tmp_path: Path) -> Non
     planned, data = run_noisy(model, tmp_path / "planned", lambda m: found.append((runtime_of(m).plan, all_fitted(m))))
     plan, fits = found[0]
     by_hand = to_plan(opt(dropout=0.3), plan)
-    for mlp, fit in zip(sparse_mlps(by_hand), fits, strict=True):
-        fit.give_to(mlp)
+    for mlp, (summary, corrections) in zip(sparse_mlps(by_hand), fits, strict=True):
+        mlp.index.adopt(summary)
+        mlp.corrections = corrections
     straight, other = run_noisy(by_hand, tmp_path / "by hand")
     assert len(other.served) >= 8 and data.served[6:] == other.served  # behind three batches of two rows to plan with
     assert losses(planned) == losses(straight)

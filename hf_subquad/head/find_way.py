@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .head_on_labelled_rows import NotHereError, Way, run_on_labelled_rows
-from .labelled_rows import IGNORED
+from .head_on_labelled_rows import IGNORED, NotHereError, Way, run_on_labelled_rows
 
 _LENGTH, _TARGETS = 12, 8
 
@@ -58,8 +57,8 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
 
 
 def few_tokens(model: PreTrainedModel) -> dict[str, Any]:
-    embeddings = model.get_input_embeddings()
-    vocabulary = min(embeddings.get_parameter("weight").shape[0], model.config.get_text_config(decoder=True).vocab_size)
+    embeddings: Any = model.get_input_embeddings()
+    vocabulary = min(embeddings.weight.shape[0], model.config.get_text_config(decoder=True).vocab_size)
     generator = torch.Generator().manual_seed(0)
     length = _TARGETS if model.config.is_encoder_decoder else _LENGTH
     ids = torch.randint(vocabulary, (2, _LENGTH), generator=generator).to(model.device)
@@ -77,24 +76,13 @@ def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
+    own = {id(parameter) for parameter in head.parameters()}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     with torch.enable_grad():
         hidden = torch.zeros(1, width, dtype=model.dtype, device=model.device, requires_grad=True)
-        found = _leaves(head.forward(hidden))
-    if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
+        _, *found = torch.autograd.grad(head.forward(hidden).sum(), [hidden, *others], allow_unused=True)
+    if any(gradient is not None for gradient in found):
         raise NotHereError("the head depends on trainable parameters that are not its own")
-
-
-def _leaves(value: Tensor) -> set[int]:
-    found, waiting, seen = set(), [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
 
 
 def same_loss(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

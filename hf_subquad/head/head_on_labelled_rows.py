@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .chunked_loss import chunked_cross_entropy
-from .labelled_rows import IGNORED, LabelledRows
+
+IGNORED = -100  # transformers' label of a position without loss
 
 # How the labelled rows reach the loss. 'chunks': the model's loss function is replaced by one that includes the head.
 # 'rows': the head gives logits of the labelled rows, and what the model does to them, and its loss function, follow.
@@ -37,12 +38,11 @@ def run_on_labelled_rows(
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
         raise NotHereError
-    rows = LabelledRows.of(labels, shifted=way != "labels" and model.loss_function is ForCausalLMLoss)
-    if not len(rows.index):  # the loss of no labels is what the stock forward makes of it
+    call = _Call(model, labels, megabytes, way)
+    if not call.targets.numel():  # the loss of no labels is what the stock forward makes of it
         raise NotHereError
-    call = _Call(model, rows, labels, megabytes, way)
     if way == "labels":
-        inputs = {**_with_decoder_inputs(model, inputs, labels), "labels": rows.labels.unsqueeze(0)}
+        inputs = {**_with_decoder_inputs(model, inputs, labels), "labels": call.targets}
     with call.in_place():
         outputs = stock(**inputs)
     if not call.head_calls or (way != "labels" and not call.loss_calls):
@@ -50,15 +50,32 @@ def run_on_labelled_rows(
     return dataclasses.replace(outputs, logits=None)
 
 
-class _Call:
-    """Replaces head and loss function during one forward pass."""
+def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
+    """The positions of a batch that have a label, in order, and their labels: int64 [n] both.
 
-    def __init__(self, model: PreTrainedModel, rows: LabelledRows, labels: Tensor, megabytes: int, way: Way) -> None:
-        self.model, self.rows, self.labels, self.megabytes, self.way = model, rows, labels, megabytes, way
+    Args:
+        labels: token ids or `IGNORED`; shape (batch, length), which positions count flattened.
+        shifted: position t is scored against label t + 1, as in causal LMs; otherwise against label t.
+    """
+    if shifted:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    flat = labels.reshape(-1)
+    positions = (flat != IGNORED).nonzero().squeeze(-1)
+    return positions, flat[positions]
+
+
+class _Call:
+    """Replaces head and loss function during one forward pass. Labelled rows are a batch of one."""
+
+    def __init__(self, model: PreTrainedModel, labels: Tensor, megabytes: int, way: Way) -> None:
+        self.model, self.labels, self.megabytes, self.way = model, labels, megabytes, way
         self.head: nn.Module = model.get_output_embeddings()
         self.head_forward = self.head.forward
         self.linear = type(self.head) is nn.Linear and "forward" not in vars(self.head)
         self.loss_function = model.loss_function
+        shifted = way != "labels" and self.loss_function is ForCausalLMLoss
+        self.positions, targets = labelled_positions(labels, shifted)
+        self.targets = targets.unsqueeze(0)
         self.head_calls = self.loss_calls = 0
         self.stand_in: Tensor | None = None  # for the logits, between head and loss: the labelled hidden states
 
@@ -72,16 +89,18 @@ class _Call:
         self.head_calls += 1
         if self.head_calls > 1:
             raise NotHereError("its forward calls the head more than once")
-        if hidden.shape[:-1] != self.rows.shape:
-            raise NotHereError(f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.rows.shape)}")
-        labelled = self.rows.gather(hidden)
+        if hidden.shape[:-1] != self.labels.shape:
+            raise NotHereError(
+                f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.labels.shape)}"
+            )
+        labelled = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device)).unsqueeze(0)
         if self.way != "chunks" or _in_float16(hidden):
             return cast("Tensor", self.head_forward(labelled))
         self.stand_in = labelled
         return labelled
 
     def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        compact = self._compact_labels(logits, labels, kwargs)
+        compact = self._compact_labels(logits, labels)
         if self.loss_function is ForCausalLMLoss:
             kwargs["shift_labels"] = compact
         return self.loss_function(logits, compact, vocab_size, *args, **kwargs)
@@ -92,7 +111,7 @@ class _Call:
     ) -> Tensor:  # fmt: skip
         if self.stand_in is None:
             return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
-        compact = self._compact_labels(logits, labels, kwargs)
+        compact = self._compact_labels(logits, labels)
         if logits is not self.stand_in:
             raise NotHereError("its forward changes the logits between head and loss")
         return chunked_cross_entropy(
@@ -109,14 +128,11 @@ class _Call:
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotHereError("its loss function is not one of transformers' for language models")
 
-    def _compact_labels(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The labels of the labelled rows, as a batch of one: shape (1, rows)."""
+    def _compact_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         self.loss_calls += 1
-        if not self.head_calls or logits.shape[:-1] != (1, len(self.rows.index)) or labels is not self.labels:
+        if logits.shape[:-1] != self.targets.shape or labels is not self.labels:
             raise NotHereError("its forward changes logits or labels between head and loss")
-        if kwargs.get("shift_labels") is not None or kwargs.get("ignore_index", IGNORED) != IGNORED:
-            raise NotHereError("its loss is called with shift_labels or ignore_index")
-        return self.rows.labels.unsqueeze(0).to(logits.device)
+        return self.targets.to(logits.device)
 
 
 def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:

@@ -22,15 +22,16 @@ class LabelledForward:
     Attributes:
         model: the model whose forward it is.
         megabytes: limit on the logits of a chunk of rows.
-        automatic: whether the callback installed it, and so removes it.
+        automatic: whether the callback asked for it, and so removes it.
         replaced: the model's earlier instance attribute `forward`, if any.
         active: False once it was removed, perhaps while something still wraps it.
         way: how the labelled rows reach the loss; None: the stock forward runs.
         takes_rows: whether the model takes a batch as one row without padding; None: not tried yet.
     """
 
-    def __init__(self, model: PreTrainedModel, megabytes: int, automatic: bool = False) -> None:
-        self.model, self.megabytes, self.automatic = model, megabytes, automatic
+    def __init__(self, model: PreTrainedModel, megabytes: int) -> None:
+        self.model, self.megabytes = model, megabytes
+        self.automatic = False
         self.replaced = model.__dict__.get("forward")
         self.active = True
         self.way: Way | None = None

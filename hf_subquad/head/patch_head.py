@@ -35,7 +35,21 @@ def patch_head(model: ModelT, megabytes: int = 64) -> ModelT:
         ConfigError: `megabytes` is out of range.
         In each case the model is unchanged.
     """
-    install(model, megabytes)
+    if type(megabytes) is not int or megabytes < 1:
+        raise ConfigError(f"megabytes must be an integer of at least 1, got {megabytes!r}")
+    if labelled_forward(model) is not None:
+        raise AlreadyPatchedError("the head is patched already: call unpatch_head(model) first to patch it again")
+    root = language_model(model)
+    if root is None:
+        raise UnsupportedModuleError(f"{type(model).__name__} contains no transformers model")
+    forward = LabelledForward(root, megabytes)
+    try:
+        forward.find_way()
+    except NotHereError as reason:
+        raise UnsupportedModuleError(
+            f"the head of {type(root).__name__} cannot be limited to labelled positions: {reason}"
+        ) from reason
+    root.forward = forward
     return model
 
 
@@ -48,39 +62,14 @@ def unpatch_head(model: ModelT) -> ModelT:
     forward = labelled_forward(model)
     if forward is None:
         raise NotPatchedError(f"the head of {type(model).__name__} is not patched: call patch_head(model) first")
-    remove(forward)
-    return model
-
-
-def install(model: nn.Module, megabytes: int, automatic: bool = False) -> LabelledForward:
-    """Implementation of `patch_head`, which the callback uses too."""
-    if type(megabytes) is not int or megabytes < 1:
-        raise ConfigError(f"megabytes must be an integer of at least 1, got {megabytes!r}")
-    if labelled_forward(model) is not None:
-        raise AlreadyPatchedError("the head is patched already: call unpatch_head(model) first to patch it again")
-    root = language_model(model)
-    if root is None:
-        raise UnsupportedModuleError(f"{type(model).__name__} contains no transformers model")
-    forward = LabelledForward(root, megabytes, automatic)
-    try:
-        forward.find_way()
-    except NotHereError as reason:
-        raise UnsupportedModuleError(
-            f"the head of {type(root).__name__} cannot be limited to labelled positions: {reason}"
-        ) from reason
-    root.forward = forward
-    return forward
-
-
-def remove(forward: LabelledForward) -> None:
     forward.active = False  # if something wraps it by now, it hands calls through
-    attributes = forward.model.__dict__
-    if attributes.get("forward") is not forward:
-        return
-    if forward.replaced is None:
-        del attributes["forward"]
-    else:
-        attributes["forward"] = forward.replaced
+    attributes, before = forward.model.__dict__, forward.replaced
+    if attributes.get("forward") is forward:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before
+    return model
 
 
 def labelled_forward(model: nn.Module) -> LabelledForward | None:

@@ -69,8 +69,6 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
     outputs that are not finite, are left out. All ranks get the same result."""
     found: dict[TokenClass, Audit] = {}
     for token_class in get_args(TokenClass):
-        if not mlp.budget.neurons(token_class):  # of no neurons there is nothing to choose, of all nothing is skipped
-            continue
         kept = mlp.audited.get(token_class)
         agreed = _agreed(audit(mlp, token_class, *kept) if kept else None, mlp)
         if agreed and math.isfinite(agreed.error):
@@ -80,54 +78,38 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
 
 def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Audit) -> BudgetChange | None:
     """Change an MLP's budget if the measured error is far from the planned one. Every rank decides the same."""
-    if not mlp.budget.neurons(token_class):
+    before = mlp.budget.neurons(token_class)
+    if not before:  # of no neurons there is nothing to choose, of all nothing is skipped
         return None
-    error = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
-    if seen.error > _PAST * error:
-        return _give_more(mlp, token_class, error, seen.error)
-    if seen.error < _COMFORTABLE * error:
-        return _give_back(mlp, token_class, error, seen.error)
-    return None
+    aim = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
+    if seen.error > _PAST * aim:
+        after, remedy = _brought_back(mlp, token_class, before, aim)
+        reason = f"error {seen.error:.3f} is above the planned {aim:.3f}; {remedy}"
+    elif seen.error < _COMFORTABLE * aim:
+        after = max((k for k in neuron_counts(mlp.index.neurons) if k < before), default=before)  # one step at a time
+        if after == before or not (error := _error(mlp, token_class, after)) <= aim:
+            return None
+        reason = f"error {seen.error:.3f} is well within the planned {aim:.3f}; {after} neurons bring {error:.3f}"
+    else:
+        return None
+    shared = mlp.budget.predicted == mlp.budget.context  # then classes share their tiles, and continue to
+    classes = get_args(TokenClass) if shared else (token_class,)
+    mlp.set_budget(replace(mlp.budget, **dict.fromkeys(classes, after)))
+    return BudgetChange(mlp.name, before, after, reason, token_class)
 
 
-def _give_more(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
-    before = _neurons(mlp, token_class)
-    past = f"error {found:.3f} is above the planned {planned:.3f}"
+def _brought_back(mlp: SparseMLP, token_class: TokenClass, before: int, aim: float) -> tuple[int, str]:
+    """The least number of neurons whose error is about that aimed at, and what it took. A sketch that folds have made
+    approximate is rebuilt first."""
     if mlp.index.sketch_is_approximate:
         mlp.index.build()
         error = _error(mlp, token_class, before)
-        if error <= _PAST * planned:
-            reason = f"{past}; the sketch rebuilt after folds brings {error:.3f}"
-            return BudgetChange(mlp.name, before, before, reason, token_class)
+        if error <= _PAST * aim:
+            return before, f"the sketch rebuilt after folds brings {error:.3f}"
     for k in neuron_counts(mlp.index.neurons):
-        if before < k and (error := _error(mlp, token_class, k)) <= planned:
-            _set_neurons(mlp, token_class, k)
-            return BudgetChange(mlp.name, before, k, f"{past}; {k} neurons bring {error:.3f}", token_class)
-    _set_neurons(mlp, token_class, None)
-    return BudgetChange(mlp.name, before, mlp.index.neurons, f"{past}; only all neurons bring it back", token_class)
-
-
-def _give_back(mlp: SparseMLP, token_class: TokenClass, planned: float, found: float) -> BudgetChange | None:
-    """One step down at a time."""
-    before = _neurons(mlp, token_class)
-    less = max((k for k in neuron_counts(mlp.index.neurons) if k < before), default=None)
-    if less is None or not (error := _error(mlp, token_class, less)) <= planned:
-        return None
-    _set_neurons(mlp, token_class, less)
-    reason = f"error {found:.3f} is well within the planned {planned:.3f}; {less} neurons bring {error:.3f}"
-    return BudgetChange(mlp.name, before, less, reason, token_class)
-
-
-def _neurons(mlp: SparseMLP, token_class: TokenClass) -> int:
-    k = mlp.budget.neurons(token_class)
-    return mlp.index.neurons if k is None else k
-
-
-def _set_neurons(mlp: SparseMLP, token_class: TokenClass, k: int | None) -> None:
-    """Set the number of neurons; classes that share their tiles continue to share them."""
-    shared = mlp.budget.predicted == mlp.budget.context
-    names = get_args(TokenClass) if shared else (token_class,)
-    mlp.set_budget(replace(mlp.budget, **dict.fromkeys(names, k)))
+        if before < k and (error := _error(mlp, token_class, k)) <= aim:
+            return k, f"{k} neurons bring {error:.3f}"
+    return mlp.index.neurons, "only all neurons bring it back"
 
 
 def _error(mlp: SparseMLP, token_class: TokenClass, k: int) -> float:

@@ -3,15 +3,13 @@
 import os
 from pathlib import Path
 
-import torch
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import logging
 
 from ..errors import SidecarError
-from ..layers.patched_mlps import require_patched, runtime_of
+from ..layers.patched_mlps import runtime_of
 from .sidecar import SIDECAR_NAME, is_whole, load_sidecar
-from .sync import restart_moments
 
 logger = logging.get_logger(__name__)
 
@@ -22,17 +20,11 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     For use in `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after
     a crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
     """
-    by_step = {
-        int(step): folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
-    }
-    return next((str(by_step[step]) for step in sorted(by_step, reverse=True) if is_whole(by_step[step])), None)
+    newest_first = reversed(sort_checkpoints(os.fspath(output_dir)))
+    return next((folder for folder in newest_first if is_whole(folder)), None)
 
 
-def resume(
-    model: nn.Module, folder: Path, step: int, optimizer: torch.optim.Optimizer | None, with_callback: bool
-) -> None:
+def resume(model: nn.Module, folder: Path, step: int, with_callback: bool) -> None:
     """Continue with the factors of the checkpoint that the Trainer has just loaded.
 
     Args:
@@ -57,5 +49,3 @@ def resume(
             raise SidecarError(f"{made}, which with PEFT adapters is the only copy of the updates") from None
         logger.warning(f"{made}. Continuing from its weights with fresh low-rank updates.")
         runtime_of(model).synced_step = step
-        if optimizer is not None:
-            restart_moments(require_patched(model), optimizer)

@@ -1,10 +1,8 @@
 """The sidecar: what resuming needs beyond a plain checkpoint, such as U and V, in one safetensors file beside it."""
 
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +17,10 @@ from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts, settle_shards
-from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
 from ..weights.projection import NeuronProjection
+from .sync import named_projections
 
 SIDECAR_NAME = "subquad_state.safetensors"
 _FORMAT = 2
@@ -43,14 +41,14 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     """
     runtime, mlps = patched_parts(model)
     settle_shards(runtime, mlps)
-    in_4bit = any(projection.quantization is not None for projection in _projections(mlps).values())
+    in_4bit = any(projection.quantization is not None for _, projection in named_projections(mlps))
     merged = not hasattr(model, "peft_config") and not in_4bit
     path = Path(folder) / SIDECAR_NAME
     tensors: dict[str, Tensor] = {}
     restarts: dict[str, int] = {}
     for mlp in mlps:
         with mlp.index.gathered():
-            for name, projection in _named(mlp):
+            for name, projection in named_projections([mlp]):
                 update = projection.update
                 tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
                 tensors[f"{name}.sample"] = projection.sample(live=merged)
@@ -96,24 +94,31 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
     path = Path(folder) / SIDECAR_NAME
     about, tensors = _read(path)
     runtime, mlps = patched_parts(model)
-    projections = _projections(mlps)
+    projections = dict(named_projections(mlps))
     if set(about["restarts"]) != set(projections):
         raise SidecarError(
             f"{path} holds updates for {sorted(about['restarts'])[:4]}..., the model is patched at "
             f"{sorted(projections)[:4]}...: patch the same layers as in the run that wrote it"
         )
-    _check_whole(path, mlps, tensors)
+    for setting in ("rank", "alpha"):
+        written = about["config"][setting]
+        if written != getattr(runtime.config, setting):
+            raise SidecarError(f"{path} was written with {setting}={written}: use the {setting} of that run")
+    spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
+    if spoiled:
+        raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
     settle_shards(runtime, mlps)
     for mlp in mlps:
         with mlp.index.gathered():
-            for name, projection in _named(mlp):
-                _check_fits(path, name, projection, about, tensors)
+            for name, projection in named_projections([mlp]):
+                if not _fits(name, projection, tensors, about["merged"]):
+                    raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
     plan = _plan(path, model, about)
     for mlp in mlps:
         device = mlp.output.weight.device
         summary = tensors.get(f"{mlp.name}.summary")
         with torch.no_grad(), mlp.index.gathered():
-            for name, projection in _named(mlp):
+            for name, projection in named_projections([mlp]):
                 update, whole = projection.update, projection.merged_rows()
                 update.U.copy_(tensors[f"{name}.U"])
                 update.V.copy_(tensors[f"{name}.V"])
@@ -125,11 +130,12 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                     projection.set_rows(tensors[f"{name}.rows"].to(device))
             mlp.index.adopt(None if summary is None else summary.to(device))
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
-        mlp.corrections = {
-            name: Compensation(*(tensors[path] for path in paths)).to(device)
-            for name, paths in _correction_names(mlp).items()
-            if paths[0] in tensors
-        }
+        mlp.corrections = {}
+        for token_class in get_args(TokenClass):
+            prefix = f"{mlp.name}.correction.{token_class}."
+            parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+            if parts:
+                mlp.corrections[token_class] = Compensation(**parts).to(device)
     if plan is not None:
         apply_plan(model, plan)
     runtime.synced_step = about["step"]
@@ -157,23 +163,6 @@ def _other_files(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
 
 
-def _projections(mlps: Sequence[SparseMLP]) -> dict[str, NeuronProjection]:
-    """Patched projections by their name in the bare model."""
-    return {name: projection for mlp in mlps for name, projection in _named(mlp)}
-
-
-def _named(mlp: SparseMLP) -> Iterator[tuple[str, NeuronProjection]]:
-    return ((f"{mlp.name}.{path}", p) for path, p in zip(mlp.sources, mlp.projections, strict=True))
-
-
-def _correction_names(mlp: SparseMLP) -> dict[TokenClass, list[str]]:
-    """Names of the tensors of each class's correction."""
-    return {
-        name: [f"{mlp.name}.correction.{name}.{part.name}" for part in dataclasses.fields(Compensation)]
-        for name in get_args(TokenClass)
-    }
-
-
 def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     if not about.get("plan"):
         return None
@@ -185,40 +174,16 @@ def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
     return plan
 
 
-def _check_whole(path: Path, mlps: Sequence[SparseMLP], tensors: dict[str, Tensor]) -> None:
-    projections, found = _projections(mlps), set(tensors)
-    wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
-    for mlp in mlps:
-        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
-        for paths in map(set, _correction_names(mlp).values()):
-            wanted |= paths if paths & found else set()
-    odd = (wanted ^ found) - {f"{name}.rows" for name in projections}
-    if odd:
-        raise SidecarError(f"{path} is not what this version writes; it differs in {sorted(odd)[:4]}: {_REMEDY}")
-    spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
-    if spoiled:
-        raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
-
-
-def _check_fits(
-    path: Path, name: str, projection: NeuronProjection, about: dict[str, Any], tensors: dict[str, Tensor]
-) -> None:
-    for factor, there in projection.update.named_parameters():
-        if tensors[f"{name}.{factor}"].shape != there.shape:
-            raise SidecarError(
-                f"{path}: {factor} of {name} is {tuple(tensors[f'{name}.{factor}'].shape)}, the model's is "
-                f"{tuple(there.shape)}: use the rank of the run that wrote it ({about['config']['rank']})"
-            )
-    written = about["config"]["alpha"] / about["config"]["rank"]
-    if written != projection.update.scale:
-        raise SidecarError(f"{path} was written with alpha={about['config']['alpha']}: use the alpha of that run")
+def _fits(name: str, projection: NeuronProjection, tensors: dict[str, Tensor], merged: bool) -> bool:
+    """Whether what a sidecar holds under a name is of this projection."""
+    factors = projection.update.named_parameters()
+    if any(tensors[f"{name}.{factor}"].shape != there.shape for factor, there in factors):
+        return False
     if f"{name}.rows" in tensors:
-        return
-    expected = tensors[f"{name}.sample"]
-    found = projection.sample(live=about["merged"]).cpu()
+        return True
+    expected, found = tensors[f"{name}.sample"], projection.sample(live=merged).cpu()
     tolerance = 4 * torch.finfo(projection.dtype).eps
-    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3):
-        raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance * 1e-3)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -74,7 +74,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     does. A second call for the same step repeats nothing. With several processes, all ranks must call it.
 
     Args:
-        optimizer: its moments for the factors are reset after a fold.
+        optimizer: its moments for factors are reset after a fold, and after other weights were loaded.
 
     Raises:
         NotPatchedError: the model is not patched.
@@ -97,12 +97,6 @@ def sync_parts(
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
-        if runtime.sharded:  # FSDP has moved the weights to its device
-            device = mlp.output.weight.device
-            if any(made.bias.device != device for made in mlp.corrections.values()):
-                mlp.corrections = {name: made.to(device) for name, made in mlp.corrections.items()}
-    if optimizer is not None:
-        restart_moments(mlps, optimizer, only_stale=True)
     runtime.dense_step = _due_share(step + 1, config.dense_share)
     already = step == runtime.synced_step  # training resumed from there, or a second call: what was due is done
     folded = _due(step, config.fold_steps) and not already
@@ -113,8 +107,10 @@ def sync_parts(
         runtime.folded = True
         for mlp in mlps:
             mlp.index.fold()
-        if optimizer is not None:
-            restart_moments(mlps, optimizer)
+            for projection in mlp.projections:
+                projection.moments_are_stale = True
+    if optimizer is not None:
+        _restart_stale_moments(mlps, optimizer)
     recall, error = (runtime.last_report.recall, runtime.last_report.error) if runtime.last_report else (None, None)
     changes: list[BudgetChange] = []
     if _due(step, config.refresh_steps) and not already:
@@ -161,13 +157,18 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
                 "turn off use_liger_kernel, or its kernels for MLPs, or patch after what rebinds it"
             )
     runtime.surroundings.find_adapter()
-    _check_trainable(model, mlps)
+    kept_frozen = all(projection.kept_frozen for _, projection in named_projections(mlps))
+    if _frozen_with_the_rest(model, mlps) and not kept_frozen:
+        raise InactivePatchError(
+            f"the low-rank updates of {mlps[0].name} and all others are frozen (get_peft_model freezes all but its "
+            "own): call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
+            "SubquadCallback, which makes them trainable again"
+        )
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         left_out = [
-            f"{mlp.name}.{path}.update"
-            for mlp in mlps
-            for path, projection in zip(mlp.sources, mlp.projections, strict=True)
+            f"{name}.update"
+            for name, projection in named_projections(mlps)
             if any(id(p) not in held for p in projection.update.parameters() if p.requires_grad)
         ]
         if left_out:
@@ -207,30 +208,30 @@ def raise_idle(steps: int) -> NoReturn:
 def train_updates(model: nn.Module) -> None:
     """Make the low-rank updates trainable again if PEFT froze everything but its adapters, or if the user froze the
     whole model. Otherwise, or if some updates are trainable, frozen updates stay frozen."""
-    projections = [projection for mlp in require_patched(model) for projection in mlp.projections]
-    if any(factor.requires_grad for projection in projections for factor in projection.update.parameters()):
-        return
-    if hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters()):
-        for projection in projections:
+    mlps = require_patched(model)
+    if _frozen_with_the_rest(model, mlps):
+        for _, projection in named_projections(mlps):
             projection.update.requires_grad_(not projection.kept_frozen)
 
 
 def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
     """Names of the MLPs with a frozen update."""
-    return [mlp.name for mlp in mlps if not all(factor.requires_grad for factor in _factors(mlp))]
+    return [mlp.name for mlp in mlps if not all(factor.requires_grad for factor in _factors([mlp]))]
 
 
-def restart_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer, only_stale: bool = False) -> None:
-    """Reset the optimizer's state for the low-rank updates, step counts included.
-
-    Args:
-        only_stale: only for updates that restarted because other weights were loaded.
-    """
+def named_projections(mlps: Sequence[SparseMLP]) -> Iterator[tuple[str, NeuronProjection]]:
+    """The patched projections of MLPs, with their names in the bare model."""
     for mlp in mlps:
-        for projection in mlp.projections:
-            if projection.moments_are_stale or not only_stale:
-                for factor in projection.update.parameters():
-                    optimizer.state.pop(factor, None)
+        for path, projection in zip(mlp.sources, mlp.projections, strict=True):
+            yield f"{mlp.name}.{path}", projection
+
+
+def _restart_stale_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
+    """Reset the optimizer's state, step counts included, for updates that a fold or other weights have restarted."""
+    for _, projection in named_projections(mlps):
+        if projection.moments_are_stale:
+            for factor in projection.update.parameters():
+                optimizer.state.pop(factor, None)
             projection.moments_are_stale = False
 
 
@@ -251,17 +252,10 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
     return audits, changes
 
 
-def _check_trainable(model: nn.Module, mlps: list[SparseMLP]) -> None:
-    """Check that some update is trainable, unless all were frozen on purpose."""
-    frozen = not any(factor.requires_grad for mlp in mlps for factor in _factors(mlp))
-    wanted = all(projection.kept_frozen for mlp in mlps for projection in mlp.projections)
-    by_peft = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
-    if frozen and by_peft and not wanted:
-        raise InactivePatchError(
-            f"the low-rank updates of {mlps[0].name} and all others are frozen (get_peft_model freezes all but its "
-            "own): call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
-            "SubquadCallback, which makes them trainable again"
-        )
+def _frozen_with_the_rest(model: nn.Module, mlps: list[SparseMLP]) -> bool:
+    """Whether all updates are frozen, and PEFT froze everything but its adapters, or the whole model is frozen."""
+    by_others = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
+    return by_others and not any(factor.requires_grad for factor in _factors(mlps))
 
 
 def _check_base(name: str, projection: NeuronProjection) -> None:
@@ -278,18 +272,17 @@ def _check_base(name: str, projection: NeuronProjection) -> None:
 
 
 def _check_finite(mlps: list[SparseMLP], step: int) -> None:
-    for mlp in mlps:
-        for path, projection in zip(mlp.sources, mlp.projections, strict=True):
-            if not torch.isfinite(projection.update.norm_squared()):
-                raise WeightsError(
-                    f"the low-rank update of {mlp.name}.{path} holds NaN or infinite values at step {step}, so it is "
-                    "not folded into the base weights: training has diverged. Continue from an earlier checkpoint, "
-                    "with a lower learning rate or with gradient clipping"
-                )
+    for name, projection in named_projections(mlps):
+        if not torch.isfinite(projection.update.norm_squared()):
+            raise WeightsError(
+                f"the low-rank update of {name} holds NaN or infinite values at step {step}, so it is not folded into "
+                "the base weights: training has diverged. Continue from an earlier checkpoint, with a lower learning "
+                "rate or with gradient clipping"
+            )
 
 
-def _factors(mlp: SparseMLP) -> list[nn.Parameter]:
-    return [factor for projection in mlp.projections for factor in projection.update.parameters()]
+def _factors(mlps: Sequence[SparseMLP]) -> list[nn.Parameter]:
+    return [factor for _, projection in named_projections(mlps) for factor in projection.update.parameters()]
 
 
 def _due(step: int, every: int) -> bool:

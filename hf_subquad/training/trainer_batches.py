@@ -25,10 +25,7 @@ def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device)
     Raises:
         CalibrationError: reading from the dataset would consume it, or a batch is not a dict of keyword arguments.
     """
-    if isinstance(dataloader, Sequence):
-        batches = [dataloader[i] for i in _spread(len(dataloader), count)]
-    else:
-        batches = _collated(dataloader, rows, count)
+    batches = _items(dataloader, count) if isinstance(dataloader, Sequence) else _collated(dataloader, rows, count)
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise CalibrationError(f"a batch is a {type(batch).__name__}, not a dict of the model's arguments")
@@ -50,13 +47,11 @@ def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
     dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
         dataset = cast("Any", dataset).dataset  # one process's share of it
-    collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
-    if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
-        # each item is a batch
-        items = _items(dataset, count)
-        return [collate(item) for item in items] if collate else items
-    if collate is None:
+    if not hasattr(dataloader, "collate_fn"):
         raise CalibrationError(f"the dataloader is a {type(dataloader).__name__} without collate_fn")
+    collate = _copied(dataloader.collate_fn)
+    if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
+        return [collate(item) for item in _items(dataset, count)]  # each item is a batch
     if hasattr(dataset, "__len__"):
         count = max(1, min(count, len(dataset) // rows))
     chosen = _items(dataset, rows * count)
@@ -65,17 +60,13 @@ def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
 
 
 def _items(dataset: Any, count: int) -> list[Any]:
-    """So many items of a dataset, or all of a shorter one."""
+    """So many items spread over a dataset, or all of a shorter one."""
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         if not hasattr(dataset, "take"):  # as those of Hugging Face have
             raise CalibrationError("the dataset can only be iterated, and may not be restartable")
         return list(islice(dataset.take(count), count))
-    return [dataset[i] for i in _spread(len(dataset), count)]
-
-
-def _spread(length: int, count: int) -> list[int]:
-    count = min(count, length)
-    return [i * length // count for i in range(count)]
+    count = min(count, len(dataset))
+    return [dataset[i * len(dataset) // count] for i in range(count)]
 
 
 def _copied(collate: Any) -> Any:

@@ -6,7 +6,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..errors import UnsupportedModuleError
-from ..head.patch_head import install, labelled_forward, remove
+from ..head.patch_head import labelled_forward, patch_head, unpatch_head
 from ..layers.peft_and_checkpointing import language_model
 
 logger = logging.get_logger(__name__)
@@ -20,28 +20,30 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
     root = language_model(model)
     if not megabytes or labelled_forward(model) is not None or root is None or root.get_output_embeddings() is None:
         return
-    reason = reader_of_logits(trainer)
-    if reason is None:
-        try:
-            way = install(model, megabytes, automatic=True).way
-        except UnsupportedModuleError as error:
-            reason = str(error)
-        else:
-            at_a_time = f"in chunks of {megabytes} MB" if way == "chunks" else "all of them at once"
-            _say(
-                trainer,
-                f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
-                "same (head_megabytes=0 switches this off)",
-            )
-            return
-    _say(trainer, f"logits are computed at all positions: {reason}")
+    try:
+        if reason := reader_of_logits(trainer):
+            raise UnsupportedModuleError(reason)
+        patch_head(model, megabytes)
+    except UnsupportedModuleError as error:
+        text = f"logits are computed at all positions: {error}"
+    else:
+        forward = labelled_forward(model)
+        assert forward is not None
+        forward.automatic = True
+        at_a_time = f"in chunks of {megabytes} MB" if forward.way == "chunks" else "all of them at once"
+        text = (
+            f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
+            "same (head_megabytes=0 switches this off)"
+        )
+    if trainer is None or trainer.is_world_process_zero():
+        logger.warning(text)
 
 
 def stop_labelled_head(model: nn.Module) -> None:
     """Undo `start_labelled_head`; a head that the user patched stays patched."""
     forward = labelled_forward(model)
     if forward is not None and forward.automatic:
-        remove(forward)
+        unpatch_head(model)
 
 
 def reader_of_logits(trainer: Trainer | None) -> str | None:
@@ -62,11 +64,4 @@ def reader_of_logits(trainer: Trainer | None) -> str | None:
         return "the model is compiled"
     if trainer.is_fsdp_enabled:
         return "FSDP may hold a shard of the head's weight outside of the head's own forward"
-    if args.n_gpu > 1:
-        return "torch.nn.DataParallel copies the model"
     return None
-
-
-def _say(trainer: Trainer | None, text: str) -> None:
-    if trainer is None or trainer.is_world_process_zero():
-        logger.warning(text)

@@ -1,18 +1,15 @@
 """Plans budgets and fits indices and corrections on the Trainer's own data, with the same result on every rank."""
 
-import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import nn
 from transformers import TrainingArguments
 
 from ..errors import CalibrationError
 from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
-from ..layers.budget import Budget, TokenClass
-from ..layers.compensation import Compensation
+from ..layers.budget import Budget
 from ..layers.patched_mlps import patched_parts
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
@@ -25,25 +22,6 @@ from .trainer_batches import sample_batches
 _BATCHES = 3
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What was fitted for one MLP, on the CPU: the summary of its tokens for the index, and its corrections."""
-
-    summary: Tensor | None
-    corrections: dict[TokenClass, Compensation]
-
-    @classmethod
-    def of(cls, mlp: SparseMLP) -> "Fitted":
-        device, summary = torch.device("cpu"), mlp.index.summary
-        corrections = {name: correction.to(device) for name, correction in mlp.corrections.items()}
-        return cls(None if summary is None else summary.to(device), corrections)
-
-    def give_to(self, mlp: SparseMLP) -> None:
-        device = mlp.output.weight.device
-        mlp.index.adopt(None if self.summary is None else self.summary.to(device))
-        mlp.corrections = {name: correction.to(device) for name, correction in self.corrections.items()}
 
 
 def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
@@ -62,7 +40,16 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
         shared = [_planned_and_fitted(model, mlps, dataloader, rows, args.device, plans)]
     broadcast_object_list(shared)
     if isinstance(shared[0], str):
-        _go_without(mlps, shared[0], plans)
+        consequence = "MLPs keep the budgets that they were given, and are less accurate than with a fitted index"
+        if plans:
+            consequence = "MLPs run dense"
+            for mlp in mlps:
+                mlp.set_budget(Budget())
+        logger.warning_once(
+            f"planning or fitting on the training data failed ({shared[0]}). {consequence}. To do it by hand before "
+            "creating the Trainer, with two or three batches of keyword arguments for the model: "
+            "apply_plan(model, calibrate(model, batches)); compensate(model, batches)"
+        )
         return
     plan, fitted, runtime.skips_padding, by_sequence = shared[0]
     if plan is not None:
@@ -70,16 +57,16 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
     if args.process_index:
         if by_sequence:
             attend_by_sequences(model)
-        for mlp, one in zip(mlps, fitted, strict=True):
-            one.give_to(mlp)
+        for mlp, (summary, corrections) in zip(mlps, send_to_device(fitted, mlps[0].output.weight.device), strict=True):
+            mlp.index.adopt(summary)
+            mlp.corrections = corrections
 
 
 def _planned_and_fitted(
     model: nn.Module, mlps: list[SparseMLP], dataloader: Any, rows: int, device: torch.device, plans: bool
-) -> tuple[Plan | None, list[Fitted], bool | None, bool] | str:
-    """A plan, if one is wanted, what was fitted for each MLP, whether padding is skipped, and whether attention skips
-    it, too; or the reason why that failed."""
-    started = time.perf_counter()
+) -> tuple[Plan | None, list[Any], bool | None, bool] | str:
+    """A plan, if one is wanted; what was fitted for each MLP, on the CPU: the summary of its tokens for the index, and
+    its corrections; whether padding is skipped, and whether attention skips it, too. Or the reason why that failed."""
     here = mlps[0].output.weight.device
     try:
         if here.type != device.type:  # FSDP moves the model later
@@ -94,25 +81,5 @@ def _planned_and_fitted(
             compensate(model, batches)
     except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
         return f"{type(error).__name__}: {error}"
-    logger.info(f"{'planning' if plans else 'fitting'} took {time.perf_counter() - started:.1f} s")
-    return plan, [Fitted.of(mlp) for mlp in mlps], mlps[0].runtime.skips_padding, attends_by_sequences(model)
-
-
-def _go_without(mlps: list[SparseMLP], reason: str, plans: bool) -> None:
-    """Run dense if a plan was wanted, and warn."""
-    for mlp in mlps:
-        mlp.forget_call()
-        mlp.corrections = {}
-        if plans:
-            mlp.runtime.plan = None
-            mlp.set_budget(Budget())
-    consequence = (
-        "MLPs run dense"
-        if plans
-        else "MLPs keep the budgets that they were given, and are less accurate than with a fitted index"
-    )
-    logger.warning_once(
-        f"planning or fitting on the training data failed ({reason}). {consequence}. To do it by hand before creating "
-        "the Trainer, with two or three batches of keyword arguments for the model: "
-        "apply_plan(model, calibrate(model, batches)); compensate(model, batches)"
-    )
+    fitted = send_to_device([(mlp.index.summary, mlp.corrections) for mlp in mlps], torch.device("cpu"))
+    return plan, fitted, mlps[0].runtime.skips_padding, attends_by_sequences(model)

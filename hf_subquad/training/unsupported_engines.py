@@ -35,11 +35,11 @@ def check_engine(args: TrainingArguments) -> None:
     engine = AcceleratorState._shared_state.get("distributed_type")  # to construct one would set it anew
     if engine == DistributedType.FSDP or args.fsdp:
         _check_fsdp(args)
-    splitting = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM}
-    splitting &= {engine, DistributedType.DEEPSPEED if args.deepspeed else None}
-    if splitting:
+    if args.deepspeed:
+        engine = DistributedType.DEEPSPEED
+    if engine in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ParallelismError(
-            f"{splitting.pop().value} splits weights or optimizer states over processes, but choosing neurons and "
+            f"{engine.value} splits weights or optimizer states over processes, but choosing neurons and "
             "folding need whole weights: train with FSDP version 2, or with plain data parallelism (DDP), as with "
             "accelerate launch --multi_gpu"
         )
