@@ -23,7 +23,7 @@ import yaml
 from comparison.apart import WorkerError, run_apart
 from comparison.measure import expected_memory, full_run, turn
 from comparison.memory import available_bytes, memory_bytes
-from comparison.report import summarise, table, write_csv, write_plot
+from comparison.report import summarise, table, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
 from reporting import plots_available, write_json
@@ -162,7 +162,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     run.add_argument("--scheduler", default=defaults.scheduler, help="the Trainer's lr_scheduler_type")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
+    run.add_argument("--json", type=Path, metavar="FILE", help="report; .png of the same name beside")
     run.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
 
     ours = parser.add_argument_group("subquad")
@@ -233,7 +233,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(report))
     if options.json:
         write_json(report, options.json)
-        write_csv(report, options.json.with_suffix(".csv"))
         if plots_available():
             write_plot(report, options.json.with_suffix(".png"), options.model or "random weights and tokens")
         print(f"wrote {options.json} and what is beside it")

@@ -19,7 +19,7 @@ from typing import Any
 
 from compare_vanilla import METHODS, compare
 from comparison.apart import WorkerError
-from comparison.report import table, write_csv, write_plot
+from comparison.report import table, write_plot
 from comparison.settings import RunSettings
 from reporting import plots_available, write_json, write_whole
 
@@ -156,7 +156,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     report = report | {"plain_checkpoint": checked}
     write_json(report, options.output / "comparison.json")
-    write_csv(report, options.output / "comparison.csv")
     if plots_available():
         write_plot(report, options.output / "loss_against_time.png", "demo model, language reference")
     print(table(report))
@@ -167,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     print(NOTE.format(ratio=config["ffn_dim"] / config["hidden_size"]))
-    print(f"JSON, CSV and picture are in {options.output}")
+    print(f"JSON and picture are in {options.output}")
     return 0
 
 
