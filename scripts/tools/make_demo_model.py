@@ -14,6 +14,7 @@ import hashlib
 import math
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,23 +114,18 @@ def to_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch
     return torch.tensor([i for e in encoded for i in [*e.ids, tokenizer.eos_token_id]])
 
 
-class Batches:
-    """Endless batches of blocks: each epoch shifts the block borders and shuffles the blocks."""
-
-    def __init__(self, stream: torch.Tensor, batch_size: int, seed: int) -> None:
-        self.stream, self.batch_size = stream, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.waiting: list[torch.Tensor] = []
-
-    def next(self) -> torch.Tensor:
-        """Token ids [batch_size, BLOCK]."""
-        while len(self.waiting) < self.batch_size:
-            shift = int(torch.randint(BLOCK, (1,), generator=self.generator))
-            count = (len(self.stream) - shift) // BLOCK
-            blocks = self.stream[shift : shift + count * BLOCK].view(count, BLOCK)
-            self.waiting += list(blocks[torch.randperm(count, generator=self.generator)])
-        batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
-        return torch.stack(batch)
+def endless_batches(stream: torch.Tensor, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
+    """Token ids [batch_size, BLOCK]: each epoch shifts the block borders and shuffles the blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[torch.Tensor] = []
+    while True:
+        while len(waiting) < batch_size:
+            shift = int(torch.randint(BLOCK, (1,), generator=generator))
+            count = (len(stream) - shift) // BLOCK
+            blocks = stream[shift : shift + count * BLOCK].view(count, BLOCK)
+            waiting += list(blocks[torch.randperm(count, generator=generator)])
+        yield torch.stack(waiting[:batch_size])
+        del waiting[:batch_size]
 
 
 def train(model: OPTForCausalLM, stream: torch.Tensor, how: Training) -> tuple[int, float]:
@@ -142,7 +138,7 @@ def train(model: OPTForCausalLM, stream: torch.Tensor, how: Training) -> tuple[i
         betas=(0.9, 0.98),
         fused=True,
     )
-    batches = Batches(stream, how.batch_size, how.seed)
+    batches = endless_batches(stream, how.batch_size, how.seed)
     model.train()
     start, step, progress = time.perf_counter(), 0, 0.0
     with tqdm(total=how.steps, unit="step") as bar:
@@ -151,7 +147,7 @@ def train(model: OPTForCausalLM, stream: torch.Tensor, how: Training) -> tuple[i
             rate = how.learning_rate * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = batches.next()
+            ids = next(batches)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
