@@ -169,7 +169,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ours.add_argument("--rest", choices=("lora", "frozen", "full"), default="lora", help="how it trains the rest")
     ours.add_argument("--plan", help="JSON file; by default it plans")
     ours.add_argument("--active", type=_value, help="--set active=..: number or share of neurons")
-    ours.add_argument("--tile-size", type=int, help="--set tile_size=..")
     ours.add_argument("--layers", type=_value, help="--set layers_to_transform=..: all, all_but_first, [1, 2]")
     ours.add_argument(
         "--set", nargs="+", type=_setting, action="extend", default=[], metavar="NAME=VALUE",
@@ -197,11 +196,7 @@ def runs_of(options: argparse.Namespace) -> dict[str, RunSettings]:
     for name in ("prompt_template", "answer_template"):
         if name in data:
             data[name] = data[name].replace("\\n", "\n")
-    named = {
-        "active": options.active,
-        "tile_size": options.tile_size,
-        "layers_to_transform": options.layers,
-    }
+    named = {"active": options.active, "layers_to_transform": options.layers}
     subquad = {name: value for name, value in named.items() if value is not None} | dict(options.settings)
     rates = LEARNING_RATES | dict(options.learning_rate)
     same = {

@@ -95,7 +95,7 @@ def demo_runs(options: argparse.Namespace) -> dict[str, RunSettings]:
             threads=options.threads,
             untimed_steps=1,
             profile_steps=1,
-            rest=options.rest,
+            rest="full",
             subquad=SUBQUAD,
             save_to=str(options.output / "checkpoint") if method == "subquad" else None,
             **files,
@@ -133,9 +133,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument(
-        "--rest", choices=("lora", "frozen", "full"), default="full", help="how subquad trains what it does not patch"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
