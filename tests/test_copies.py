@@ -85,26 +85,6 @@ def test_a_copied_optimizer_state_is_not_needed(tmp_path: Path) -> None:
     assert not torch.equal(before, model.get_parameter("model.decoder.layers.1.fc1.update.U"))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gpt_neox"])
-def test_generate_equals_the_original(family: str) -> None:
-    plain, model = build(family).eval(), patch_model(build(family), CONFIG).eval()
-    settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=2)
-    found, expected = (m.generate(tokens(7), **settings) for m in (model, plain))
-    assert torch.equal(found, expected)
-    assert found.shape[1] > tokens(7).shape[1]
-    fill_updates(model, size=1.0)
-    assert not torch.equal(model.generate(tokens(7), **settings), expected)
-    unpatched = unpatch_model(copy.deepcopy(model))
-    assert torch.equal(model.generate(tokens(7), **settings), unpatched.generate(tokens(7), **settings))
-
-
-def test_generate_sparse_runs_on_single_tokens() -> None:
-    model = ready(sparse_eval=True).eval()
-    found = model.generate(tokens(7)[:1], max_new_tokens=3, do_sample=False, pad_token_id=2)
-    assert sparse_mlps(model)[0].calls >= 3
-    assert found.shape[1] >= tokens(7).shape[1] + 1
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_sparse_forward_without_gradients(family: str, context) -> None:

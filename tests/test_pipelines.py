@@ -38,7 +38,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gpt_neox", "t5"])
 def test_every_way_of_generation_padded_to_the_left(family: str, tmp_path: Path) -> None:
     live, saved = live_and_saved(build(family), tmp_path)
     ids, mask = tokens(9, (3, 7)), torch.ones(3, 7, dtype=torch.long)

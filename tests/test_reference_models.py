@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers.models import build, checkpoint_activations, fill_updates, opt, tokens
-from helpers.training import TRAIN, factors, patched_opt, trainer
+from helpers.training import TRAIN, factors, patched_opt
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -243,9 +243,3 @@ def test_grpo(active: float | None, tokenizer: PreTrainedTokenizerBase, tmp_path
     )  # fmt: skip
     run.train()
     assert any(not torch.equal(before[name], value) for name, value in factors(run.model).items())
-
-
-def test_plain_trainer_is_not_mistaken(tmp_path: Path) -> None:
-    model = patched_opt()
-    trainer(model, tmp_path, max_steps=1).train()
-    assert all(mlp.calls == 1 for mlp in sparse_mlps(model))

@@ -274,13 +274,6 @@ def test_early_stopping_and_restored_callbacks(tmp_path: Path) -> None:
     assert all("subquad/update_norm" in row for row in again.state.log_history if "loss" in row)
 
 
-def test_a_model_made_by_the_trainer(tmp_path: Path) -> None:
-    run = Trainer(model_init=lambda: patched_opt(), args=arguments(tmp_path, max_steps=2), train_dataset=Texts(),
-                  callbacks=[SubquadCallback()])  # fmt: skip
-    run.train()
-    assert all(mlp.calls == 2 for mlp in sparse_mlps(run.model))
-
-
 # Saving
 
 
