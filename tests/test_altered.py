@@ -212,18 +212,6 @@ def test_compiled(in_place: bool) -> None:
         assert torch.equal(compiled(tokens()).logits, dense)
 
 
-@pytest.mark.slow
-def test_compiled_by_the_trainer(tmp_path: Path) -> None:
-    compiled, eager = (
-        trainer(patched_opt(), tmp_path, max_steps=3, **settings)
-        for settings in ({"torch_compile": True, "torch_compile_backend": "eager"}, {})
-    )
-    for run in (compiled, eager):
-        run.train()
-    for name, value in eager.model.state_dict().items():
-        torch.testing.assert_close(compiled.model.state_dict()[name], value)
-
-
 # Replaces classes and functions of transformers and torch, so it runs in a process of its own.
 LIGER = """
 import torch

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import CONFIG, FAMILIES, batch, build, fill_updates, llama, logits, opt, tokens
-from helpers.training import TRAIN, arguments, patched_opt, trainer
+from helpers.training import patched_opt, trainer
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -203,11 +203,6 @@ def test_trainer_checkpoints_are_plain(tmp_path: Path) -> None:
     again = type(model).from_pretrained(tmp_path / "checkpoint-2").eval()
     ids = tokens(53)
     torch.testing.assert_close(again(ids).logits, live_dense(model, ids), rtol=1e-4, atol=1e-5)
-
-
-def test_arguments_are_those_of_a_cpu_run(tmp_path: Path) -> None:
-    assert arguments(tmp_path).device.type == "cpu"
-    assert TRAIN.rank == 3
 
 
 def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,8 @@ def test_a_compiled_run_equals_the_plain_one(tmp_path: Path, backend: str) -> No
         torch._dynamo.reset()
         run.train()
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-6)
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value)
     assert sparse_mlps(runs[1].model)[0].calls == 3
 
 
