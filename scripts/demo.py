@@ -113,14 +113,8 @@ def check_checkpoint(folder: Path, run: RunSettings) -> dict[str, Any]:
     Raises:
         RuntimeError: it does not load; the message has the traceback.
     """
-    options = {
-        "folder": str(folder),
-        "eval_file": run.eval_file,
-        "seq_length": run.seq_length,
-        "rows": run.max_eval_rows,
-        "batch_size": run.batch_size,
-        "threads": run.threads,
-    }
+    same = ("eval_file", "seq_length", "max_eval_rows", "batch_size", "threads")
+    options = {"folder": str(folder), **{name: getattr(run, name) for name in same}}
     done = subprocess.run(
         [sys.executable, str(FOLDER / "check_plain.py"), json.dumps(options)], capture_output=True, text=True
     )
