@@ -5,13 +5,14 @@ not divide into tiles.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_subquad import SubquadConfig
+from hf_subquad import SubquadConfig, patch_model
 
 BATCH, LENGTH, VOCABULARY, WIDTH, NEURONS, LAYERS = 3, 5, 61, 20, 52, 3
 TOKENS = BATCH * LENGTH  # 15 tokens at tile_size 5: 4 tiles of 4 slots, one of them spare
@@ -151,6 +152,15 @@ def fill_updates(model: nn.Module, seed: int = 3, size: float = 0.3) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith((".update.U", ".update.V")):
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(
+    family: str = "opt", dtype: torch.dtype = torch.float32, seed: int = 3, size: float = 0.3, **values: Any
+) -> nn.Module:
+    """A model that is patched by CONFIG with other `values`, its updates as if they had been trained."""
+    model = patch_model(build(family, dtype), replace(CONFIG, **values))
+    fill_updates(model, seed, size)
+    return model
 
 
 def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:
