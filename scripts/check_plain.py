@@ -30,7 +30,7 @@ def main() -> None:
     torch.set_num_threads(options["threads"])
     tokenizer = AutoTokenizer.from_pretrained(options["folder"])
     model = AutoModelForCausalLM.from_pretrained(options["folder"], dtype=torch.float32).eval()
-    rows = blocks(tokenizer, options["eval_file"], options["seq_length"])[: options["rows"]]
+    rows = blocks(tokenizer, options["eval_file"], options["seq_length"])[: options["max_eval_rows"]]
     losses = [float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in rows.split(options["batch_size"])]
     prompt = "The import statement"
     ids = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=24, do_sample=False)

@@ -23,7 +23,7 @@ import yaml
 from comparison.apart import WorkerError, run_apart
 from comparison.measure import expected_memory, full_run, turn
 from comparison.memory import available_bytes, memory_bytes
-from comparison.report import summarise, table, write_csv, write_plot
+from comparison.report import summarise, table, write_plot
 from comparison.settings import RunSettings, Shape
 from environment import provenance
 from reporting import plots_available, write_json
@@ -162,14 +162,13 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     run.add_argument("--scheduler", default=defaults.scheduler, help="the Trainer's lr_scheduler_type")
     run.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    run.add_argument("--json", type=Path, metavar="FILE", help="report; .csv and .png of the same name beside")
+    run.add_argument("--json", type=Path, metavar="FILE", help="report; .png of the same name beside")
     run.add_argument("--save-to", help="folder for subquad's plain checkpoint (with --model)")
 
     ours = parser.add_argument_group("subquad")
     ours.add_argument("--rest", choices=("lora", "frozen", "full"), default="lora", help="how it trains the rest")
     ours.add_argument("--plan", help="JSON file; by default it plans")
     ours.add_argument("--active", type=_value, help="--set active=..: number or share of neurons")
-    ours.add_argument("--tile-size", type=int, help="--set tile_size=..")
     ours.add_argument("--layers", type=_value, help="--set layers_to_transform=..: all, all_but_first, [1, 2]")
     ours.add_argument(
         "--set", nargs="+", type=_setting, action="extend", default=[], metavar="NAME=VALUE",
@@ -197,11 +196,7 @@ def runs_of(options: argparse.Namespace) -> dict[str, RunSettings]:
     for name in ("prompt_template", "answer_template"):
         if name in data:
             data[name] = data[name].replace("\\n", "\n")
-    named = {
-        "active": options.active,
-        "tile_size": options.tile_size,
-        "layers_to_transform": options.layers,
-    }
+    named = {"active": options.active, "layers_to_transform": options.layers}
     subquad = {name: value for name, value in named.items() if value is not None} | dict(options.settings)
     rates = LEARNING_RATES | dict(options.learning_rate)
     same = {
@@ -233,7 +228,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(report))
     if options.json:
         write_json(report, options.json)
-        write_csv(report, options.json.with_suffix(".csv"))
         if plots_available():
             write_plot(report, options.json.with_suffix(".png"), options.model or "random weights and tokens")
         print(f"wrote {options.json} and what is beside it")

@@ -19,7 +19,7 @@ from typing import Any
 
 from compare_vanilla import METHODS, compare
 from comparison.apart import WorkerError
-from comparison.report import table, write_csv, write_plot
+from comparison.report import table, write_plot
 from comparison.settings import RunSettings
 from reporting import plots_available, write_json, write_whole
 
@@ -95,7 +95,7 @@ def demo_runs(options: argparse.Namespace) -> dict[str, RunSettings]:
             threads=options.threads,
             untimed_steps=1,
             profile_steps=1,
-            rest=options.rest,
+            rest="full",
             subquad=SUBQUAD,
             save_to=str(options.output / "checkpoint") if method == "subquad" else None,
             **files,
@@ -113,14 +113,8 @@ def check_checkpoint(folder: Path, run: RunSettings) -> dict[str, Any]:
     Raises:
         RuntimeError: it does not load; the message has the traceback.
     """
-    options = {
-        "folder": str(folder),
-        "eval_file": run.eval_file,
-        "seq_length": run.seq_length,
-        "rows": run.max_eval_rows,
-        "batch_size": run.batch_size,
-        "threads": run.threads,
-    }
+    same = ("eval_file", "seq_length", "max_eval_rows", "batch_size", "threads")
+    options = {"folder": str(folder), **{name: getattr(run, name) for name in same}}
     done = subprocess.run(
         [sys.executable, str(FOLDER / "check_plain.py"), json.dumps(options)], capture_output=True, text=True
     )
@@ -133,9 +127,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for all results")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument(
-        "--rest", choices=("lora", "frozen", "full"), default="full", help="how subquad trains what it does not patch"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
@@ -156,7 +147,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     report = report | {"plain_checkpoint": checked}
     write_json(report, options.output / "comparison.json")
-    write_csv(report, options.output / "comparison.csv")
     if plots_available():
         write_plot(report, options.output / "loss_against_time.png", "demo model, language reference")
     print(table(report))
@@ -167,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
     print(NOTE.format(ratio=config["ffn_dim"] / config["hidden_size"]))
-    print(f"JSON, CSV and picture are in {options.output}")
+    print(f"JSON and picture are in {options.output}")
     return 0
 
 

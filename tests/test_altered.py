@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers.models import CONFIG, VOCABULARY, WIDTH, build, fill_updates, llama, objective, opt, tokens
+from helpers.models import CONFIG, VOCABULARY, WIDTH, build, fill_updates, llama, objective, opt, tokens, trained
 from helpers.training import patched_opt, trainer
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,12 +20,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from hf_subquad import InactivePatchError, check_active, dense_forward, patch_model, sparse_mlps, unpatch_model
 
 FC1 = "model.decoder.layers.1.fc1"
-
-
-def ready(family: str = "opt") -> nn.Module:
-    model = patch_model(build(family), CONFIG)
-    fill_updates(model)
-    return model
 
 
 def dense_logits(model: nn.Module) -> Tensor:
@@ -48,7 +42,7 @@ ALTERED: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
 def test_patched_projection_is_altered(alter: Callable[[nn.Module], object], tmp_path: Path) -> None:
-    model = ready()
+    model = trained()
     check_active(model)
     alter(model.get_submodule(FC1))
     with pytest.raises(InactivePatchError, match=r"layers\.1\.fc1.*(permanent before patch_model|freeze it again)"):
@@ -78,7 +72,7 @@ def test_pruning_made_permanent_is_no_hindrance() -> None:
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_updates_without_values(device: str, training: bool) -> None:
     """PyTorch computes garbage from tensors on the meta device beside others, and says nothing."""
-    model = ready().train(training)
+    model = trained().train(training)
     if device == "cpu":
         cpu_offload(model, torch.device("cpu"))
     else:
@@ -88,7 +82,7 @@ def test_updates_without_values(device: str, training: bool) -> None:
 
 
 def test_offload_after_unpatching() -> None:
-    model = unpatch_model(ready()).eval()
+    model = unpatch_model(trained()).eval()
     expected = model(tokens()).logits
     cpu_offload(model, torch.device("cpu"))
     assert torch.equal(model(tokens()).logits, expected)
@@ -96,7 +90,7 @@ def test_offload_after_unpatching() -> None:
 
 def test_state_of_a_model_on_the_meta_device() -> None:
     shapes = {name: (value.shape, value.dtype) for name, value in opt().state_dict().items()}
-    state = ready().to("meta").state_dict()
+    state = trained().to("meta").state_dict()
     assert all(value.is_meta for value in state.values())
     assert {name: (value.shape, value.dtype) for name, value in state.items()} == shapes
 
@@ -104,7 +98,7 @@ def test_state_of_a_model_on_the_meta_device() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_there_and_back_between_dtypes(dtype: torch.dtype) -> None:
     """Weights come back rounded once, as those of any model; updates come back as they were."""
-    model, plain = ready(), opt()
+    model, plain = trained(), opt()
     weights = {name: p for name, p in model.named_parameters() if ".update." not in name}
     updates = {name: p.clone() for name, p in model.named_parameters() if ".update." in name}
     cast = {torch.float16: nn.Module.half, torch.bfloat16: nn.Module.bfloat16, torch.float64: nn.Module.double}[dtype]
@@ -119,7 +113,7 @@ def test_there_and_back_between_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2"])
 def test_parameters_are_laid_out_as_before_the_patch(family: str, tmp_path: Path) -> None:
-    model, plain = ready(family), build(family)
+    model, plain = trained(family), build(family)
     objective(model(tokens()).logits).backward()
     weights = {name: p for name, p in model.named_parameters() if ".update." not in name}
     assert torch.equal(parameters_to_vector(weights.values()), parameters_to_vector(plain.parameters()))
@@ -131,7 +125,7 @@ def test_parameters_are_laid_out_as_before_the_patch(family: str, tmp_path: Path
 
 @pytest.mark.parametrize("family", ["opt", "gemma"])
 def test_more_tokens_with_tied_weights(family: str, tmp_path: Path) -> None:
-    model = ready(family)
+    model = trained(family)
     model.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert model(torch.tensor([[VOCABULARY + 1, 5, VOCABULARY + 3]])).logits.shape == (1, 3, VOCABULARY + 4)
@@ -176,7 +170,7 @@ def test_forward_of_an_mlp_rebound(tmp_path: Path) -> None:
 
 def test_moving_average_of_a_model(tmp_path: Path) -> None:
     """Factors are averaged one by one, so the average holds an update of its own; what it saves is what it computes."""
-    model = ready()
+    model = trained()
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     average.update_parameters(model)
     fill_updates(model, seed=9)
@@ -195,7 +189,7 @@ def test_moving_average_of_a_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled(in_place: bool) -> None:
     """Compiled: what is computed stays the same."""
-    model = ready()
+    model = trained()
     sparse, dense = model(tokens()).logits, dense_logits(copy.deepcopy(model).eval())
     compiled = model
     if in_place:
@@ -210,18 +204,6 @@ def test_compiled(in_place: bool) -> None:
     compiled.eval()
     with torch.no_grad():
         assert torch.equal(compiled(tokens()).logits, dense)
-
-
-@pytest.mark.slow
-def test_compiled_by_the_trainer(tmp_path: Path) -> None:
-    compiled, eager = (
-        trainer(patched_opt(), tmp_path, max_steps=3, **settings)
-        for settings in ({"torch_compile": True, "torch_compile_backend": "eager"}, {})
-    )
-    for run in (compiled, eager):
-        run.train()
-    for name, value in eager.model.state_dict().items():
-        torch.testing.assert_close(compiled.model.state_dict()[name], value)
 
 
 # Replaces classes and functions of transformers and torch, so it runs in a process of its own.

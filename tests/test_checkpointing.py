@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers.models import CONFIG, batch, build, checkpoint_activations, fill_updates, leaf, logits, objective
+from helpers.models import CONFIG, batch, build, checkpoint_activations, fill_updates, leaf, logits, objective, trained
 from helpers.reference import recorded_selections
 from torch import Tensor, nn
 
-from hf_subquad import SubquadConfig, patch_model, sparse_mlps
+from hf_subquad import patch_model, sparse_mlps
 
 FAMILIES = ("opt", "llama", "gpt2", "t5_gated", "bert", "phi3")
 
@@ -22,8 +22,7 @@ def gradients(model: nn.Module, family: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_those_without(family: str, reentrant: bool) -> None:
-    model = patch_model(build(family, torch.float64), SubquadConfig(**{**CONFIG.to_dict(), "active": 0.2}))
-    fill_updates(model)
+    model = trained(family, torch.float64, active=0.2)
     expected = gradients(model, family)
     calls = [mlp.calls for mlp in sparse_mlps(model)]
     checkpoint_activations(model, reentrant)
@@ -41,8 +40,7 @@ def test_gradients_equal_those_without(family: str, reentrant: bool) -> None:
 
 def test_another_selection_in_the_recompute_would_show() -> None:
     """The check above can fail: neurons changed between forward and backward give other gradients."""
-    model = patch_model(build("opt"), CONFIG)
-    fill_updates(model)
+    model = trained()
     expected = gradients(model, "opt")
     checkpoint_activations(model, True)
     inputs = batch("opt", model)
@@ -58,8 +56,7 @@ def test_another_selection_in_the_recompute_would_show() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_dense_pass_right_after(reentrant: bool) -> None:
     """Recomputation may stop early; what it leaves behind must not reach the next forward."""
-    model = patch_model(build("llama"), CONFIG)
-    fill_updates(model)
+    model = trained("llama")
     inputs = batch("llama", model)
     model.eval()
     expected = logits(model, inputs)

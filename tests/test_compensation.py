@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.mlps import KINDS, Kind, force, leaves_of, patched, reference
-from helpers.models import CONFIG, WIDTH, batch, build, fill_updates, llama, logits, opt, tokens
+from helpers.models import CONFIG, WIDTH, batch, llama, logits, opt, tokens, trained
 from helpers.planning import text_batches
 from helpers.reference import mask_of
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hf_subquad import (
     CalibrationError,
     NotPatchedError,
-    SubquadConfig,
     compensate,
     dense_forward,
     patch_model,
@@ -261,8 +260,7 @@ def test_compensate_equals_a_fit_by_hand() -> None:
 
 
 def compensated(family: str = "opt", dtype: torch.dtype = torch.float32, **values: object) -> nn.Module:
-    model = patch_model(build(family, dtype), SubquadConfig(**{**CONFIG.to_dict(), **values}))
-    fill_updates(model)
+    model = trained(family, dtype, **values)
     data = batch(family, model, seed=50)
     compensate(model, [{name: value.detach() for name, value in data.items()}])
     return model
@@ -291,9 +289,7 @@ def test_all_neurons_leave_nothing_to_compensate(family: str) -> None:
 
 
 def test_the_dense_model_and_its_checkpoint_do_not_hold_it(tmp_path: Path) -> None:
-    model = compensated()
-    bare = patch_model(opt(), CONFIG)
-    fill_updates(bare)
+    model, bare = compensated(), trained()
     inputs = batch("opt", model)
     assert torch.equal(logits(model.eval(), inputs), logits(bare.eval(), inputs))
     assert list(model.state_dict()) == list(opt().state_dict())
@@ -434,8 +430,7 @@ def test_sparse_evaluation_uses_it() -> None:
 
 def by_class(budget: Budget, prompt: int = 3) -> tuple[nn.Module, list[dict[str, Tensor]]]:
     """A causal LM with this budget for every MLP, its updates filled, compensated on rows that begin with a prompt."""
-    model = patch_model(opt(), CONFIG)
-    fill_updates(model)
+    model = trained()
     for mlp in sparse_mlps(model):
         mlp.set_budget(budget)
     data = text_batches(0, 1, shape=(6, 9), prompt=prompt)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, WIDTH, batch, build, fill_updates, llama, logits, objective, opt, tokens
+from helpers.models import CONFIG, FAMILIES, WIDTH, batch, llama, logits, objective, opt, tokens, trained
 from helpers.training import trainer
 from torch import Tensor, nn
 
 from hf_subquad import (
     EmptyBatchError,
     NotPatchedError,
-    SubquadConfig,
     dense_forward,
     patch_model,
     sparse_forward,
@@ -37,16 +36,10 @@ def through_pickle(model: nn.Module) -> nn.Module:
 COPIES = {"deepcopy": copy.deepcopy, "torch": through_torch, "pickle": through_pickle}
 
 
-def ready(family: str = "opt", **values: object) -> nn.Module:
-    model = patch_model(build(family), SubquadConfig(**{**CONFIG.to_dict(), **values}))
-    fill_updates(model)
-    return model
-
-
 @pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "bert", "phi3"])
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_a_copy_is_equal_independent_and_trains(duplicate, family: str) -> None:
-    model = ready(family)
+    model = trained(family)
     inputs = batch(family, model)
     sparse, dense = logits(model, inputs), logits(model.eval(), inputs)
     model.train()
@@ -79,36 +72,16 @@ def test_a_copy_is_equal_independent_and_trains(duplicate, family: str) -> None:
 
 def test_a_copied_optimizer_state_is_not_needed(tmp_path: Path) -> None:
     """A deepcopy goes through the Trainer as the original does."""
-    model = copy.deepcopy(ready())
+    model = copy.deepcopy(trained())
     before = model.get_parameter("model.decoder.layers.1.fc1.update.U").clone()
     trainer(model, tmp_path, max_steps=1).train()
     assert not torch.equal(before, model.get_parameter("model.decoder.layers.1.fc1.update.U"))
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gpt_neox"])
-def test_generate_equals_the_original(family: str) -> None:
-    plain, model = build(family).eval(), patch_model(build(family), CONFIG).eval()
-    settings = dict(max_new_tokens=8, do_sample=False, pad_token_id=2)
-    found, expected = (m.generate(tokens(7), **settings) for m in (model, plain))
-    assert torch.equal(found, expected)
-    assert found.shape[1] > tokens(7).shape[1]
-    fill_updates(model, size=1.0)
-    assert not torch.equal(model.generate(tokens(7), **settings), expected)
-    unpatched = unpatch_model(copy.deepcopy(model))
-    assert torch.equal(model.generate(tokens(7), **settings), unpatched.generate(tokens(7), **settings))
-
-
-def test_generate_sparse_runs_on_single_tokens() -> None:
-    model = ready(sparse_eval=True).eval()
-    found = model.generate(tokens(7)[:1], max_new_tokens=3, do_sample=False, pad_token_id=2)
-    assert sparse_mlps(model)[0].calls >= 3
-    assert found.shape[1] >= tokens(7).shape[1] + 1
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_sparse_forward_without_gradients(family: str, context) -> None:
-    model = ready(family)
+    model = trained(family)
     inputs = batch(family, model)
     expected = logits(model, inputs)
 
@@ -130,7 +103,7 @@ def test_sparse_forward_without_gradients(family: str, context) -> None:
 
 
 def test_forced_forwards_are_undone_after_an_error() -> None:
-    model = ready()
+    model = trained()
     with pytest.raises(KeyError), dense_forward(model):
         raise KeyError
     before = sparse_mlps(model)[0].calls
@@ -161,7 +134,7 @@ def test_empty_batch(make, shape: tuple[int, int]) -> None:
 
 
 def test_error_between_the_projections_leaves_nothing_behind() -> None:
-    model = ready("llama")
+    model = trained("llama")
     expected = model(tokens()).logits
     mlp = sparse_mlps(model)[0]
     handle = mlp.output.register_forward_pre_hook(lambda *_: 1 / 0)
@@ -175,7 +148,7 @@ def test_error_between_the_projections_leaves_nothing_behind() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_model_cast_after_the_patch_still_trains(dtype: torch.dtype) -> None:
-    model = ready().to(dtype)
+    model = trained().to(dtype)
     loss = objective(model(tokens()).logits)
     loss.backward()
     for mlp in sparse_mlps(model):

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, build, fill_updates, opt
+from helpers.models import CONFIG, fill_updates, opt, trained
 from helpers.planning import text_batches
 from torch import Tensor, nn
 
@@ -16,8 +16,7 @@ BATCH = text_batches(0, shape=(6, 9), prompt=4)[0]
 
 
 def model_with(*budgets: Budget, family: str = "opt") -> nn.Module:
-    model = patch_model(build(family), CONFIG).eval()
-    fill_updates(model, size=0.1)
+    model = trained(family, size=0.1).eval()
     for mlp, budget in zip(sparse_mlps(model), budgets, strict=True):
         mlp.set_budget(budget)
     return model

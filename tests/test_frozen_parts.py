@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import fill_updates, objective, opt, tokens
-from helpers.training import TRAIN, Watch, factors, patched_opt, trainer
+from helpers.training import TRAIN, Watch, factors, listening, patched_opt, trainer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_subquad import InactivePatchError, check_active, patch_model, sparse_mlps, sync_model
 
@@ -18,9 +17,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    messages: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_subquad.training.callback"), "warning_once", messages.append)
-    return messages
+    return listening(monkeypatch, "training.callback")
 
 
 def changed(before: dict[str, Tensor], model: nn.Module) -> set[str]:

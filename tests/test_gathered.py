@@ -19,6 +19,13 @@ def factors(mlp) -> list[Tensor]:
     return [factor for p in mlp.projections for factor in (p.update.U, p.update.V)]
 
 
+def assert_gradients(mlp, leaves: list[tuple[Tensor, Tensor]]) -> None:
+    """Of every U and V: those of the plain leaves."""
+    for found, wanted in zip(factors(mlp), itertools.chain(*leaves), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+        assert wanted.grad.any()
+
+
 def tokens(count: int, d: int = D) -> Tensor:
     return torch.randn(count, d, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -61,9 +68,7 @@ def test_equals_the_masked_dense_computation(kind: Kind, shape: tuple[int, int, 
     got.backward(upstream)
     expected.backward(upstream)
     torch.testing.assert_close(x.grad, y.grad, rtol=1e-12, atol=1e-12)
-    for found, wanted in zip(factors(mlp), [factor for pair in leaves for factor in pair], strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-12)
-        assert wanted.grad.any()
+    assert_gradients(mlp, leaves)
     if k < M:
         mask[0] = 1
         assert (reference(twin, mlp, y, mask, leaves) - got).abs().max() > 1e-6
@@ -98,8 +103,7 @@ def test_upstream_gradient_with_strange_strides(kind: Kind) -> None:
     leaves = leaves_of(mlp, torch.float64)
     (module(tokens(7))[:, ::2].sum() * 2).backward()
     (reference(twin, mlp, tokens(7), mask, leaves)[:, ::2].sum() * 2).backward()
-    for found, wanted in zip(factors(mlp), [factor for pair in leaves for factor in pair], strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-12, atol=1e-12)
+    assert_gradients(mlp, leaves)
 
 
 def errors(kind: Kind, dtype: torch.dtype, sparse: bool, autocast: bool) -> dict[str, float]:
@@ -301,19 +305,3 @@ def test_threads_do_not_disturb_each_other() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_what_is_around_may_work_in_place() -> None:
-    """As `nn.ReLU(inplace=True)` between the projections, and a residual added onto the output."""
-    module, mlp, _ = patched("plain", D, M)
-    force(mlp, 7, 4, 2)
-    results = []
-    for inplace in (False, True):
-        module.zero_grad()
-        module.act = torch.nn.ReLU(inplace)
-        x = tokens(7).requires_grad_()
-        y = module(x)
-        y = y.mul_(3) if inplace else y * 3
-        y.square().sum().backward()
-        results.append([y.detach(), x.grad, *(factor.grad for factor in factors(mlp))])
-    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, build, fill_updates, opt, tokens
+from helpers.models import CONFIG, opt, tokens, trained
 from helpers.planning import text_batches
 from helpers.reference import recorded_selections
 from torch import Tensor, nn
 
-from hf_subquad import SubquadConfig, compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
+from hf_subquad import compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
 
 NEW = 6
 FAMILIES = ("opt", "llama", "gpt2", "phi3", "t5")
@@ -17,8 +17,7 @@ WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}, "no 
 
 
 def ready(family: str = "opt", **values: object) -> nn.Module:
-    model = patch_model(build(family), SubquadConfig(**{**CONFIG.to_dict(), **values}))
-    fill_updates(model)
+    model = trained(family, **values)
     compensate(model, text_batches(0, 1))
     return model.eval()
 

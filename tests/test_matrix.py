@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from helpers.models import build, tokens
 from helpers.training import TRAIN, factors
+from helpers.trl_runs import CONTENTS, demo_tokenizer, llama_for, pairs, settings
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -43,7 +42,6 @@ from hf_subquad import (
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
 
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 ADAPTERS = ("plain", "PEFT before", "PEFT after", "add_adapter")
 STEPS = 3
 
@@ -52,17 +50,12 @@ Run = Callable[[nn.Module, PreTrainedTokenizerBase, Path], nn.Module]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    loaded = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    loaded.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return loaded
+    return demo_tokenizer(CONTENTS)
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    return dict(
-        output_dir=str(folder), use_cpu=True, max_steps=STEPS, per_device_train_batch_size=4, learning_rate=1e-2,
-        logging_steps=1, report_to=[], save_strategy="steps", save_steps=STEPS, disable_tqdm=True,
-        dataloader_pin_memory=False, bf16=False, gradient_checkpointing=False,
-    )  # fmt: skip
+def arguments(arguments_class: Any, folder: Path, **more: Any) -> Any:
+    saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": STEPS}
+    return arguments_class(**settings(folder, **saving, gradient_checkpointing=False, **more))
 
 
 def texts() -> list[dict[str, Tensor]]:
@@ -70,20 +63,9 @@ def texts() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def pairs() -> Dataset:
-    rows = range(8)
-    return Dataset.from_dict(
-        {
-            "prompt": [f"What is {i} times {i}?" for i in rows],
-            "chosen": [f" It is {i * i}." for i in rows],
-            "rejected": [f" I do not know, {'perhaps ' * (1 + i % 3)}{i}." for i in rows],
-        }
-    )
-
-
 def by_trainer(trainer_class: Any, arguments_class: Any) -> Run:
     def run(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> nn.Module:
-        made = trainer_class(model=model, args=arguments_class(**settings(folder)), train_dataset=texts(),
+        made = trainer_class(model=model, args=arguments(arguments_class, folder), train_dataset=texts(),
                              callbacks=[SubquadCallback()])  # fmt: skip
         made.train()
         return made.model
@@ -96,10 +78,10 @@ def by_trl(kind: str, columns: list[str] | None = None, rename: dict[str, str] |
         data = pairs().select_columns(columns) if columns else pairs()
         others = {}
         if kind == "DPO" and not hasattr(model, "get_base_model"):
-            others["ref_model"] = causal(tokenizer)
+            others["ref_model"] = llama_for(tokenizer)
         if kind == "GRPO":
             others["reward_funcs"] = lambda completions, **_: [float(len(text) % 7) for text in completions]
-        args = getattr(trl, f"{kind}Config")(**settings(folder), **more)
+        args = arguments(getattr(trl, f"{kind}Config"), folder, **more)
         made = getattr(trl, f"{kind}Trainer")(
             model=model, args=args, processing_class=copy.deepcopy(tokenizer),
             train_dataset=data.rename_columns(rename or {}), callbacks=[SubquadCallback()], **others,
@@ -149,22 +131,18 @@ RUNS: dict[str, Run] = {
 }
 
 
-def causal(tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    return build("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
-
-
 def model_for(run: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     if run == "Seq2Seq":
         return build("t5")
     if run == "Reward":
         from transformers import LlamaForSequenceClassification
 
-        config = causal(tokenizer).config
+        config = llama_for(tokenizer).config
         config.num_labels = 1
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return LlamaForSequenceClassification(config)
-    return causal(tokenizer)
+    return llama_for(tokenizer)
 
 
 def with_adapters(model: nn.Module, adapters: str, config: SubquadConfig, run: str) -> nn.Module:

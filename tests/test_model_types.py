@@ -36,7 +36,8 @@ ROWS = {
 SPARSE = (
     "llama", "phi3", "arcee", "mt5", "t5", "modernbert", "lfm2", "bart", "whisper", "vit", "clip", "gpt2", "gptj",
     "gpt_neox", "bloom", "mpt", "falcon", "llama4_text", "bert", "deberta", "albert", "videomae", "wav2vec2",
-    "distilbert", "parakeet_ctc", "funnel", "xlnet", "qwen3_vl_vision", "gemma4_vision",
+    "distilbert", "parakeet_ctc", "funnel", "xlnet", "qwen3_vl_vision", "gemma4_vision", "qwen3", "gemma2", "glm",
+    "phi", "gpt_neo", "electra",
 )  # fmt: skip
 TESTED = ("sam3_tracker",)  # too many inputs to compare
 REFUSED = ("bitnet", "moonshine", "swiftformer")

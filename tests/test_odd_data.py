@@ -1,7 +1,7 @@
 """Does whatever reaches the planner from training data end in a plan or in dense MLPs, never in the end of training?"""
 
 import dataclasses
-import logging as standard_logging
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +11,10 @@ import datasets
 import pytest
 import torch
 from helpers.models import build, opt, tokens
-from helpers.training import TRAIN, Texts, arguments, factors
+from helpers.training import TRAIN, Texts, arguments, factors, listening
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, default_data_collator
-from transformers.utils import logging
 
 from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps
 
@@ -24,9 +23,7 @@ PLANNED = SubquadConfig(**{**TRAIN.to_dict(), "active": None})
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    messages: list[str] = []
-    monkeypatch.setattr(logging.get_logger("hf_subquad.training.trainer_planning"), "warning_once", messages.append)
-    return messages
+    return listening(monkeypatch, "training.trainer_planning")
 
 
 class Loaded(Trainer):
@@ -74,7 +71,7 @@ def train(folder: Path, config: SubquadConfig = PLANNED, loader: Any = None, **v
 
 
 def assert_dense(model: nn.Module, said: list[str], *words: str) -> None:
-    assert all(mlp.dense and not mlp.corrections for mlp in sparse_mlps(model))
+    assert all(mlp.dense and not mlp.corrections and mlp.runtime.plan is None for mlp in sparse_mlps(model))
     assert len(said) == 1 and "MLPs run dense" in said[0] and "calibrate(model, batches)" in said[0]
     assert all(word in said[0] for word in words), said
 
@@ -242,7 +239,7 @@ def test_whatever_fails_while_planning(
 def test_the_plan_and_its_progress_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with caplog.at_level(standard_logging.INFO, "hf_subquad"):
+    with caplog.at_level(logging.INFO, "hf_subquad"):
         train(tmp_path)
     assert "planning 2 MLPs on 3 batches" in caplog.text
     assert "Of 14 tokens a batch" in caplog.text and "planned ms" in caplog.text

@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import build, checkpoint_activations, fill_updates, objective, opt, tokens
-from helpers.training import TRAIN, Texts, arguments, factors, patched_opt, trainer
+from helpers.training import TRAIN, Texts, arguments, factors, listening, patched_opt, trainer
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from hf_subquad import (
     InactivePatchError,
@@ -21,13 +20,6 @@ from hf_subquad import (
     sparse_mlps,
     sync_model,
 )
-
-
-def listening(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
-    said: list[str] = []
-    monkeypatch.setattr(logging.get_logger(f"hf_subquad.{module}"), "warning_once", said.append)
-    return said
-
 
 # Steps that no patched MLP takes part in
 

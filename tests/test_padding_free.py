@@ -93,19 +93,16 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat(grads)
 
 
-def assert_equal_steps(model: nn.Module, inputs: dict[str, Tensor]) -> None:
-    """As one row, and padded."""
+def assert_equal_steps(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """As one row, and padded. Returns the shapes of the batches that an MLP saw, in this order."""
+    seen: list[tuple[int, ...]] = []
+    sparse_mlps(model)[1].opens.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:-1])))
     loss, gradient = step(model, inputs)
     with stock_attention(model):  # which rows need
         wanted, wanted_gradient = step(model, inputs)
     eps = 64 * torch.finfo(torch.float32).eps  # the head's loss is float32
     torch.testing.assert_close(loss, wanted, rtol=eps, atol=eps)
     torch.testing.assert_close(gradient, wanted_gradient, rtol=eps, atol=eps * wanted_gradient.abs().amax().item())
-
-
-def shapes_seen(model: nn.Module) -> list[tuple[int, ...]]:
-    seen: list[tuple[int, ...]] = []
-    sparse_mlps(model)[1].opens.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:-1])))
     return seen
 
 
@@ -113,9 +110,7 @@ def shapes_seen(model: nn.Module) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
 def test_a_row_is_the_same_step(family: str, budget: Budget) -> None:
     """The same tokens are context, and the same rows pass gradients."""
-    model = patched(family, budget)
-    seen = shapes_seen(model)
-    assert_equal_steps(model, padded())
+    seen = assert_equal_steps(patched(family, budget), padded())
     assert [math.prod(shape) for shape in seen] == [sum(LENGTHS), len(LENGTHS) * max(LENGTHS)]
 
 
@@ -130,21 +125,15 @@ def test_under_gradient_checkpointing(reentrant: bool) -> None:
 def test_a_model_that_mixes_the_sequences_of_a_row_gets_padding() -> None:
     """OPT's mask does not look at positions."""
     model = patched("opt", Budget())
-    seen = shapes_seen(model)
-    assert_equal_steps(model, padded())
+    seen = assert_equal_steps(model, padded())
     forward = labelled_forward(model)
     assert math.prod(seen[0]) == len(LENGTHS) * max(LENGTHS) and forward is not None and forward.takes_rows is False
 
 
 def test_windows_limit_the_row() -> None:
-    model = patched("mistral", Budget(), sliding_window=sum(LENGTHS) - 1)
-    seen = shapes_seen(model)
-    assert_equal_steps(model, padded())
-    assert seen[0] == (3, 11)
-    model = patched("mistral", Budget(), sliding_window=sum(LENGTHS))
-    seen = shapes_seen(model)
-    assert_equal_steps(model, padded())
-    assert seen[0] == (1, sum(LENGTHS))
+    for window, shape in ((sum(LENGTHS) - 1, (3, 11)), (sum(LENGTHS), (1, sum(LENGTHS)))):
+        seen = assert_equal_steps(patched("mistral", Budget(), sliding_window=window), padded())
+        assert seen[0] == shape
 
 
 def test_evaluation_keeps_its_logits() -> None:

@@ -244,18 +244,24 @@ def test_upstream_gradient_with_strange_strides() -> None:
     assert_equal(run(module, mlp, parts, random(N, D), ones), run_twin(twin, mlp, parts, random(N, D), ones))
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [[tiled(None, 12, 4, 4)], [dense(torch.arange(4)), tiled(torch.arange(4, 12), 8, 4, 4)]],
+    ids=["all tokens in tiles", "two parts"],
+)
 @pytest.mark.parametrize("kind", ["plain", "gated", "conv1d"])
-def test_batch_shape_and_inplace_middle(kind: Kind) -> None:
+def test_batch_shape_and_inplace_middle(kind: Kind, parts: list[Part]) -> None:
     """As with `nn.ReLU(inplace=True)` between the projections, and a residual added onto the output."""
     found = []
     for inplace in (False, True):
         module, mlp, _ = patched(kind, D, M, activation=nn.ReLU(inplace))
-        with mlp.using(selection=[dense(torch.arange(4)), tiled(torch.arange(4, 12), 8, 4, 4)]):
-            y = module(random(12, D).view(2, 3, 2, D))
+        x = random(12, D).view(2, 3, 2, D).requires_grad_()
+        with mlp.using(selection=parts):
+            y = module(x)
         assert y.shape == (2, 3, 2, D)
         y = y.mul_(3) if inplace else y * 3
         y.square().sum().backward()
-        found.append([y.detach(), *(factor.grad for factor in factors(mlp))])
+        found.append([y.detach(), x.grad, *(factor.grad for factor in factors(mlp))])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

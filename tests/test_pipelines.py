@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import CONFIG, LAYERS, NEURONS, WIDTH, build, fill_updates, tokens
+from helpers.trl_runs import demo_tokenizer, llama_for
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, pipeline
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerBase, pipeline
 
 from hf_subquad import patch_model, sparse_forward, sparse_mlps
-
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 
 
 def live_and_saved(model: nn.Module, folder: Path) -> tuple[nn.Module, nn.Module]:
@@ -25,7 +24,7 @@ def live_and_saved(model: nn.Module, folder: Path) -> tuple[nn.Module, nn.Module
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    loaded = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    loaded = demo_tokenizer()
     loaded.add_special_tokens({"mask_token": "<mask>"})
     return loaded
 
@@ -38,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "gpt_neox", "t5"])
 def test_every_way_of_generation_padded_to_the_left(family: str, tmp_path: Path) -> None:
     live, saved = live_and_saved(build(family), tmp_path)
     ids, mask = tokens(9, (3, 7)), torch.ones(3, 7, dtype=torch.long)
@@ -57,8 +56,7 @@ def test_every_way_of_generation_padded_to_the_left(family: str, tmp_path: Path)
 
 
 def test_text_generation(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = build("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
-    live, saved = live_and_saved(model, tmp_path)
+    live, saved = live_and_saved(llama_for(tokenizer), tmp_path)
     texts = []
     for model in (live, saved):
         generate = pipeline("text-generation", model=model, tokenizer=copy.deepcopy(tokenizer))

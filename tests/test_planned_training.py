@@ -12,10 +12,10 @@ import pytest
 import torch
 from helpers.models import NEURONS, opt, tokens
 from helpers.planning import STEP_MS, budgets_of, hand_plan, is_dense, set_times, text_batches, trained_head
-from helpers.training import ROWS, TRAIN, StopAt, Texts, Watch, arguments, factors, losses, trainer
+from helpers.training import ROWS, TRAIN, AtStart, StopAt, Texts, Watch, arguments, factors, losses, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_subquad import (
@@ -55,18 +55,6 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixt
 
 def to_plan(model: nn.Module | None = None, plan: Plan | None = None, **values: Any) -> nn.Module:
     return patch_model(model or opt(), SubquadConfig(**{**PLANNED, **values}), plan=plan)
-
-
-class AtStart(TrainerCallback):
-    """Calls a function once, before the first step and after the other callbacks."""
-
-    def __init__(self, look: Any) -> None:
-        self.look = look
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self.look:
-            self.look(model)
-        self.look = None
 
 
 def fitted(model: nn.Module) -> list[Any]:
@@ -268,16 +256,6 @@ class Stream(IterableDataset):
         return (Texts()[row] for row in range(ROWS))
 
 
-def test_a_stream_is_not_used_up(tmp_path: Path, warnings: pytest.LogCaptureFixture) -> None:
-    model = to_plan()
-    run = Trainer(model=model, args=arguments(tmp_path, max_steps=2), train_dataset=Stream(),
-                  callbacks=[SubquadCallback()])  # fmt: skip
-    run.train()
-    assert run.state.global_step == 2
-    assert all(mlp.dense for mlp in sparse_mlps(model)) and runtime_of(model).plan is None
-    assert "can only be iterated" in warnings.text and "MLPs run dense" in warnings.text
-
-
 class Bare(nn.Module):
     """Hands out a loss, or only hidden states."""
 
@@ -358,12 +336,6 @@ def test_dense_steps_are_spread(tmp_path: Path, share: float) -> None:
     assert len(places) == -(-12 * share // 1)
     gaps = {b - a for a, b in itertools.pairwise(places)}
     assert gaps <= {int(1 / share), -int(-1 // share)}
-
-
-def test_no_step_is_dense_by_default(tmp_path: Path) -> None:
-    model = to_plan(active=0.5)
-    trainer(model, tmp_path, max_steps=3).train()
-    assert all(mlp.calls == 3 for mlp in sparse_mlps(model))
 
 
 # Saving and resuming

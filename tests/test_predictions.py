@@ -105,20 +105,15 @@ def test_segmentation_has_its_classes_in_the_second_dimension() -> None:
     assert divergence(Bare(), {"labels": finer}, before, after) == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
-def test_multiple_choice_is_a_class_a_row() -> None:
-    before, after = noise(B, 4), noise(B, 4, seed=1)
-    batch = {"input_ids": tokens(0, (B, 4, 9)), "attention_mask": torch.ones(B, 4, 9), "labels": torch.arange(B) % 4}
-    assert divergence(Bare(), batch, before, after) == pytest.approx(
-        kullback_leibler(before, after).mean().item(), rel=1e-5
-    )
-
-
-def test_next_sentence_prediction_is_a_class_a_row() -> None:
-    before, after = noise(B, 2), noise(B, 2, seed=1)
-    batch = {"input_ids": tokens(0, (B, 9)), "attention_mask": torch.ones(B, 9), "labels": torch.arange(B) % 2}
-    assert divergence(Bare(), batch, before, after) == pytest.approx(
-        kullback_leibler(before, after).mean().item(), rel=1e-5
-    )
+@pytest.mark.parametrize(
+    ("shape", "classes"), [((B, 4, 9), 4), ((B, 9), 2)], ids=["multiple choice", "next sentence prediction"]
+)
+def test_a_class_a_row_of_several_tokens(shape: tuple[int, ...], classes: int) -> None:
+    before, after = noise(B, classes), noise(B, classes, seed=1)
+    labels = torch.arange(B) % classes
+    batch = {"input_ids": tokens(0, shape), "attention_mask": torch.ones(shape), "labels": labels}
+    expected = kullback_leibler(before, after).mean().item()
+    assert divergence(Bare(), batch, before, after) == pytest.approx(expected, rel=1e-5)
 
 
 def test_question_answering_predicts_a_start_and_an_end() -> None:

@@ -80,13 +80,15 @@ def dequantised(model: nn.Module) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def patched_pair(family: str, **settings: Any) -> tuple[nn.Module, nn.Module]:
-    """A model in 4 bits and its dequantised copy, both patched, with the same trained updates."""
+def patched_pair(family: str, budget: Budget | None = None, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """A model in 4 bits and its dequantised copy, both patched, with the same trained updates and budgets."""
     quantised = in_4bit(plain(family), **settings)
     pair = quantised, dequantised(quantised)
     for model in pair:
         patch_model(model, CONFIG)
         train_a_little(model)
+        for mlp in sparse_mlps(model) if budget else ():
+            mlp.set_budget(budget)
     return pair
 
 
@@ -129,11 +131,7 @@ def assert_same_step(quantised: nn.Module, reference: nn.Module) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_step_equals_that_of_the_dequantised_model(family: str, budget: Budget) -> None:
-    pair = patched_pair(family)
-    for model in pair:
-        for mlp in sparse_mlps(model):
-            mlp.set_budget(budget)
-    assert_same_step(*pair)
+    assert_same_step(*patched_pair(family, budget))
 
 
 @pytest.mark.parametrize(
@@ -143,11 +141,7 @@ def test_step_equals_that_of_the_dequantised_model(family: str, budget: Budget) 
 )
 def test_every_storage(settings: dict[str, Any]) -> None:
     """Blocks of 128 do not divide rows of 64 values, so rows are read with the whole weight."""
-    pair = patched_pair("llama", **settings)
-    for model in pair:
-        for mlp in sparse_mlps(model):
-            mlp.set_budget(Budget(30, 30))
-    assert_same_step(*pair)
+    assert_same_step(*patched_pair("llama", Budget(30, 30), **settings))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

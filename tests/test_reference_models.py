@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from helpers.models import build, checkpoint_activations, fill_updates, opt, tokens
-from helpers.training import TRAIN, factors, patched_opt, trainer
+from helpers.models import checkpoint_activations, fill_updates, opt, tokens
+from helpers.training import TRAIN, factors, patched_opt
+from helpers.trl_runs import CONTENTS, demo_tokenizer, llama_for, pairs, settings
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_subquad import (
     InactivePatchError,
@@ -27,7 +27,6 @@ from hf_subquad import (
 
 trl = pytest.importorskip("trl")
 
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
 IA3 = IA3Config(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], feedforward_modules=[])
 
@@ -123,39 +122,17 @@ def test_merged_adapters_leave_no_switch() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    loaded = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    loaded.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return loaded
-
-
-def pairs() -> Dataset:
-    rows = range(8)
-    return Dataset.from_dict(
-        {
-            "prompt": [f"What is {i} times {i}?" for i in rows],
-            "chosen": [f" It is {i * i}." for i in rows],
-            "rejected": [f" I do not know, {'perhaps ' * (1 + i % 3)}{i}." for i in rows],
-        }
-    )
-
-
-def model_of(tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    return build("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
+    return demo_tokenizer(CONTENTS)
 
 
 def preference_trainer(
     kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, **values: Any
 ) -> Any:
     others = {name: values.pop(name) for name in ("ref_model", "peft_config") if name in values}
-    settings = dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, max_steps=2, per_device_train_batch_size=4, max_length=32,
-        learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
     trainer_class, config_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
     return trainer_class(
         model=model,
-        args=config_class(**{**settings, **values}),
+        args=config_class(**settings(folder, **{"max_steps": 2, "max_length": 32, **values})),
         train_dataset=pairs(),
         processing_class=copy.deepcopy(tokenizer),
         callbacks=[SubquadCallback()],
@@ -170,15 +147,15 @@ def test_dpo_starts_where_the_policy_is_the_reference(
     reference: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     """The loss is log 2 then; a sparse policy against a dense reference starts elsewhere."""
-    model = patch_model(model_of(tokenizer), TRAIN)
-    settings: dict[str, Any] = {"ref_model": model_of(tokenizer)}
+    model = patch_model(llama_for(tokenizer), TRAIN)
+    more: dict[str, Any] = {"ref_model": llama_for(tokenizer)}
     if reference == "adapters off":
-        settings = {"peft_config": LORA}
+        more = {"peft_config": LORA}
     elif reference == "adapters first":
-        settings = {}
+        more = {}
         model = patch_model(get_peft_model(unpatch_model(model), LORA), TRAIN)
     elif reference == "computed before":
-        settings["precompute_ref_log_probs"] = True
+        more["precompute_ref_log_probs"] = True
     elif reference == "copied adapters":  # TRL compares with a copy of the adapters, named "ref"
         adapted = get_peft_model(unpatch_model(model), LORA)
         fill = torch.Generator().manual_seed(0)
@@ -188,11 +165,11 @@ def test_dpo_starts_where_the_policy_is_the_reference(
                     parameter.normal_(generator=fill)
         adapted.save_pretrained(tmp_path / "adapters")
         model = PeftModel.from_pretrained(
-            patch_model(model_of(tokenizer), TRAIN), tmp_path / "adapters", is_trainable=True
+            patch_model(llama_for(tokenizer), TRAIN), tmp_path / "adapters", is_trainable=True
         )
-        settings = {}
+        more = {}
     before = factors(model)
-    run = preference_trainer("DPO", model, tokenizer, tmp_path, **settings)
+    run = preference_trainer("DPO", model, tokenizer, tmp_path, **more)
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -206,16 +183,16 @@ def test_a_sparse_policy_would_start_elsewhere(
 ) -> None:
     """The test above can fail."""
     monkeypatch.setattr("hf_subquad.training.callback.compares_with_reference", lambda args: False)
-    model = patch_model(model_of(tokenizer), SubquadConfig(**{**TRAIN.to_dict(), "active": 0.1}))
-    run = preference_trainer("DPO", model, tokenizer, tmp_path, ref_model=model_of(tokenizer), max_steps=1)
+    model = patch_model(llama_for(tokenizer), SubquadConfig(**{**TRAIN.to_dict(), "active": 0.1}))
+    run = preference_trainer("DPO", model, tokenizer, tmp_path, ref_model=llama_for(tokenizer), max_steps=1)
     run.train()
     assert run.state.log_history[0]["loss"] != pytest.approx(math.log(2), abs=1e-3)
 
 
 def test_a_reference_that_follows_the_policy_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     with pytest.raises(InactivePatchError, match="sync_ref_model"):
-        preference_trainer("DPO", patch_model(model_of(tokenizer), TRAIN), tokenizer, tmp_path, sync_ref_model=True,
-                           ref_model=model_of(tokenizer))  # fmt: skip
+        preference_trainer("DPO", patch_model(llama_for(tokenizer), TRAIN), tokenizer, tmp_path, sync_ref_model=True,
+                           ref_model=llama_for(tokenizer))  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["SFT", "Reward"])
@@ -229,13 +206,9 @@ def test_losses_of_one_pass_run_sparse(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("active", [0.5, None])
 def test_grpo(active: float | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = patch_model(model_of(tokenizer), SubquadConfig(**{**TRAIN.to_dict(), "active": active}))
+    model = patch_model(llama_for(tokenizer), SubquadConfig(**{**TRAIN.to_dict(), "active": active}))
     before = factors(model)
-    args = trl.GRPOConfig(
-        output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=4, report_to=[],
-        num_generations=4, max_completion_length=6, learning_rate=1e-2, save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
+    args = trl.GRPOConfig(**settings(tmp_path, max_steps=1, num_generations=4, max_completion_length=6))
     run = trl.GRPOTrainer(
         model=model, args=args, train_dataset=pairs().select_columns(["prompt"]), processing_class=tokenizer,
         reward_funcs=lambda completions, **_: [float(hash(text) % 7) for text in completions],
@@ -243,9 +216,3 @@ def test_grpo(active: float | None, tokenizer: PreTrainedTokenizerBase, tmp_path
     )  # fmt: skip
     run.train()
     assert any(not torch.equal(before[name], value) for name, value in factors(run.model).items())
-
-
-def test_plain_trainer_is_not_mistaken(tmp_path: Path) -> None:
-    model = patched_opt()
-    trainer(model, tmp_path, max_steps=1).train()
-    assert all(mlp.calls == 1 for mlp in sparse_mlps(model))

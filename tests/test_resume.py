@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import opt, tokens
-from helpers.training import TRAIN, StopAt, Texts, Watch, arguments, factors, losses, patched_opt, trainer
+from helpers.training import TRAIN, AtStart, StopAt, Texts, arguments, factors, losses, patched_opt, trainer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
@@ -58,15 +58,8 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, make: Any, values: dict[st
     assert losses(first) == losses(whole)[:stop]
 
     resumed = make(**values)
-    again = trainer(resumed, tmp_path / "run", **SAVING)
     loaded: list[dict[str, Tensor]] = []
-
-    class Start(Watch):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if not loaded:
-                loaded.append(factors(resumed))
-
-    again.add_callback(Start(lambda *_, **__: None))
+    again = trainer(resumed, tmp_path / "run", [AtStart(lambda _: loaded.append(factors(resumed)))], **SAVING)
     again.train(resume_from_checkpoint=True)
     for name, value in factors(first.model).items():  # U and V come back to the bit
         assert torch.equal(loaded[0][name], value), name
@@ -82,20 +75,16 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, make: Any, values: dict[st
 def test_the_model_that_resumes_is_the_one_that_was_saved(tmp_path: Path) -> None:
     first = trainer(plain(), tmp_path, [StopAt(3)], **SAVING)
     first.train()
-    ids = tokens(99)
-    with dense_forward(first.model), torch.no_grad():
-        expected = first.model(ids).logits
-    model = plain()
-    found: list[Tensor] = []
 
-    class Start(Watch):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            with dense_forward(model), torch.no_grad():
-                found.append(model(ids).logits)
+    def dense_logits(model: nn.Module) -> Tensor:
+        with dense_forward(model), torch.no_grad():
+            return model(tokens(99)).logits
 
-    trainer(model, tmp_path, [Start(lambda *_, **__: None)], **SAVING).train(resume_from_checkpoint=True)
+    expected, model, found = dense_logits(first.model), plain(), []
+    start = AtStart(lambda _: found.append(dense_logits(model)))
+    trainer(model, tmp_path, [start], **SAVING).train(resume_from_checkpoint=True)
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
-    assert (found[0] - found[-1]).abs().max() > 1e-3
+    assert (found[0] - dense_logits(model)).abs().max() > 1e-3
 
 
 def test_every_checkpoint_has_one_sidecar_and_nothing_else_new(tmp_path: Path) -> None:
@@ -142,17 +131,15 @@ def test_a_checkpoint_without_the_callback_starts_the_updates_afresh(tmp_path: P
     model = plain()
     moments: list[bool] = []
 
-    class Start(Watch):
-        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-            if not moments:
-                live = [f for m in sparse_mlps(model) for p in m.projections for f in p.update.parameters()]
-                moments.extend(f in optimizer.state for f in live)
-                assert len(optimizer.state) > 0
-                assert all(p.update.is_zero() for m in sparse_mlps(model) for p in m.projections)
-                weight = "model.decoder.layers.1.fc1.weight"
-                torch.testing.assert_close(model.get_parameter(weight), saved.get_parameter(weight))
+    def look(_: nn.Module) -> None:
+        live = [f for m in sparse_mlps(model) for p in m.projections for f in p.update.parameters()]
+        moments.extend(f in run.optimizer.state for f in live)
+        assert len(run.optimizer.state) > 0
+        assert all(p.update.is_zero() for m in sparse_mlps(model) for p in m.projections)
+        weight = "model.decoder.layers.1.fc1.weight"
+        torch.testing.assert_close(model.get_parameter(weight), saved.get_parameter(weight))
 
-    run = trainer(model, tmp_path, [Start(lambda *_, **__: None)], **SAVING)
+    run = trainer(model, tmp_path, [AtStart(look)], **SAVING)
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
     assert len(moments) == 8 and not any(moments)
@@ -194,12 +181,8 @@ def test_resume_from_a_named_folder(tmp_path: Path) -> None:
     folder = str(tmp_path / "old" / "checkpoint-3")
     model = plain()
     seen: list[dict[str, Tensor]] = []
-
-    class Start(Watch):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            seen.append(factors(model))
-
-    run = trainer(model, tmp_path / "new", [Start(lambda *_, **__: None)], resume_from_checkpoint=folder, **SAVING)
+    start = AtStart(lambda _: seen.append(factors(model)))
+    run = trainer(model, tmp_path / "new", [start], resume_from_checkpoint=folder, **SAVING)
     run.train(resume_from_checkpoint=folder)
     assert all(torch.equal(seen[0][name], value) for name, value in factors(first.model).items())
 

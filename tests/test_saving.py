@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, FAMILIES, batch, build, fill_updates, llama, logits, opt, tokens
-from helpers.training import TRAIN, arguments, patched_opt, trainer
+from helpers.models import CONFIG, FAMILIES, batch, build, logits, opt, tokens, trained
+from helpers.training import patched_opt, trainer
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
@@ -77,8 +77,7 @@ def test_trained_checkpoint_loads_without_the_library(tmp_path: Path) -> None:
 def test_saved_model_of_every_family_equals_the_live_one(tmp_path: Path, family: str) -> None:
     original = build(family)
     original.save_pretrained(tmp_path / "original")
-    model = patch_model(build(family), CONFIG)
-    fill_updates(model)
+    model = trained(family)
     model.save_pretrained(tmp_path / "out")
     assert saved_tensors(tmp_path / "out") == saved_tensors(tmp_path / "original")
     again = type(original).from_pretrained(tmp_path / "out").eval()
@@ -88,11 +87,10 @@ def test_saved_model_of_every_family_equals_the_live_one(tmp_path: Path, family:
     assert (logits(original.eval(), inputs) - expected).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("make", [opt, llama])
-def test_bfloat16_model(tmp_path: Path, make) -> None:
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_bfloat16_model(tmp_path: Path, family: str) -> None:
     """Saved in bfloat16, W + s U V accumulated in float32 and rounded once."""
-    model = patch_model(make(torch.bfloat16), CONFIG)
-    fill_updates(model, size=0.02)
+    model = trained(family, torch.bfloat16, size=0.02)
     model.save_pretrained(tmp_path)
     assert {dtype for dtype, _ in saved_tensors(tmp_path).values()} == {"BF16"}
     again = type(model).from_pretrained(tmp_path)
@@ -105,8 +103,7 @@ def test_bfloat16_model(tmp_path: Path, make) -> None:
 
 
 def test_sharded(tmp_path: Path) -> None:
-    model = patch_model(opt(), CONFIG)
-    fill_updates(model)
+    model = trained()
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     ids = tokens(51)
@@ -117,8 +114,7 @@ def test_sharded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_load_of_its_own_state_keeps_the_dense_model(family: str) -> None:
     """Loaded weights are whole: the update, which comes back with them, must not be counted twice."""
-    model = patch_model(build(family), CONFIG).eval()
-    fill_updates(model)
+    model = trained(family).eval()
     inputs = batch(family, model)
     expected = logits(model, inputs)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -134,8 +130,7 @@ def test_load_of_its_own_state_keeps_the_dense_model(family: str) -> None:
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_of_other_weights(assign: bool) -> None:
-    model, other = patch_model(opt(), CONFIG), opt()
-    fill_updates(model)
+    model, other = trained(), opt()
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
@@ -150,8 +145,7 @@ def test_load_of_other_weights(assign: bool) -> None:
 
 
 def test_load_that_fails_keeps_the_update() -> None:
-    model = patch_model(opt(), CONFIG).eval()
-    fill_updates(model)
+    model = trained().eval()
     expected = model(tokens()).logits
     state = model.state_dict()
     state["model.decoder.layers.1.fc1.weight"] = torch.zeros(3, 3)
@@ -164,8 +158,7 @@ def test_load_that_fails_keeps_the_update() -> None:
 
 
 def test_partial_load_touches_only_what_it_names() -> None:
-    model = patch_model(opt(), CONFIG).eval()
-    fill_updates(model)
+    model = trained().eval()
     name = "model.decoder.layers.1.fc1"
     model.load_state_dict({f"{name}.weight": 1.5 * model.state_dict()[f"{name}.weight"]}, strict=False)
     zero = {
@@ -185,8 +178,7 @@ def test_missing_weight_is_reported() -> None:
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
-    model = patch_model(build("gpt2"), CONFIG)
-    fill_updates(model)
+    model = trained("gpt2")
     before = {n: (id(p), p.stride(), p.requires_grad, p.clone()) for n, p in model.named_parameters()}
     model.save_pretrained(tmp_path)
     for name, parameter in model.named_parameters():
@@ -205,11 +197,6 @@ def test_trainer_checkpoints_are_plain(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, live_dense(model, ids), rtol=1e-4, atol=1e-5)
 
 
-def test_arguments_are_those_of_a_cpu_run(tmp_path: Path) -> None:
-    assert arguments(tmp_path).device.type == "cpu"
-    assert TRAIN.rank == 3
-
-
 def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def receive(operations: list[Any], **about: Any) -> None:
         for operation in operations:
@@ -224,8 +211,7 @@ def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.
     for name, function in vars(server).items():
         monkeypatch.setattr(hub, name, function, raising=False)  # by older ones
 
-    model = patch_model(opt(), CONFIG)
-    fill_updates(model)
+    model = trained()
     model.push_to_hub("me/mine")
     ids = tokens(54)
     opt().save_pretrained(tmp_path / "original")
@@ -236,8 +222,7 @@ def test_what_is_pushed_to_the_hub_is_plain(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_safetensors_own_functions(tmp_path: Path) -> None:
-    model, plain = patch_model(opt(), CONFIG), opt()
-    fill_updates(model)
+    model, plain = trained(), opt()
     save_model(model, str(tmp_path / "model.safetensors"))
     load_model(plain, tmp_path / "model.safetensors")
     expected = live_dense(model.eval(), tokens())

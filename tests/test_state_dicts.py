@@ -8,19 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import CONFIG, build, fill_updates, opt, tokens
+from helpers.models import CONFIG, build, fill_updates, opt, tokens, trained
 from helpers.training import Watch, factors, losses, patched_opt, trainer
 from torch import Tensor, nn
 
 from hf_subquad import dense_forward, patch_model, sparse_mlps, sync_model
 
 FAMILIES = ("opt", "llama", "gpt2", "phi3")
-
-
-def ready(family: str = "opt", dtype: torch.dtype = torch.float32, seed: int = 3) -> nn.Module:
-    model = patch_model(build(family, dtype), CONFIG)
-    fill_updates(model, seed)
-    return model
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -47,8 +41,8 @@ WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     ],
 )
 def test_averages_written_into_a_state_dict_reach_the_model(write: str, family: str, average_of: str) -> None:
-    model = ready(family, seed=5)
-    average = ready(family) if average_of == "trained" else patch_model(build(family), CONFIG)
+    model = trained(family, seed=5)
+    average = trained(family) if average_of == "trained" else patch_model(build(family), CONFIG)
     plain = build(family)
     plain.load_state_dict(average.state_dict())
     for e, v in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
@@ -63,7 +57,7 @@ def test_averages_written_into_a_state_dict_reach_the_model(write: str, family: 
 
 
 def test_writes_are_seen_while_the_state_is_in_use() -> None:
-    model = ready()
+    model = trained()
     state = model.state_dict()
     before = logits(model)
     name = "model.decoder.layers.1.fc2.weight"
@@ -76,7 +70,7 @@ def test_writes_are_seen_while_the_state_is_in_use() -> None:
 
 
 def test_reading_changes_nothing_and_keeps_nothing() -> None:
-    model = ready()
+    model = trained()
     before = factors(model)
     state = model.state_dict()
     buffer = io.BytesIO()
@@ -101,7 +95,7 @@ def test_reading_changes_nothing_and_keeps_nothing() -> None:
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_model_comes_back(family: str, assign: bool, dtype: torch.dtype) -> None:
-    model, other = ready(family, dtype), build(family, dtype)
+    model, other = trained(family, dtype), build(family, dtype)
     before, weights = factors(model), {n: p.clone() for n, p in model.named_parameters() if ".update." not in n}
     kept = copy.deepcopy(model.state_dict())
     exact = {name: value.clone() for name, value in kept.items()}
@@ -138,7 +132,7 @@ def test_training_goes_on_after_a_swap(tmp_path: Path) -> None:
 
 
 def test_the_best_of_several_states() -> None:
-    model = ready()
+    model = trained()
     states = []
     for seed in range(3):
         fill_updates(model, seed)

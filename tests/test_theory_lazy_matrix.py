@@ -25,6 +25,14 @@ def pair(budget: int = BUDGET) -> tuple[LazyMatrix, Tensor]:
     return LazyMatrix(weight.clone(), budget), weight
 
 
+def waiting() -> tuple[LazyMatrix, Tensor, Tensor]:
+    """A matrix with an update that waits, the sum of both, and the update's right factor."""
+    lazy, dense = pair()
+    left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)
+    lazy.append(left, right)
+    return lazy, dense + left @ right, right
+
+
 def run(operations: list[tuple[str, int]]) -> LazyMatrix:
     """Apply (name, number) operations to a lazy and a dense matrix, comparing all that can be asked after each."""
     lazy, dense = pair()
@@ -75,10 +83,7 @@ def test_updates_with_one_left_factor_never_spend_the_budget() -> None:
 
 
 def test_keeps_no_hold_on_the_right_factor() -> None:
-    lazy, dense = pair()
-    left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)
-    lazy.append(left, right)
-    expected = dense + left @ right
+    lazy, expected, right = waiting()
     right.zero_()
     torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), expected, **CLOSE)
 
@@ -94,8 +99,7 @@ def test_merges_only_when_an_update_no_longer_fits() -> None:
 
 
 def test_saves_one_plain_matrix_and_loading_drops_what_waited() -> None:
-    lazy, _ = pair()
-    lazy.append(random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2))
+    lazy, _, _ = waiting()
     now = lazy.rows(torch.arange(ROWS))
     buffer = io.BytesIO()
     torch.save(lazy.state_dict(), buffer)
@@ -111,20 +115,16 @@ def test_saves_one_plain_matrix_and_loading_drops_what_waited() -> None:
 
 
 def test_a_load_that_fails_keeps_what_waits() -> None:
-    lazy, dense = pair()
-    left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)
-    lazy.append(left, right)
+    lazy, expected, _ = waiting()
     with pytest.raises(RuntimeError, match="size mismatch"):
         lazy.load_state_dict({"weight": torch.zeros(2, 2)})
-    torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), dense + left @ right, **CLOSE)
+    torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), expected, **CLOSE)
 
 
 def test_a_cast_takes_what_waits_along() -> None:
-    lazy, dense = pair()
-    left, right = random(ROWS, 2, seed=1), random(2, COLUMNS, seed=2)
-    lazy.append(left, right)
+    lazy, expected, _ = waiting()
     lazy.float()
-    torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), (dense + left @ right).float())
+    torch.testing.assert_close(lazy.rows(torch.arange(ROWS)), expected.float())
 
 
 @pytest.mark.parametrize(

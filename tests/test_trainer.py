@@ -16,7 +16,6 @@ from hf_subquad import (
     InactivePatchError,
     NotPatchedError,
     SubquadCallback,
-    SubquadConfig,
     check_active,
     patch_model,
     sparse_mlps,
@@ -339,38 +338,6 @@ def test_second_training_is_checked_as_the_first(tmp_path: Path) -> None:
 # PEFT beside the patch
 
 
-LORA = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-
-
-def with_peft(order: str, **values: Any) -> nn.Module:
-    config = SubquadConfig(**{**TRAIN.to_dict(), **values})
-    if order == "peft first":
-        return patch_model(get_peft_model(opt(), LORA), config)
-    return get_peft_model(patch_model(opt(), config), LORA)
-
-
-@pytest.mark.parametrize("order", ["peft first", "patch first"])
-def test_peft_on_attention_trains_both_and_saves_plain(tmp_path: Path, order: str) -> None:
-    model = with_peft(order)
-    before = factors(model)
-    lora = {n: p.clone() for n, p in model.named_parameters() if "lora_" in n}
-    frozen = {n: p.clone() for n, p in model.named_parameters() if "lora_" not in n and ".update." not in n}
-    assert len(lora) == 12
-    trainer(model, tmp_path).train()
-    assert all(not torch.equal(before[n], value) for n, value in factors(model).items())
-    assert all(not torch.equal(lora[n], model.get_parameter(n)) for n in lora)
-    assert all(torch.equal(frozen[n], model.get_parameter(n)) for n in frozen)
-
-    model.eval()
-    expected = model(tokens()).logits
-    merged = model.merge_and_unload()
-    merged.save_pretrained(tmp_path / "plain")
-    plain = type(opt()).from_pretrained(tmp_path / "plain").eval()
-    assert list(plain.state_dict()) == list(opt().state_dict())
-    torch.testing.assert_close(plain(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
-    assert (opt().eval()(tokens()).logits - expected).abs().max() > 1e-2
-
-
 def test_peft_all_linear_leaves_the_patched_projections_alone() -> None:
     model = get_peft_model(patch_model(opt(), TRAIN), LoraConfig(r=2, target_modules="all-linear"))
     wrapped = {name.rpartition(".lora_A")[0] for name, _ in model.named_modules() if name.endswith("lora_A")}
@@ -381,12 +348,6 @@ def test_peft_all_linear_leaves_the_patched_projections_alone() -> None:
         for mlp in sparse_mlps(model)
         for p, q in zip(mlp.sources, mlp.projections, strict=True)
     )
-
-
-def test_peft_on_a_patched_projection_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((ValueError, InactivePatchError)):
-        model = get_peft_model(patch_model(opt(), TRAIN), LoraConfig(r=2, target_modules=["fc1"]))
-        trainer(model, tmp_path).train()
 
 
 # The same without a Trainer

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers.models import build, tokens
+from helpers.models import tokens
 from helpers.training import TRAIN, factors
+from helpers.trl_runs import demo_tokenizer, llama_for, settings
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps
 
 trl = pytest.importorskip("trl")
 
-DEMO_MODEL = Path(__file__).parents[1] / "scripts" / "demo_model"
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
@@ -27,9 +27,7 @@ LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    loaded = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    loaded.chat_template = TEMPLATE
-    return loaded
+    return demo_tokenizer(TEMPLATE)
 
 
 def rows(kind: str) -> Dataset:
@@ -43,10 +41,6 @@ def rows(kind: str) -> Dataset:
     return Dataset.from_dict({"messages": chats})
 
 
-def llama(tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-    return build("llama", vocab_size=len(tokenizer), max_position_embeddings=64)
-
-
 def sft_trainer(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -55,14 +49,9 @@ def sft_trainer(
     peft: Any = None,
     **values: Any,
 ) -> Any:
-    settings = dict(
-        output_dir=str(folder), use_cpu=True, bf16=False, max_steps=3, per_device_train_batch_size=4, max_length=32,
-        learning_rate=1e-2, logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
     return trl.SFTTrainer(
         model=model,
-        args=trl.SFTConfig(**{**settings, **values}),
+        args=trl.SFTConfig(**settings(folder, **{"max_steps": 3, "max_length": 32, **values})),
         train_dataset=rows(kind),
         processing_class=copy.deepcopy(tokenizer),
         peft_config=peft,
@@ -88,7 +77,7 @@ FAST = ("text", "packed", "answers only", "LoRA on attention")
 def test_trains_the_updates_and_leaves_what_it_holds(
     name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    model = patch_model(llama(tokenizer), TRAIN)
+    model = patch_model(llama_for(tokenizer), TRAIN)
     before = factors(model)
     run = sft_trainer(model, tokenizer, tmp_path, **SETTINGS[name])
     run.train()
@@ -109,6 +98,6 @@ def test_trains_the_updates_and_leaves_what_it_holds(
 
 @pytest.mark.slow
 def test_plans_on_its_batches(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    model = patch_model(llama(tokenizer), SubquadConfig(rank=3, tile_size=5, sketch_rank=12))
+    model = patch_model(llama_for(tokenizer), SubquadConfig(rank=3, tile_size=5, sketch_rank=12))
     sft_trainer(model, tokenizer, tmp_path, kind="completion").train()
     assert (tmp_path / "subquad_plan.json").is_file()

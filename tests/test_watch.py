@@ -250,12 +250,9 @@ def test_only_the_class_that_left_its_plan_changes(token_class: TokenClass) -> N
     plan = planned(aim * 1.0001, 9.0) if token_class == "predicted" else planned(9.0, aim * 1.0001)
     change = review(mlp, plan, token_class, audit_live(mlp)[token_class])
     assert mlp.budget == (Budget(64, 16) if token_class == "predicted" else Budget(24, 64))
-    assert (change.token_class, change.before, change.after) == (token_class, mlp_before(token_class), 64)
+    before = {"predicted": 24, "context": 16}[token_class]
+    assert (change.token_class, change.before, change.after) == (token_class, before, 64)
     assert f"neurons for {token_class} tokens" in str(change)
-
-
-def mlp_before(token_class: TokenClass) -> int:
-    return 24 if token_class == "predicted" else 16
 
 
 @pytest.mark.parametrize("context", [0, M])

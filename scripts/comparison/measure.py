@@ -29,7 +29,7 @@ def full_run(settings: RunSettings, report: OnProgress) -> dict[str, Any]:
             for context tokens, and the precision of the gradient that passes back.
         plan: the plan that was made, as JSON text; None if there was none.
     """
-    return _train(settings, report, evaluated=True)
+    return _train(settings, report)
 
 
 def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def turn(argument: tuple[RunSettings, Mapping[str, Any]], report: OnProgress) ->
         digest: of the token ids.
     """
     settings, mlps = argument
-    result = _train(settings, report, evaluated=False, mlps=mlps)
+    result = _train(settings, report, mlps)
     profiled = settings.untimed_steps + settings.turn_steps
     return {
         "steps": result["steps"][settings.untimed_steps : profiled],
@@ -75,9 +75,8 @@ def _prepare(settings: RunSettings) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _train(
-    settings: RunSettings, report: OnProgress, evaluated: bool, mlps: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def _train(settings: RunSettings, report: OnProgress, mlps: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """With `mlps` a turn, which is neither evaluated nor saved."""
     _prepare(settings)
     import transformers
     from methods import apply_method
@@ -102,7 +101,7 @@ def _train(
     patching_seconds = time.perf_counter() - start
     transformers.set_seed(settings.seed)  # whatever the method drew from the random state
 
-    loss_of = _evaluator(inputs, settings) if inputs.evaluation and evaluated else None
+    loss_of = _evaluator(inputs, settings) if inputs.evaluation and mlps is None else None
     with tempfile.TemporaryDirectory() as folder:
         trainer = TimedTrainer(model, settings, inputs.train, inputs.collate, callbacks, folder, loss_of, report, mlps)
         trainer.train()
@@ -124,7 +123,7 @@ def _train(
         }
     if loss_of and settings.method == "subquad":
         result["eval_loss_sparse"] = loss_of(model, sparse_forward)
-    if evaluated and settings.save_to and inputs.tokenizer is not None:
+    if mlps is None and settings.save_to and inputs.tokenizer is not None:
         model.config.use_cache = use_cache
         save_merged(model, settings.save_to)
         inputs.tokenizer.save_pretrained(settings.save_to)

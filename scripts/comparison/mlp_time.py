@@ -1,7 +1,6 @@
 """How long a model spends in some of its MLPs, forward and backward, inside a real training step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -22,18 +21,13 @@ class MlpTimer:
         self.now = now
         self.seconds = 0.0
         modules = dict(model.named_modules())
-        self._handles = [
-            handle for mlp, projections in mlps.items() for handle in self._hooks(*_ends(modules, mlp, projections))
-        ]
+        for mlp, projections in mlps.items():
+            self._hook(*_ends(modules, mlp, projections))
 
     def restart(self) -> None:
         self.seconds = 0.0
 
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _hooks(self, first: nn.Module, last: nn.Module) -> list[Any]:
+    def _hook(self, first: nn.Module, last: nn.Module) -> None:
         open_since: dict[str, float] = {}
 
         def enter(phase: str) -> None:
@@ -42,12 +36,10 @@ class MlpTimer:
         def leave(phase: str) -> None:
             self.seconds += self.now() - open_since.pop(phase)
 
-        return [
-            first.register_forward_pre_hook(lambda *_: enter("forward")),
-            last.register_forward_hook(lambda *_: leave("forward")),
-            last.register_full_backward_pre_hook(lambda *_: enter("backward")),
-            first.register_full_backward_hook(lambda *_: leave("backward")),
-        ]
+        first.register_forward_pre_hook(lambda *_: enter("forward"))
+        last.register_forward_hook(lambda *_: leave("forward"))
+        last.register_full_backward_pre_hook(lambda *_: enter("backward"))
+        first.register_full_backward_hook(lambda *_: leave("backward"))
 
 
 def _ends(modules: Mapping[str, nn.Module], mlp: str, projections: Sequence[str]) -> tuple[nn.Module, nn.Module]:

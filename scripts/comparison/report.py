@@ -1,21 +1,18 @@
-"""From what the processes measured to the numbers that are reported: one dictionary, per-step rows, a table."""
+"""From what the processes measured to the numbers that are reported: one dictionary, a picture, a table."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from reporting import Bars, Panel, draw, text_table, write_whole
+from reporting import Bars, Panel, draw, text_table
 
 from hf_subquad import Plan
 
 BASELINES = ("vanilla", "lora")
 _CLASSES = ("predicted", "context")
 _ENDS = 2  # points: a line from the first to the last loss shows no course
-CSV_COLUMNS = ("method", "step", "seconds", "training_seconds", "tokens", "train_loss", "eval_loss_dense")
 
 DEFINITIONS = {
     "step_seconds": "one Trainer step: forward, backward, gradient clipping, optimizer and the method's callbacks; "
@@ -126,27 +123,6 @@ def _ratios(
 def _spread(values: Sequence[float]) -> dict[str, float]:
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {"min": min(values), "quarter": low, "three_quarters": high, "max": max(values), "count": len(values)}
-
-
-def step_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per method and step, and one for the evaluation before the first step (step 0)."""
-    rows = []
-    for name, method in report["methods"].items():
-        losses = {row["step"]: row["eval_loss"] for row in method["evaluations"]}
-        if 0 in losses:
-            start = {"step": 0, "training_seconds": method["setup_seconds"]}
-            rows.append({"method": name, "eval_loss_dense": losses[0]} | start)
-        rows += [{"method": name, "eval_loss_dense": losses.get(row["step"])} | row for row in method["steps"]]
-    return rows
-
-
-def write_csv(report: Mapping[str, Any], path: Path) -> None:
-    """Per-step rows of all methods."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, CSV_COLUMNS)
-    writer.writeheader()
-    writer.writerows(step_rows(report))
-    write_whole(path, lambda file: file.write_bytes(text.getvalue().encode()))
 
 
 def write_plot(report: Mapping[str, Any], path: Path, title: str = "") -> None:

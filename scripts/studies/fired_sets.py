@@ -185,7 +185,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", type=lambda text: [int(part) for part in text.split(",")], default=[1024, 4096])
     parser.add_argument("--samples", type=int, default=64)
@@ -197,8 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rows = [row for width in tqdm(options.widths, unit="width") for row in bench(width, options)]
     conclude({"rows": rows}, table(rows), options)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -265,7 +265,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
     widths = widths_between(options.min_width, options.max_width)
@@ -275,8 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     if options.png:
         draw(panels(report), "time against width", options.png)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -329,13 +329,12 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     options = parse_options(argv)
     torch.set_num_threads(options.threads)
     report = study(options)
     conclude(report | {"definitions": DEFINITIONS}, table(report), options)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -197,7 +197,7 @@ def _progress(row: Mapping[str, Any]) -> tuple[float, float]:
     return (-reached if reached is not None else -math.inf), -row["losses"][-1]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=64)
@@ -218,8 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     conclude(report | {"definitions": DEFINITIONS}, table(report), options)
     if options.png:
         draw(panels(report), f"m = {options.width}, n = {options.samples}", options.png)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -14,7 +14,7 @@ import hashlib
 import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,19 +30,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "demo_model"
 SPECIAL_TOKENS = ["<s>", "</s>", "<pad>"]
 BLOCK = 512  # tokens of a training sequence, and the model's number of positions
 HELD_OUT_EVERY = 40  # files: about 2.5% of the text, from all parts of the library
-
-
-@dataclass(frozen=True)
-class Training:
-    """How the model is trained. `minutes` is a limit: the schedule ends with whichever of the two comes first."""
-
-    steps: int = 5000
-    minutes: float = 19.0
-    batch_size: int = 4
-    learning_rate: float = 2e-3
-    warmup_steps: int = 150
-    weight_decay: float = 0.05
-    seed: int = 0
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 4, 2e-3, 150, 0.05
 
 
 def keep_freed_memory() -> None:
@@ -113,45 +101,41 @@ def to_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch
     return torch.tensor([i for e in encoded for i in [*e.ids, tokenizer.eos_token_id]])
 
 
-class Batches:
-    """Endless batches of blocks: each epoch shifts the block borders and shuffles the blocks."""
-
-    def __init__(self, stream: torch.Tensor, batch_size: int, seed: int) -> None:
-        self.stream, self.batch_size = stream, batch_size
-        self.generator = torch.Generator().manual_seed(seed)
-        self.waiting: list[torch.Tensor] = []
-
-    def next(self) -> torch.Tensor:
-        """Token ids [batch_size, BLOCK]."""
-        while len(self.waiting) < self.batch_size:
-            shift = int(torch.randint(BLOCK, (1,), generator=self.generator))
-            count = (len(self.stream) - shift) // BLOCK
-            blocks = self.stream[shift : shift + count * BLOCK].view(count, BLOCK)
-            self.waiting += list(blocks[torch.randperm(count, generator=self.generator)])
-        batch, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
-        return torch.stack(batch)
+def endless_batches(stream: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
+    """Token ids [BATCH_SIZE, BLOCK]: each epoch shifts the block borders and shuffles the blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    waiting: list[torch.Tensor] = []
+    while True:
+        while len(waiting) < BATCH_SIZE:
+            shift = int(torch.randint(BLOCK, (1,), generator=generator))
+            count = (len(stream) - shift) // BLOCK
+            blocks = stream[shift : shift + count * BLOCK].view(count, BLOCK)
+            waiting += list(blocks[torch.randperm(count, generator=generator)])
+        yield torch.stack(waiting[:BATCH_SIZE])
+        del waiting[:BATCH_SIZE]
 
 
-def train(model: OPTForCausalLM, stream: torch.Tensor, how: Training) -> tuple[int, float]:
-    """Train in place, fp32 weights under bf16 autocast. Returns (steps done, seconds)."""
+def train(model: OPTForCausalLM, stream: torch.Tensor, steps: int, minutes: float, seed: int) -> tuple[int, float]:
+    """Train in place, fp32 weights under bf16 autocast, until `steps` or `minutes` are over, with which the schedule
+    ends. Returns (steps done, seconds)."""
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": how.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=how.learning_rate,
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
         betas=(0.9, 0.98),
         fused=True,
     )
-    batches = Batches(stream, how.batch_size, how.seed)
+    batches = endless_batches(stream, seed)
     model.train()
     start, step, progress = time.perf_counter(), 0, 0.0
-    with tqdm(total=how.steps, unit="step") as bar:
+    with tqdm(total=steps, unit="step") as bar:
         while progress < 1.0:
-            warmup = min(1.0, (step + 1) / how.warmup_steps)
-            rate = how.learning_rate * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+            warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+            rate = LEARNING_RATE * warmup * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = batches.next()
+            ids = next(batches)
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
@@ -159,7 +143,7 @@ def train(model: OPTForCausalLM, stream: torch.Tensor, how: Training) -> tuple[i
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            progress = max(step / how.steps, (time.perf_counter() - start) / (60 * how.minutes))
+            progress = max(step / steps, (time.perf_counter() - start) / (60 * minutes))
             bar.update()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -186,22 +170,22 @@ def held_out(model: OPTForCausalLM, stream: torch.Tensor) -> tuple[float, list[t
     return sum(losses) / len(losses), [torch.stack(kept).mean(0) for kept in shares]
 
 
-def make(folder: Path, how: Training) -> None:
+def make(folder: Path, most_steps: int, minutes: float, seed: int) -> None:
     """Train, save in bf16, and print what the model card in `folder` says."""
     train_documents, held_documents = standard_library_text()
-    torch.manual_seed(how.seed)
+    torch.manual_seed(seed)
     tokenizer = train_tokenizer(train_documents, model_config().vocab_size)
     train_stream, held_stream = to_stream(tokenizer, train_documents), to_stream(tokenizer, held_documents)
     print(f"{len(train_stream):,} tokens to train on, {len(held_stream):,} held out", flush=True)
     model = OPTForCausalLM(model_config())
-    steps, seconds = train(model, train_stream, how)
+    steps, seconds = train(model, train_stream, most_steps, minutes, seed)
 
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     loss, activations = held_out(OPTForCausalLM.from_pretrained(folder, dtype=torch.float32), held_stream)
     bits = loss * len(held_stream) / sum(len(text.encode()) for text in held_documents) / math.log(2)
-    seen = steps * how.batch_size * BLOCK
+    seen = steps * BATCH_SIZE * BLOCK
     print(
         f"corpus: {len(train_documents)} files, sha256 "
         f"{hashlib.sha256(chr(0).join(train_documents).encode()).hexdigest()[:16]}; held out: {len(held_documents)}\n"
@@ -217,14 +201,14 @@ def make(folder: Path, how: Training) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=Training.steps)
-    parser.add_argument("--minutes", type=float, default=Training.minutes, help="time limit of the training")
-    parser.add_argument("--seed", type=int, default=Training.seed)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=19.0, help="time limit of the training")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    make(options.output, Training(steps=options.steps, minutes=options.minutes, seed=options.seed))
+    make(options.output, options.steps, options.minutes, options.seed)
 
 
 if __name__ == "__main__":

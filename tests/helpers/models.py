@@ -5,13 +5,14 @@ not divide into tiles.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_subquad import SubquadConfig
+from hf_subquad import SubquadConfig, patch_model
 
 BATCH, LENGTH, VOCABULARY, WIDTH, NEURONS, LAYERS = 3, 5, 61, 20, 52, 3
 TOKENS = BATCH * LENGTH  # 15 tokens at tile_size 5: 4 tiles of 4 slots, one of them spare
@@ -70,11 +71,8 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         dict(hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=LAYERS, num_attention_heads=2,
              image_size=8, patch_size=4, num_labels=7, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     ),
-    # Named in the library's table as well; checked for being patchable.
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**_LLAMA, "head_dim": 10}),
+    # For single tests.
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**_LLAMA, "head_dim": 10}),
-    "glm": ("GlmForCausalLM", "GlmConfig", {**_LLAMA, "head_dim": 10}),
-    "mt5": ("MT5ForConditionalGeneration", "MT5Config", {**_T5, "feed_forward_proj": "gated-gelu"}),
     "bart": ("BartForConditionalGeneration", "BartConfig", {**_BART, "max_position_embeddings": 32}),
     "whisper": (
         "WhisperForConditionalGeneration", "WhisperConfig",
@@ -84,21 +82,6 @@ _FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "PhiForCausalLM", "PhiConfig",
         dict(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=LAYERS,
              num_attention_heads=2, max_position_embeddings=32, bos_token_id=0, eos_token_id=1),
-    ),
-    "gpt_neo": (
-        "GPTNeoForCausalLM", "GPTNeoConfig",
-        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=NEURONS, num_layers=4, num_heads=2,
-             max_position_embeddings=32, attention_types=[[["global", "local"], 2]], bos_token_id=0, eos_token_id=1),
-    ),
-    "electra": ("ElectraModel", "ElectraConfig", {**_BERT, "embedding_size": WIDTH}),
-    "bloom": (
-        "BloomForCausalLM", "BloomConfig",
-        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=LAYERS, n_head=2, bos_token_id=0, eos_token_id=1),
-    ),
-    "falcon": (
-        "FalconForCausalLM", "FalconConfig",
-        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, ffn_hidden_size=NEURONS, num_hidden_layers=LAYERS,
-             num_attention_heads=2, bos_token_id=0, eos_token_id=1),
     ),
 }  # fmt: skip
 
@@ -169,6 +152,15 @@ def fill_updates(model: nn.Module, seed: int = 3, size: float = 0.3) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith((".update.U", ".update.V")):
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
+
+
+def trained(
+    family: str = "opt", dtype: torch.dtype = torch.float32, seed: int = 3, size: float = 0.3, **values: Any
+) -> nn.Module:
+    """A model that is patched by CONFIG with other `values`, its updates as if they had been trained."""
+    model = patch_model(build(family, dtype), replace(CONFIG, **values))
+    fill_updates(model, seed, size)
+    return model
 
 
 def checkpoint_activations(model: nn.Module, reentrant: bool) -> None:

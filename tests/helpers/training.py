@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging
 
 from hf_subquad import SubquadCallback, SubquadConfig, patch_model, sparse_mlps, sync_model
 
@@ -45,6 +47,18 @@ def steps_through_accelerate(
         sync_model(model, step, optimizer)
         found.append(loss.item())
     return found
+
+
+class AtStart(TrainerCallback):
+    """Calls a function with the model once, before the first step and after the callbacks that stand before it."""
+
+    def __init__(self, look: Any) -> None:
+        self.look = look
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if self.look:
+            self.look(model)
+        self.look = None
 
 
 class StopAt(TrainerCallback):
@@ -102,6 +116,13 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
         for path, projection in zip(mlp.sources, mlp.projections, strict=True)
         for name, factor in projection.update.named_parameters()
     }
+
+
+def listening(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
+    """Collects what a module of the library warns of once, in place of its logger."""
+    said: list[str] = []
+    monkeypatch.setattr(logging.get_logger(f"hf_subquad.{module}"), "warning_once", said.append)
+    return said
 
 
 def losses(run: Trainer) -> list[float]:
