@@ -33,7 +33,7 @@ def current_trainer() -> Trainer | None:
 def run_folder(args: TrainingArguments) -> Path:
     """Where the Trainer puts the checkpoints of this run; a trial of a hyperparameter search has its own folder."""
     trainer = current_trainer()
-    return Path((trainer._get_output_dir(trainer._trial) if trainer else args.output_dir) or "")
+    return Path((trainer._get_output_dir(getattr(trainer, "_trial", None)) if trainer else args.output_dir) or "")
 
 
 def resumed_from() -> Path | None:
