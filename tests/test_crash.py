@@ -199,6 +199,7 @@ def test_a_copied_checkpoint_is_whole_and_a_changed_one_is_not(tmp_path: Path) -
     copied = tmp_path / "copy" / "checkpoint-10"
     shutil.copytree(tmp_path / "run" / "checkpoint-1", copied, copy_function=shutil.copyfile)
     (copied / "README.md").write_text("added later")
+    shutil.copytree(copied, copied.with_name("checkpoint-11-old"), copy_function=shutil.copyfile)
     assert last_whole_checkpoint(tmp_path / "copy") == str(copied)
     (copied / "optimizer.pt").unlink()
     assert last_whole_checkpoint(tmp_path / "copy") is None

@@ -195,6 +195,12 @@ def test_t5_with_its_output_projection_in_float32(family: str, half: torch.dtype
     assert all(p.update.U.grad.dtype == torch.float32 for mlp in sparse_mlps(model) for p in mlp.projections)
 
 
+def test_a_layer_that_chunks_its_mlp_is_judged_by_the_modules_that_it_calls() -> None:
+    """Chunks of three tokens are not what the self-test masks, so it runs the two modules one after the other."""
+    model = patch_model(build("bert", chunk_size_feed_forward=3), CONFIG)
+    assert all(mlp.shares_input and mlp.opens is mlp.inputs[0] for mlp in sparse_mlps(model))
+
+
 def test_batch_shape_is_what_this_file_assumes() -> None:
     assert batch("opt", build("opt"))["inputs_embeds"].shape[:2] == (BATCH, LENGTH)
     assert TOKENS % 4

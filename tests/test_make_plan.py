@@ -507,6 +507,19 @@ def test_a_patched_model_is_left_as_it_was() -> None:
     )
 
 
+@pytest.mark.parametrize("padded", range(3))
+def test_padding_of_any_batch_is_noticed(padded: int) -> None:
+    batches = text_batches(0, 1, 2, shape=(4, 9))
+    for batch in batches:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batches[padded]["attention_mask"][1, 5:] = 0
+    batches[padded]["labels"][1, 5:] = -100
+    model = patch_model(llama(), PLANNED)
+    plan = calibrate(model, batches)
+    assert runtime_of(model).skips_padding is True
+    assert (plan.padding_share > 0) == (padded == 2)
+
+
 def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor do corrections, a fitted index, dropout, or the mode."""
     plain = patch_model(opt(dropout=0.5), PLANNED)

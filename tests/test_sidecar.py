@@ -245,10 +245,14 @@ FIRST = "model.decoder.layers.1"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (lambda about, tensors: tensors.pop(f"{FIRST}.fc1.V"), r"differs in.*fc1\.V"),
+        (lambda about, tensors: tensors.pop(f"{FIRST}.norms"), r"differs in.*norms"),
+        (lambda about, tensors: tensors.pop(f"{FIRST}.correction.predicted.bias"), r"differs in.*predicted\.bias"),
+        (lambda about, tensors: tensors.update(more=torch.zeros(2)), r"differs in.*more"),
         (lambda about, tensors: about.update(format=3), "format 3, this version reads 2"),
         (lambda about, tensors: tensors[f"{FIRST}.fc2.U"].fill_(math.nan), r"NaN.*fc2\.U.*diverged"),
     ],
-    ids=["newer format", "NaN"],
+    ids=["factor missing", "norms missing", "part missing", "one more", "newer format", "NaN"],
 )
 def test_whole_files_with_other_contents(tmp_path: Path, change: Any, words: str) -> None:
     saved = trained()

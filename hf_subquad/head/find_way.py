@@ -33,8 +33,8 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         raise NotHereError(f"its main input is {model.main_input_name}, not input_ids")
     reasons = []
     with preserve_mode_and_rng(model), torch.autocast(model.device.type, enabled=False):
-        inputs = few_tokens(model)
         try:
+            inputs = few_tokens(model)
             expected = stock(**inputs).loss
         except Exception as error:
             raise NotHereError(f"it does not run on a few test tokens ({type(error).__name__}: {error})") from error
@@ -76,13 +76,25 @@ def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
     width = getattr(head, "in_features", None)
     if not isinstance(width, int):
         raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
-    own = {id(parameter) for parameter in head.parameters()}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
     with torch.enable_grad():
         hidden = torch.zeros(1, width, dtype=model.dtype, device=model.device, requires_grad=True)
-        _, *found = torch.autograd.grad(head.forward(hidden).sum(), [hidden, *others], allow_unused=True)
-    if any(gradient is not None for gradient in found):
+        found = _leaves(head.forward(hidden))
+    if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
         raise NotHereError("the head depends on trainable parameters that are not its own")
+
+
+def _leaves(value: Tensor) -> set[int]:
+    """Ids of the tensors that a value depends on and that take gradients."""
+    found, waiting, seen = set(), [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def same_loss(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

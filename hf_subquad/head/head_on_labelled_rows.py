@@ -100,7 +100,7 @@ class _Call:
         return labelled
 
     def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
-        compact = self._compact_labels(logits, labels)
+        compact = self._compact_labels(logits, labels, kwargs)
         if self.loss_function is ForCausalLMLoss:
             kwargs["shift_labels"] = compact
         return self.loss_function(logits, compact, vocab_size, *args, **kwargs)
@@ -111,7 +111,7 @@ class _Call:
     ) -> Tensor:  # fmt: skip
         if self.stand_in is None:
             return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
-        compact = self._compact_labels(logits, labels)
+        compact = self._compact_labels(logits, labels, kwargs)
         if logits is not self.stand_in:
             raise NotHereError("its forward changes the logits between head and loss")
         return chunked_cross_entropy(
@@ -128,10 +128,12 @@ class _Call:
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         raise NotHereError("its loss function is not one of transformers' for language models")
 
-    def _compact_labels(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _compact_labels(self, logits: Tensor, labels: Tensor, kwargs: dict[str, Any]) -> Tensor:
         self.loss_calls += 1
         if logits.shape[:-1] != self.targets.shape or labels is not self.labels:
             raise NotHereError("its forward changes logits or labels between head and loss")
+        if kwargs.get("shift_labels") is not None or kwargs.get("ignore_index", IGNORED) != IGNORED:
+            raise NotHereError("its loss is called with shift_labels or ignore_index")
         return self.targets.to(logits.device)
 
 

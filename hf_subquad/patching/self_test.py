@@ -59,6 +59,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
             run, expected = _runnable(mlp, x)
         if not called:
             raise _refusal(mlp, "run by itself, it does not call its projections")
+        called = called[-len(mlp.inputs) :]  # what a failed attempt called comes before
         mlp.opens, seen = called[0]
         mlp.shares_input = all(other is seen for _, other in called)
         note_activated = mlp.output.register_forward_pre_hook(lambda module, args: activated.append(args[0]))

@@ -87,17 +87,19 @@ def check_not_shared(model: nn.Module, matches: Sequence[Match]) -> None:
         UnsupportedModuleError: a weight that would be patched also belongs to another module (a module that is called
             several times counts as one). Their updates would both change it when they are folded or saved.
     """
-    patched = {f"{match.full_name(path)}.weight" for match in matches for path in match.paths}
-    holders: dict[nn.Parameter, list[str]] = {}
+    holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(parameter, []).append(f"{name}.{kind}")
-    for names in holders.values():
-        if len(names) > 1 and patched.intersection(names):
-            raise UnsupportedModuleError(
-                f"{names[0]} and {names[1]} are one tied parameter, and an update of one would change both: leave "
-                "these MLPs out with exclude_modules, or give each a weight of its own"
-            )
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{name}.{kind}")
+    for match in matches:
+        for path in match.paths:
+            names = holders.get(id(match.projection(path)._parameters.get("weight")), [])
+            if len(names) > 1:
+                raise UnsupportedModuleError(
+                    f"{names[0]} and {names[1]} are one tied parameter, and an update of one would change both: leave "
+                    "these MLPs out with exclude_modules, or give each a weight of its own"
+                )
 
 
 @torch.no_grad()

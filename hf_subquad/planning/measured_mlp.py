@@ -138,6 +138,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
+    try_skipping_padding(model, runtime, batches)  # the last may be the only one with padding
     with recording(model, mlps) as judged:
         reference = DenseReference(model, batches[-1])
     with no_autocast(mlps):
@@ -167,12 +168,18 @@ def recorded(
     watch_batches(model, runtime)
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
-    if runtime.skips_padding is None:
-        runtime.try_skipping_padding(model, batches[0])
+    try_skipping_padding(model, runtime, batches)
     with recording(model, mlps) as seen:
         for batch in batches:
             model(**batch)
     return dict(seen)
+
+
+def try_skipping_padding(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -> None:
+    """Test whether padding can be skipped, on the first batch that has some, unless that is known."""
+    for batch in batches:
+        if runtime.skips_padding is None:
+            runtime.try_skipping_padding(model, batch)
 
 
 def no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:

@@ -69,6 +69,8 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
     outputs that are not finite, are left out. All ranks get the same result."""
     found: dict[TokenClass, Audit] = {}
     for token_class in get_args(TokenClass):
+        if not mlp.budget.neurons(token_class):  # of no neurons there is nothing to choose, of all nothing is skipped
+            continue
         kept = mlp.audited.get(token_class)
         agreed = _agreed(audit(mlp, token_class, *kept) if kept else None, mlp)
         if agreed and math.isfinite(agreed.error):
@@ -79,7 +81,7 @@ def audit_live(mlp: SparseMLP) -> dict[TokenClass, Audit]:
 def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Audit) -> BudgetChange | None:
     """Change an MLP's budget if the measured error is far from the planned one. Every rank decides the same."""
     before = mlp.budget.neurons(token_class)
-    if not before:  # of no neurons there is nothing to choose, of all nothing is skipped
+    if not before:
         return None
     aim = max(planned.error if token_class == "predicted" else planned.context_error, _NEGLIGIBLE)
     if seen.error > _PAST * aim:

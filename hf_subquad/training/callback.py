@@ -51,6 +51,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         runtime = runtime_of(model)
         train_updates(model)
         trainer = current_trainer()
+        self._move_first(trainer)
         # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
         if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
             with preserve_mode_and_rng(model):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from torch import nn
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..errors import SidecarError
@@ -20,8 +20,12 @@ def last_whole_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     For use in `trainer.train(resume_from_checkpoint=last_whole_checkpoint(output_dir))`, which starts a run and, after
     a crash, continues it. The Trainer's own `resume_from_checkpoint=True` takes the highest number, complete or not.
     """
-    newest_first = reversed(sort_checkpoints(os.fspath(output_dir)))
-    return next((folder for folder in newest_first if is_whole(folder)), None)
+    by_step = {
+        int(step): folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+    }
+    return next((str(by_step[step]) for step in sorted(by_step, reverse=True) if is_whole(by_step[step])), None)
 
 
 def resume(model: nn.Module, folder: Path, step: int, with_callback: bool) -> None:

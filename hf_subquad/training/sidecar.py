@@ -1,8 +1,10 @@
 """The sidecar: what resuming needs beyond a plain checkpoint, such as U and V, in one safetensors file beside it."""
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +19,7 @@ from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts, settle_shards
+from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
 from ..weights.projection import NeuronProjection
@@ -104,6 +107,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
         written = about["config"][setting]
         if written != getattr(runtime.config, setting):
             raise SidecarError(f"{path} was written with {setting}={written}: use the {setting} of that run")
+    if odd := _unexpected(mlps, set(tensors)):
+        raise SidecarError(f"{path} is not what this version writes; it differs in {odd[:4]}: {_REMEDY}")
     spoiled = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if spoiled:
         raise SidecarError(f"{path} holds NaN or infinite values in {spoiled[:4]}, training had diverged: {_REMEDY}")
@@ -130,12 +135,11 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                     projection.set_rows(tensors[f"{name}.rows"].to(device))
             mlp.index.adopt(None if summary is None else summary.to(device))
         mlp.index.output_norms = tensors[f"{mlp.name}.norms"].to(device)
-        mlp.corrections = {}
-        for token_class in get_args(TokenClass):
-            prefix = f"{mlp.name}.correction.{token_class}."
-            parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
-            if parts:
-                mlp.corrections[token_class] = Compensation(**parts).to(device)
+        mlp.corrections = {
+            token_class: Compensation(*(tensors[name] for name in names)).to(device)
+            for token_class, names in _correction_names(mlp).items()
+            if names[0] in tensors
+        }
     if plan is not None:
         apply_plan(model, plan)
     runtime.synced_step = about["step"]
@@ -161,6 +165,22 @@ def _other_files(folder: Path) -> dict[str, str]:
     """Fingerprint of every other file in a checkpoint, by its path there."""
     files = (path for path in sorted(folder.rglob("[!.]*")) if path.is_file() and path.name != SIDECAR_NAME)
     return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+
+
+def _correction_names(mlp: SparseMLP) -> dict[TokenClass, list[str]]:
+    """Names of the tensors of each class's correction."""
+    parts = [part.name for part in dataclasses.fields(Compensation)]
+    return {name: [f"{mlp.name}.correction.{name}.{part}" for part in parts] for name in get_args(TokenClass)}
+
+
+def _unexpected(mlps: Sequence[SparseMLP], found: set[str]) -> list[str]:
+    """Names of tensors that are missing or too many."""
+    projections = [name for name, _ in named_projections(mlps)]
+    wanted = {f"{name}.{part}" for name in projections for part in ("U", "V", "sample")}
+    for mlp in mlps:
+        wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
+        wanted |= {name for names in _correction_names(mlp).values() if found.intersection(names) for name in names}
+    return sorted((wanted ^ found) - {f"{name}.rows" for name in projections})
 
 
 def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:

@@ -1,5 +1,6 @@
 """Plans budgets and fits indices and corrections on the Trainer's own data, with the same result on every rank."""
 
+import time
 from typing import Any
 
 import torch
@@ -57,9 +58,9 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
     if args.process_index:
         if by_sequence:
             attend_by_sequences(model)
-        for mlp, (summary, corrections) in zip(mlps, send_to_device(fitted, mlps[0].output.weight.device), strict=True):
+        for mlp, one in zip(mlps, fitted, strict=True):
+            summary, mlp.corrections = send_to_device(one, mlp.output.weight.device)
             mlp.index.adopt(summary)
-            mlp.corrections = corrections
 
 
 def _planned_and_fitted(
@@ -67,6 +68,7 @@ def _planned_and_fitted(
 ) -> tuple[Plan | None, list[Any], bool | None, bool] | str:
     """A plan, if one is wanted; what was fitted for each MLP, on the CPU: the summary of its tokens for the index, and
     its corrections; whether padding is skipped, and whether attention skips it, too. Or the reason why that failed."""
+    started = time.perf_counter()
     here = mlps[0].output.weight.device
     try:
         if here.type != device.type:  # FSDP moves the model later
@@ -81,5 +83,6 @@ def _planned_and_fitted(
             compensate(model, batches)
     except Exception as error:  # the user's data and model may raise anything here, and train nevertheless
         return f"{type(error).__name__}: {error}"
+    logger.info(f"{'planning' if plans else 'fitting'} took {time.perf_counter() - started:.1f} s")
     fitted = send_to_device([(mlp.index.summary, mlp.corrections) for mlp in mlps], torch.device("cpu"))
     return plan, fitted, mlps[0].runtime.skips_padding, attends_by_sequences(model)
