@@ -18,6 +18,7 @@ _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
 _AIM = 0.95  # of what may be lost, to be used
 _CLOSE_ENOUGH = 0.85  # of it
+_FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 
@@ -75,6 +76,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
     within: tuple[float, float] = (0.0, 0.0)
     beyond: tuple[float, float] | None = None
+    least = 0.0  # milliseconds of the plan beyond them
     known: dict[tuple[Budget, ...], Fidelity] = {}
     for _ in range(_ROUNDS):
         chosen = allocate(options, allowance)
@@ -93,7 +95,9 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         if used <= 1:
             within = allowance, used
         else:
-            beyond = allowance, used
+            beyond, least = (allowance, used), _milliseconds(chosen)
+        if _milliseconds(best) <= _FAST_ENOUGH * least:
+            break
         allowance = _next_allowance(within, beyond)
     if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
         free = allocate(options, 0.0)
