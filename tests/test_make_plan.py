@@ -515,9 +515,8 @@ def test_padding_of_any_batch_is_noticed(padded: int) -> None:
     batches[padded]["attention_mask"][1, 5:] = 0
     batches[padded]["labels"][1, 5:] = -100
     model = patch_model(llama(), PLANNED)
-    plan = calibrate(model, batches)
+    calibrate(model, batches)
     assert runtime_of(model).skips_padding is True
-    assert (plan.padding_share > 0) == (padded == 2)
 
 
 def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

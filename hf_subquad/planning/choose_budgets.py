@@ -18,11 +18,14 @@ _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
 _AIM = 0.95  # of what may be lost, to be used
 _CLOSE_ENOUGH = 0.85  # of it
+_WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 
 logger = get_logger(__name__)
+
+EXACT = Fidelity(divergence=0.0, cosine=1.0, gradient_error=0.0)
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         undominated([Option(budget, one.ms(budget), price * one.forward_cost(budget)) for budget in one.budgets(share)])
         for one, price in zip(measured, _forward_prices(measured, spent), strict=True)
     ]
-    best = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
-    best_found, allowance = Fidelity(0.0, 1.0, 0.0), 1.0
+    best = exact = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
+    best_found, allowance = EXACT, 1.0
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
     within: tuple[float, float] = (0.0, 0.0)
     beyond: tuple[float, float] | None = None
@@ -104,6 +107,8 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         found = run([option.budget for option in free])
         if limits.spent(found) <= 1:
             best, best_found = free, found
+    if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
+        return Choice(exact, EXACT, 0.0)
     return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0)
 
 
