@@ -58,7 +58,7 @@ class Choice:
 
 
 def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float) -> Choice:
-    """Options that together are as fast as possible within the tolerance."""
+    """Options that together are as fast as possible within the tolerance; exact ones if that saves less than 2%."""
     limits = Limits.of(tolerance)
 
     def run(budgets: Sequence[Budget]) -> Fidelity:

@@ -15,7 +15,8 @@ from ..errors import CalibrationError
 
 def sample_batches(dataloader: Any, rows: int, count: int, device: torch.device) -> list[Mapping[str, Any]]:
     """Collated batches of rows spread evenly over the dataset, on a device; fewer than `count` if the dataset is short.
-    The one with the median share of padding is the last, on which plans measure times.
+    If all have an attention mask, the one with the median share of padding (of two, the lower one) comes last: on it,
+    plans are timed and judged.
 
     Of Hugging Face's iterable datasets they are the first rows, because training restarts them.
 

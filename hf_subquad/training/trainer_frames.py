@@ -1,7 +1,8 @@
 """Finds the Trainer, which its callbacks are not given, and what it knows, by the stack frames of its methods.
 
-Only this file knows names inside of the Trainer. Without a Trainer it warns and falls back on the training arguments,
-which are right except in hyperparameter searches and when resuming from another folder.
+Only this file uses the Trainer's private attributes and the local variables of its methods. Without a Trainer it warns
+and falls back on the training arguments, which are right except in hyperparameter searches and when resuming from
+another folder.
 """
 
 import os

@@ -45,7 +45,8 @@ class NeuronProjection(nn.Module):
         in_features, out_features: as of `nn.Linear`.
         trainable: which parameters of the source were trainable, by name.
         kept_frozen: the user had frozen the weight before the patch, so the update is frozen, too.
-        moments_are_stale: a fold or other weights restarted the update since the optimizer's last step.
+        moments_are_stale: a fold or other weights restarted the update, and the optimizer's moments of it are not reset
+            yet.
     """
 
     is_input: bool
