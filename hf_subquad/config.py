@@ -81,7 +81,7 @@ class SubquadConfig:
         "Other devices use PyTorch.",
     )
     head_megabytes: int = _setting(
-        64,
+        256,
         "In training, compute logits at labelled positions only, in chunks of at most this many MB; 0: at all "
         "positions, as in plain training. Exact.",
     )

@@ -12,7 +12,7 @@ from .labelled_forward import LabelledForward
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
-def patch_head(model: ModelT, megabytes: int = 64) -> ModelT:
+def patch_head(model: ModelT, megabytes: int = 256) -> ModelT:
     """Patch a model, in place, to compute logits and loss in training only at labelled positions, in chunks of rows.
 
     Loss and gradients equal those of the stock forward up to rounding. `outputs.logits` is None, so do not use this if
