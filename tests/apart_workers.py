@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -24,3 +25,9 @@ def die(how: str, report: Callable[[Any], None]) -> None:
     if how == "exits":
         os._exit(3)
     raise EOFError("a truncated file")
+
+
+def sleep(folder: str, report: Callable[[Any], None]) -> None:
+    """Leave a file with the process's number, and do not end by itself."""
+    Path(folder, "pid").write_text(str(os.getpid()))
+    time.sleep(600)

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -271,6 +272,22 @@ def test_a_dying_process_is_named(how: str, message: str) -> None:
         run_apart("lora, round 2", die, how)
     assert time.monotonic() - start < 30
     assert not multiprocessing.active_children()
+
+
+def test_a_killed_comparison_leaves_no_process_behind(tmp_path: Path) -> None:
+    here = f"import sys; sys.path[:0] = {sys.path!r}; from apart_workers import sleep"
+    code = f"{here}; from comparison.apart import run_apart; run_apart('one', sleep, {str(tmp_path)!r})"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    began, pid = time.monotonic(), tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()):
+        assert parent.poll() is None and time.monotonic() - began < 60
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    with suppress(psutil.NoSuchProcess):
+        while psutil.Process(int(pid.read_text())).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() - began < 90
+            time.sleep(0.1)
 
 
 # Parts

@@ -118,11 +118,11 @@ class Runtime:
             self.try_skipping_padding(model, inputs)
         self._batches.append(classes)
 
-    def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Test whether padding can be skipped in this model, if the batch has padding; otherwise do nothing."""
+    def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
+        """Test whether padding can be skipped in this model, if the batch has padding, and return whether it has."""
         classes = classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
-            return
+            return False
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
         if self.skips_padding:
             with self._set_aside("dense"), preserve_mode_and_rng(model):
@@ -135,6 +135,7 @@ class Runtime:
                 f"the loss of {type(model).__name__} depends on padding tokens (does it pool without the attention "
                 "mask?), so padding is computed like all other tokens"
             )
+        return True
 
     def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:
         """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""

@@ -26,7 +26,7 @@ from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
-from .measured_mlp import measure_mlps, no_autocast, recorded
+from .measured_mlp import find_classes, measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .mlp_timing import timed
 from .predictions import Batch
@@ -97,7 +97,8 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
         return
     require_whole(mlps)
     with _restored(mlps), preserve_mode_and_rng(model):
-        calls = recorded(model, runtime, mlps, batches)
+        find_classes(model, runtime, batches)
+        calls = recorded(model, mlps, batches)
         with no_autocast(mlps):
             corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
     for mlp, fitted in zip(mlps, corrections, strict=True):

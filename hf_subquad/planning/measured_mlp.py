@@ -126,7 +126,8 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
         others is evaluated.
     """
     runtime, mlps = patched_parts(model)
-    seen = recorded(model, runtime, mlps, batches[:-1] or batches)
+    find_classes(model, runtime, batches)
+    seen = recorded(model, mlps, batches[:-1] or batches)
     classes: dict[str, dict[TokenClass, ClassMeasurements]] = {}
     with no_autocast(mlps):
         for mlp in mlps:
@@ -138,7 +139,6 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    try_skipping_padding(model, runtime, batches)  # the last may be the only one with padding
     with recording(model, mlps) as judged:
         reference = DenseReference(model, batches[-1])
     with no_autocast(mlps):
@@ -161,25 +161,22 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     return measured_mlps, reference
 
 
-def recorded(
-    model: nn.Module, runtime: Runtime, mlps: Sequence[SparseMLP], batches: Sequence[Batch]
-) -> dict[str, list[MLPCall]]:
+def recorded(model: nn.Module, mlps: Sequence[SparseMLP], batches: Sequence[Batch]) -> dict[str, list[MLPCall]]:
     """Every MLP's inputs on some batches, in dense passes without gradients."""
-    watch_batches(model, runtime)
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
-    try_skipping_padding(model, runtime, batches)
     with recording(model, mlps) as seen:
         for batch in batches:
             model(**batch)
     return dict(seen)
 
 
-def try_skipping_padding(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -> None:
-    """Test whether padding can be skipped, on the first batch that has some, unless that is known."""
-    for batch in batches:
-        if runtime.skips_padding is None:
-            runtime.try_skipping_padding(model, batch)
+def find_classes(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -> None:
+    """Let the model's passes find the classes of tokens, and test whether padding can be skipped, on the first batch
+    that has some, unless that is known."""
+    watch_batches(model, runtime)
+    if runtime.skips_padding is None:
+        any(runtime.try_skipping_padding(model, batch) for batch in batches)
 
 
 def no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:

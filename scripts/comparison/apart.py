@@ -3,7 +3,9 @@
 import gc
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -93,6 +95,7 @@ def run_apart(
 def _run(work: Work, argument: Any, sending: Connection) -> None:
     """What the process runs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what a fork was born with need not be looked through for garbage
     try:
         message = ("result", work(argument, lambda progress: sending.send(("progress", progress))))
@@ -100,6 +103,14 @@ def _run(work: Work, argument: Any, sending: Connection) -> None:
         message = ("error", traceback.format_exc())
     with suppress(OSError):  # the parent may be gone
         sending.send(message)
+
+
+def _end_with_parent() -> None:
+    """A killed comparison must leave no training behind: it would slow down the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _how_it_died(name: str, code: int | None, held: int) -> str:
