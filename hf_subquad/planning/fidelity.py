@@ -95,4 +95,4 @@ class DenseReference:
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(torch.linalg.vector_norm(t.float()).item() ** 2 for t in tensors))
+    return math.sqrt(sum(torch.linalg.vector_norm(t, dtype=torch.float64).item() ** 2 for t in tensors))

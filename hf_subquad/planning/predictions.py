@@ -13,6 +13,7 @@ from ..layers.token_classes import predicts_next_token
 Batch = Mapping[str, Any]
 
 _JUDGED = 1024  # predictions
+_AT_ONCE = 64  # of them: temporaries of a large vocabulary are large
 _LEAST = 1e-4  # information: where there is less, rounding decides
 _NAMES = ("logits", "prediction_logits")
 
@@ -53,13 +54,9 @@ class Predictions:
         now, before = self._scores(self._classes_last(logits)), self._before
         if self._kind == "values":
             divergence = (now - before).square().sum(-1).mean().item() / 2
-        elif self._kind == "labels":
-            yes, no = before.sigmoid(), (-before).sigmoid()
-            log_ratio = nn.functional.logsigmoid
-            by_label = yes * (log_ratio(before) - log_ratio(now)) + no * (log_ratio(-before) - log_ratio(-now))
-            divergence = by_label.sum(-1).mean().item()
         else:
-            divergence = (before.exp() * (before - now)).sum(-1).mean().item()
+            pairs = zip(before.split(_AT_ONCE), now.split(_AT_ONCE), strict=True)
+            divergence = sum(_kullback_leibler(*pair) for pair in pairs) / len(before)
         if not math.isfinite(divergence):
             raise CalibrationError("the model's predictions hold NaN or infinite values")
         return self._scale * max(divergence, 0.0)  # rounding can bring it below
@@ -68,8 +65,11 @@ class Predictions:
         return logits.movedim(1, -1) if self._channels_first else logits
 
     def _scores(self, logits: Tensor) -> Tensor:
-        """float32 [positions, classes]: log-probabilities of classes, logits of labels, or values."""
+        """float32: log-probabilities of classes [positions, classes], or of each label [positions, labels, 2]; or
+        values [positions, n]."""
         rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)[self._positions].float()
+        if self._kind == "labels":
+            return torch.stack([nn.functional.logsigmoid(rows), nn.functional.logsigmoid(-rows)], -1)
         return rows.log_softmax(-1) if self._kind == "classes" else rows
 
     def _information(self) -> float:
@@ -78,11 +78,20 @@ class Predictions:
         scores = self._before
         if self._kind == "values":
             return scores.var(0, correction=0).mean().item()
-        if self._kind == "labels":
-            scores = torch.stack([nn.functional.logsigmoid(scores), nn.functional.logsigmoid(-scores)], -1)
         mean = scores.exp().mean(0)
         told = (scores.exp() * scores).sum(-1).mean() - (mean * mean.clamp_min(1e-30).log()).sum(-1).mean()
         return told.item() / min(1.0, math.log(scores.shape[-1]) / 2)
+
+
+def _kullback_leibler(before: Tensor, now: Tensor) -> float:
+    """Sum of the divergences of distributions, given as log-probabilities [..., classes].
+
+    Probabilities sum to 1, so it is the sum of p (e^d - 1 - d), with d the change of log p. None of these terms is
+    negative, and where nothing but rounding changed, they are of its square.
+    """
+    p, change = before.exp(), now - before
+    small, large = p * (torch.expm1(change) - change), now.exp() - p * (1 + change)  # which does not overflow
+    return torch.where(change.abs() < 1, small, large).sum().item()
 
 
 def logits_of(model: nn.Module, outputs: Any) -> Tensor:
