@@ -1,6 +1,7 @@
 """Does a plan keep its promise, does measuring leave no trace, and is what cannot be planned refused?"""
 
 import dataclasses
+import logging
 import math
 import random
 from typing import Any
@@ -135,6 +136,29 @@ def test_plans_keep_to_the_tolerance(name: str) -> None:
     assert faithful(plan) and plan.tolerance == tolerance
     assert neurons_of(plan) != neurons_of(most)
     assert plan.mlp_speedup_over_dense <= most.mlp_speedup_over_dense
+
+
+@pytest.mark.parametrize(("saved", "approximates"), [(0.01, False), (0.05, True)])
+def test_what_hardly_saves_time_is_not_approximated(
+    saved: float, approximates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense takes 2 m; the fewest neurons save a little of it, any others nothing."""
+    least = neuron_counts(NEURONS)[0]
+    set_times(monkeypatch, overhead=2 * (1 - saved) - least / NEURONS)
+    plan = calibrate(opt(), TEXTS, PLANNED, tolerance=1e9)
+    assert [layer.predicted for layer in plan.layers] == [least if approximates else NEURONS] * 2
+    assert (plan.loss_increase > 0) == (plan.gradient_cosine < 1) == approximates
+
+
+@pytest.mark.parametrize(("saved", "stops"), [(0.015, True), (0.5, False)])
+def test_no_more_rounds_than_can_gain_something(
+    saved: float, stops: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At this tolerance the search goes on to its last round, unless plans beyond it are hardly faster."""
+    set_times(monkeypatch, overhead=2 * (1 - saved) - neuron_counts(NEURONS)[0] / NEURONS)
+    with caplog.at_level(logging.INFO, "hf_subquad"):
+        calibrate(opt(), TEXTS, PLANNED, tolerance=0.002)
+    assert (caplog.text.count("with the budgets of this round") < 5) == stops
 
 
 def test_what_is_promised_is_what_the_fitted_model_does() -> None:

@@ -175,8 +175,9 @@ def find_classes(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -
     """Let the model's passes find the classes of tokens, and test whether padding can be skipped, on the first batch
     that has some, unless that is known."""
     watch_batches(model, runtime)
-    if runtime.skips_padding is None:
-        any(runtime.try_skipping_padding(model, batch) for batch in batches)
+    for batch in batches:
+        if runtime.skips_padding is not None or runtime.try_skipping_padding(model, batch):
+            break
 
 
 def no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:
