@@ -67,10 +67,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         for chunk, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
             chunk = chunk.detach().requires_grad_(needed[0])
-            with torch.enable_grad():
+            with torch.set_grad_enabled(bool(trained)):
                 logits = head(chunk)
             log_probabilities = torch.log_softmax(logits.detach().float(), dim=-1)
             total += nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
+            if not trained:
+                continue
             at_logits = log_probabilities.exp_()
             at_logits[torch.arange(len(targets), device=targets.device), targets] -= 1
             at_logits = at_logits.div_(denominator).to(logits.dtype)

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
@@ -14,7 +15,7 @@ from ..layers.modes import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part
-from ..ops.token_tiles import Selection, make_tiles
+from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
@@ -42,30 +43,39 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     part = Part(None, _BATCH * _TOKENS, selection)
     mask = torch.zeros(_BATCH, mlp.index.neurons, device=device, dtype=dtype)
     mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
+    mixture, mixed_mask = _whole_and_half(selection), mask.index_fill(0, selection.tiles.slots[0], 1)
     called: list[tuple[InputProjection, Tensor]] = []  # input projections, in order, and what they are called on
     activated: list[Tensor] = []
 
     def note_call(module: InputProjection, args: tuple[Tensor]) -> None:
         called.append((module, args[0]))
 
-    def mask_neurons(module: nn.Module, args: tuple[Tensor]) -> Tensor:
-        return args[0] * mask.view(*args[0].shape[:-1], -1)
+    def masked(mask: Tensor) -> RemovableHandle:
+        """Context manager: inside, the output projection only sees the neurons of a mask [N, m]."""
+        return mlp.output.register_forward_pre_hook(lambda _, args: args[0] * mask.view(*args[0].shape[:-1], -1))
 
+    otherwise = "the code between its projections does not run on a subset of its neurons"
     with evaluating(mlp.parent):
         with dense_forward(mlp.parent), ExitStack() as hooks:
             for projection in mlp.inputs:
                 hooks.enter_context(projection.register_forward_pre_hook(note_call))
-            hooks.enter_context(mlp.output.register_forward_pre_hook(mask_neurons))
-            run, expected = _runnable(mlp, x)
-        if not called:
-            raise _refusal(mlp, "run by itself, it does not call its projections")
-        called = called[-len(mlp.inputs) :]  # what a failed attempt called comes before
-        mlp.opens, seen = called[0]
-        mlp.shares_input = all(other is seen for _, other in called)
-        note_activated = mlp.output.register_forward_pre_hook(lambda module, args: activated.append(args[0]))
-        with sparse_forward(mlp.parent), mlp.using(selection=[part]), note_activated:
-            got = _attempt(mlp, run, x, "the code between its projections does not run on a subset of its neurons")
-    if not activated or not _close(mlp, got, expected):
+            with masked(mask):
+                run, expected = _runnable(mlp, x)
+            if not called:
+                raise _refusal(mlp, "run by itself, it does not call its projections")
+            called = called[-len(mlp.inputs) :]  # what a failed attempt called comes before
+            mlp.opens, seen = called[0]
+            mlp.shares_input = all(other is seen for _, other in called)
+            with masked(mixed_mask):
+                expected_of_mixture = run(x)
+        with sparse_forward(mlp.parent):
+            note_activated = mlp.output.register_forward_pre_hook(lambda _, args: activated.append(args[0]))
+            with mlp.using(selection=[part]), note_activated:
+                got = _attempt(mlp, run, x, otherwise)
+            with mlp.using(selection=mixture):
+                got_of_mixture = _attempt(mlp, run, x, otherwise)
+    same = _close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)
+    if not (activated and same):
         raise _refusal(mlp, "it is not elementwise between its projections")
     compact = part.compact(activated[0], mlp.index.neurons, mlp.index.backend(device))
     for activation in activations:
@@ -145,3 +155,10 @@ def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) 
     half = -(-mlp.index.neurons // 2)
     chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
     return Selection(tiles, torch.stack(chosen).to(x.device))
+
+
+def _whole_and_half(selection: Selection) -> list[Part]:
+    """All neurons for the tokens of the first tile, those of the selection for the others."""
+    first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
+    tiles = TokenTiles(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
+    return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]

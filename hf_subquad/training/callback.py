@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from accelerate.state import PartialState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -15,7 +15,7 @@ from ..logs import get_logger
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
-from .trainer_frames import current_trainer, resumed_from, run_folder
+from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder
 from .trainer_head import start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2
@@ -50,8 +50,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         check_engine(args)
         runtime = runtime_of(model)
         train_updates(model)
+        self._move_first()
         trainer = current_trainer()
-        self._move_first(trainer)
         # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
         if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
             with preserve_mode_and_rng(model):
@@ -70,8 +70,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         stop_labelled_head(model)  # of a training that was broken off
-        trainer = current_trainer()
-        self._move_first(trainer)
+        self._move_first()
         runtime, mlps = patched_parts(model)
         runtime.exact_forward = compares_with_reference(args)
         if frozen := frozen_updates(mlps):
@@ -80,7 +79,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
                 "and update.V before creating the Trainer"
             )
-        start_labelled_head(model, trainer, runtime.config.head_megabytes)  # a plan counts what it saves
+        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
             logger.warning_once(
@@ -155,12 +154,13 @@ class SubquadCallback(TrainerCallback, ExportableState):
         """An empty state. It marks the checkpoints of runs with this callback, which must have a sidecar."""
         return {"args": {}, "attributes": {}}
 
-    def _move_first(self, trainer: Trainer | None) -> None:
+    def _move_first(self) -> None:
         """Move this callback before the reporting ones, so that they see what it adds to `logs`: the Trainer puts the
         user's callbacks after TensorBoard, W&B and the like."""
-        if trainer is not None and self in trainer.callback_handler.callbacks:
-            trainer.callback_handler.callbacks.remove(self)
-            trainer.callback_handler.callbacks.insert(0, self)
+        handler = calling_handler()
+        if handler is not None and self in handler.callbacks:
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
 
 
 def _states(state: TrainerState) -> dict[str, Any]:

@@ -48,11 +48,13 @@ def _collated(dataloader: Any, rows: int, count: int) -> list[Any]:
     dataset: Any = getattr(dataloader, "dataset", dataloader)
     while isinstance(dataset, IterableDataset) and isinstance(getattr(dataset, "dataset", None), IterableDataset):
         dataset = cast("Any", dataset).dataset  # one process's share of it
-    if not hasattr(dataloader, "collate_fn"):
-        raise CalibrationError(f"the dataloader is a {type(dataloader).__name__} without collate_fn")
-    collate = _copied(dataloader.collate_fn)
+    collate = _copied(dataloader.collate_fn) if hasattr(dataloader, "collate_fn") else None
     if getattr(dataloader, "batch_size", rows) is None and getattr(dataloader, "batch_sampler", None) is None:
-        return [collate(item) for item in _items(dataset, count)]  # each item is a batch
+        # each item is a batch
+        items = _items(dataset, count)
+        return [collate(item) for item in items] if collate else items
+    if collate is None:
+        raise CalibrationError(f"the dataloader is a {type(dataloader).__name__} without collate_fn")
     if hasattr(dataset, "__len__"):
         count = max(1, min(count, len(dataset) // rows))
     chosen = _items(dataset, rows * count)
