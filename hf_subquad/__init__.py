@@ -6,7 +6,6 @@ from .errors import (
     BackendError,
     CalibrationError,
     ConfigError,
-    EmptyBatchError,
     InactivePatchError,
     NoMatchError,
     NotPatchedError,
@@ -20,7 +19,7 @@ from .errors import (
     WeightsError,
 )
 from .head.patch_head import patch_head, unpatch_head
-from .layers.modes import dense_forward, sparse_forward
+from .layers.forced_forward import dense_forward, sparse_forward
 from .layers.patched_mlps import sparse_mlps
 from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
@@ -40,7 +39,6 @@ __all__ = [
     "BudgetChange",
     "CalibrationError",
     "ConfigError",
-    "EmptyBatchError",
     "InactivePatchError",
     "LayerPlan",
     "NoMatchError",

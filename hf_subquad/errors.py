@@ -33,10 +33,6 @@ class WeightsError(SubquadError, ValueError):
     """Weights hold NaN or infinite values."""
 
 
-class EmptyBatchError(SubquadError, ValueError):
-    """A sparse layer got no tokens."""
-
-
 class InactivePatchError(SubquadError, RuntimeError):
     """The patch is present but would not take effect (frozen factors, replaced forward, ...)."""
 

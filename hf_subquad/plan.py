@@ -35,6 +35,7 @@ class LayerPlan:
         full_ms: the MLP as it was before the patch, its weights trained if they were trainable.
         dense_ms: the patched MLP with all its neurons for all tokens: frozen weights, low-rank updates.
         sparse_ms: the patched MLP with this budget.
+        why_all: why the MLP computes all neurons for all tokens, in a few words; empty if it does not.
     """
 
     name: str
@@ -47,6 +48,7 @@ class LayerPlan:
     full_ms: float
     dense_ms: float
     sparse_ms: float
+    why_all: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,24 +123,25 @@ class Plan:
         width = max(len("MLP"), *(len(layer.name) for layer in self.layers))
         lines = [
             f"{'MLP':<{width}} {'neurons':>8} {'predicted':>9} {'context':>8} {'gradient':>8} {'work':>6} "
-            f"{'full ms':>8} {'dense ms':>8} {'planned ms':>10}"
+            f"{'full ms':>8} {'dense ms':>8} {'planned ms':>10}  why all"
         ]
         for layer in self.layers:
             predicted, context = ("all" if k == layer.neurons else str(k) for k in (layer.predicted, layer.context))
             lines.append(
                 f"{layer.name:<{width}} {layer.neurons:>8} {predicted:>9} {context:>8} {layer.gradient:>8.1%} "
                 f"{layer.sparse_ms / layer.dense_ms if layer.dense_ms else 1:>6.0%} {layer.full_ms:>8.1f} "
-                f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}"
+                f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}  {layer.why_all}".rstrip()
             )
         predicted_share = 1 - self.padding_share - self.context_share
         noise = f" with noise of {self.gradient_noise:.1%} of the squared gradient" if self.gradient_noise else ""
         lines += [
             f"Of {self.tokens} tokens a batch, {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens; 100% "
-            "less the squared error of the sampled gradient that is propagated back; share of the dense time.",
+            "less the squared error of the sampled gradient that is propagated back; share of the dense time; "
+            "milliseconds before the patch, with all neurons, and as planned; why all tokens compute all neurons.",
             f"Predicted for {self.dtype} on {self.device}: these MLPs are {self.mlp_speedup_over_dense:.2f}x and the "
-            f"step is {self.step_speedup_over_dense:.2f}x faster than with all neurons and low-rank updates (LoRA); "
-            f"the step is {self.step_speedup:.2f}x faster than before the patch. Divergence {self.loss_increase:.4f} "
+            f"step is {self.step_speedup_over_dense:.2f}x as fast as with all neurons and low-rank updates (LoRA); the "
+            f"step is {self.step_speedup:.2f}x as fast as before the patch. Divergence {self.loss_increase:.4f} "
             f"nats per token and gradient cosine {self.gradient_cosine:.4f}{noise}, at a tolerance of "
             f"{self.tolerance:g}. "
             f"Planning took {self.planning_seconds:.0f} s.",

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_subquad
 from hf_subquad import SubquadConfig, cli, patch_model
-from hf_subquad.planning import choose_budgets
+from hf_subquad.planning.tolerance import COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -156,13 +156,18 @@ def test_settings_table_is_the_dataclass() -> None:
 
 def test_planning_page_says_what_tolerance_means() -> None:
     page = " ".join((ROOT / "docs" / "planning.md").read_text(encoding="utf-8").split())
-    cosine, divergence = choose_budgets.COSINE_PER_TOLERANCE, choose_budgets.DIVERGENCE_PER_TOLERANCE
+    cosine, divergence, noise = COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE
     assert f"at least 1 - {cosine:g} x `tolerance`" in page and f"{divergence:g} x `tolerance` nats" in page
     default = SubquadConfig().tolerance
     assert f"default of {default:g} that is {1 - cosine * default:g}." in page
     assert f"At the default that is {divergence * default:g}." in page
+    assert (
+        f"at most {noise:g} x `tolerance` of the gradient's squared norm. At the default that is {noise * default:.0%}"
+        in page
+    )
     (help_text,) = (f.metadata["help"] for f in dataclasses.fields(SubquadConfig) if f.name == "tolerance")
     assert f"at least 1 - {cosine:g} times" in help_text and f"at most {divergence:g} times" in help_text
+    assert f"at most {noise:g} times" in help_text
 
 
 def test_readme_is_short() -> None:

@@ -109,7 +109,7 @@ def four_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_loss_and_gradients_are_the_stock_ones(family: str, dtype: torch.dtype, four_rows: None) -> None:
     model = model_of(family, dtype)
     assert_as_good_as_stock(model, lambda m: patch_head(m, 1), labelled_batch())
-    assert labelled_forward(model).way == ("rows" if family in CHANGED_LOGITS else "chunks")
+    assert labelled_forward(model).method == ("rows" if family in CHANGED_LOGITS else "chunks")
 
 
 @pytest.mark.parametrize("family", INLINE)
@@ -121,7 +121,7 @@ def test_losses_inside_the_forward_are_the_stock_ones(family: str) -> None:
     stock_loss, stock = loss_and_gradients(model, inputs)
     patch_head(model)
     loss, gradients = loss_and_gradients(model, inputs)
-    assert labelled_forward(model).way == "labels"
+    assert labelled_forward(model).method == "labels"
     eps = torch.finfo(torch.float64).eps  # sums over 61 words and up to 24 rows in another order
     assert (loss - stock_loss).abs() <= 64 * eps * stock_loss
     assert distance(gradients, stock) <= 64 * eps * largest(stock)
@@ -195,7 +195,7 @@ def test_a_head_that_reads_parameters_of_others_is_not_run_in_chunks() -> None:
     head.forward = lambda hidden: nn.functional.linear(hidden * gain, head.weight)
     _, expected = loss_and_gradients(model, inputs)
     _, gradients = loss_and_gradients(patch_head(model), inputs)
-    assert labelled_forward(model).way == "rows"
+    assert labelled_forward(model).method == "rows"
     assert distance(gradients, expected) <= 16 * EPS * largest(expected)
 
 
@@ -575,7 +575,7 @@ def test_every_model_type_is_right_or_refused(task: str, model_type: str) -> Non
     assert (task, model_type) not in REFUSED
     torch.manual_seed(0)
     loss, gradients = loss_and_gradients(model, inputs)
-    assert labelled_forward(model).way is not None
+    assert labelled_forward(model).method is not None
     assert (loss - expected_loss).abs() <= 16 * EPS * expected_loss
     # Logits' gradients are rounded to float32 on both sides; deep recurrent bodies sum many of them.
     assert distance(gradients, expected) <= 256 * EPS * largest(expected)

@@ -148,6 +148,7 @@ def test_what_hardly_saves_time_is_not_approximated(
     plan = calibrate(opt(), TEXTS, PLANNED, tolerance=1e9)
     assert [layer.predicted for layer in plan.layers] == [least if approximates else NEURONS] * 2
     assert (plan.loss_increase > 0) == (plan.gradient_cosine < 1) == approximates
+    assert [layer.why_all for layer in plan.layers] == ["" if approximates else "little gained"] * 2
 
 
 @pytest.mark.parametrize(("saved", "stops"), [(0.015, True), (0.5, False)])
@@ -159,6 +160,13 @@ def test_no_more_rounds_than_can_gain_something(
     with caplog.at_level(logging.INFO, "hf_subquad"):
         calibrate(opt(), TEXTS, PLANNED, tolerance=0.002)
     assert (caplog.text.count("with the budgets of this round") < 5) == stops
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "why"), [(1e-6, {"too inexact"}), (0.0025, {"", "others gain more"}), (1e9, {""})]
+)
+def test_the_plan_says_why_all_neurons_are_computed(tolerance: float, why: set[str]) -> None:
+    assert {layer.why_all for layer in calibrate(llama(), TEXTS, PLANNED, tolerance).layers} == why
 
 
 def test_what_is_promised_is_what_the_fitted_model_does() -> None:
@@ -236,6 +244,7 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
     assert plan.step_speedup_over_dense == pytest.approx(
         STEP_MS / (STEP_MS - 2 * 2 * NEURONS / 9)
     )  # padding is skipped
+    assert {layer.why_all for layer in plan.layers} == {"not faster"}
     lines = [line for line in plan.table().splitlines() if "Nothing is gained" in line]
     assert len(lines) == (plan.step_speedup_over_dense < 1.02)
     packed = calibrate(build("bert"), TEXTS, PLANNED, tolerance)
@@ -658,5 +667,5 @@ def test_an_mlp_that_does_not_run() -> None:
         def forward(self, x: Tensor) -> Any:
             return transformers.utils.ModelOutput(logits=self.layers[1](self.layers[0](x)))
 
-    with pytest.raises(CalibrationError, match=r"did not run layers\.2"):
+    with pytest.raises(CalibrationError, match=r"no token .* reached layers\.2"):
         calibrate(Model(), [{"x": torch.randn(9, WIDTH)}], PLANNED)

@@ -167,7 +167,7 @@ def test_the_sampled_batches_are_of_the_data(tmp_path: Path) -> None:
         sample_batches(DataLoader([]), rows=4, count=3, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("lengths", itertools.permutations([2, 5, 9]))
+@pytest.mark.parametrize("lengths", list(itertools.permutations([2, 5, 9])))
 def test_the_last_batch_has_the_median_share_of_padding(lengths: tuple[int, ...]) -> None:
     batches = [{"attention_mask": (torch.arange(10) < length).long()[None]} for length in lengths]
     sampled = sample_batches(batches, rows=1, count=3, device=torch.device("cpu"))

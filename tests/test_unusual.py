@@ -167,21 +167,27 @@ def test_index_scores_by_the_activation_that_is_written_inline(activation: str) 
     ],
     ids=["not wide", "head", "no MLP"],
 )
-def test_what_is_no_wide_mlp_is_left_alone(into: nn.Module, out_of: nn.Module, why: str) -> None:
+def test_what_is_no_wide_mlp_is_left_alone_and_named(
+    caplog: pytest.LogCaptureFixture, into: nn.Module, out_of: nn.Module, why: str
+) -> None:
     wide, other = InPlace(), InPlace()
     other.fc1, other.fc2 = into, out_of
     (mlp,) = sparse_mlps(patch_model(nn.ModuleDict({"wide": wide, "other": other}), ALL))
     assert mlp.name == "wide"
+    assert "MLPs that do not widen (other: 1 in all) cannot be patched" in caplog.text
     with pytest.raises(NoMatchError, match=why):
         patch_model(nn.ModuleDict({"other": other}), ALL)
 
 
-def test_fused_experts_are_named() -> None:
+def test_fused_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Module()
     model.experts = nn.Module()
     model.experts.gate_up_proj = nn.Parameter(torch.randn(4, D, 2 * M))
     with pytest.raises(NoMatchError, match=r"3-D parameters \(experts\.gate_up_proj\)"):
         patch_model(model, ALL)
+    model.wide = InPlace()
+    patch_model(model, ALL)
+    assert "experts in 3-D parameters (experts.gate_up_proj: 1 in all) cannot be patched" in caplog.text
 
 
 def test_parent_that_does_not_run_and_holds_its_projections_itself() -> None:

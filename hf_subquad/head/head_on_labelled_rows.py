@@ -17,7 +17,7 @@ IGNORED = -100  # transformers' label of a position without loss
 # How the labelled rows reach the loss. 'chunks': the model's loss function is replaced by one that includes the head.
 # 'rows': the head gives logits of the labelled rows, and what the model does to them, and its loss function, follow.
 # 'labels': the loss stands inside the model's forward, which is called with the labels of these rows.
-Way = Literal["chunks", "rows", "labels"]
+Method = Literal["chunks", "rows", "labels"]
 
 
 class NotHereError(Exception):
@@ -28,7 +28,7 @@ class NotHereError(Exception):
 
 
 def run_on_labelled_rows(
-    model: PreTrainedModel, stock: Callable[..., Any], inputs: dict[str, Any], way: Way, megabytes: int
+    model: PreTrainedModel, stock: Callable[..., Any], inputs: dict[str, Any], method: Method, megabytes: int
 ) -> Any:
     """The outputs of the stock forward, with `logits` None.
 
@@ -38,14 +38,14 @@ def run_on_labelled_rows(
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
         raise NotHereError
-    call = _Call(model, labels, megabytes, way)
+    call = _Call(model, labels, megabytes, method)
     if not call.targets.numel():  # the loss of no labels is what the stock forward makes of it
         raise NotHereError
-    if way == "labels":
+    if method == "labels":
         inputs = {**_with_decoder_inputs(model, inputs, labels), "labels": call.targets}
     with call.in_place():
         outputs = stock(**inputs)
-    if not call.head_calls or (way != "labels" and not call.loss_calls):
+    if not call.head_calls or (method != "labels" and not call.loss_calls):
         raise NotHereError("its forward does not call its head and its loss function")
     return dataclasses.replace(outputs, logits=None)
 
@@ -67,13 +67,13 @@ def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
 class _Call:
     """Replaces head and loss function during one forward pass. Labelled rows are a batch of one."""
 
-    def __init__(self, model: PreTrainedModel, labels: Tensor, megabytes: int, way: Way) -> None:
-        self.model, self.labels, self.megabytes, self.way = model, labels, megabytes, way
+    def __init__(self, model: PreTrainedModel, labels: Tensor, megabytes: int, method: Method) -> None:
+        self.model, self.labels, self.megabytes, self.method = model, labels, megabytes, method
         self.head: nn.Module = model.get_output_embeddings()
         self.head_forward = self.head.forward
         self.linear = type(self.head) is nn.Linear and "forward" not in vars(self.head)
         self.loss_function = model.loss_function
-        shifted = way != "labels" and self.loss_function is ForCausalLMLoss
+        shifted = method != "labels" and self.loss_function is ForCausalLMLoss
         self.positions, targets = labelled_positions(labels, shifted)
         self.targets = targets.unsqueeze(0)
         self.head_calls = self.loss_calls = 0
@@ -81,7 +81,7 @@ class _Call:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        loss = {"chunks": self.loss_of_chunks, "rows": self.loss_of_rows, "labels": self.unexpected_loss}[self.way]
+        loss = {"chunks": self.loss_of_chunks, "rows": self.loss_of_rows, "labels": self.unexpected_loss}[self.method]
         with _attribute(self.head, "forward", self.gathered), _attribute(self.model, "_loss_function", loss):
             yield
 
@@ -94,7 +94,7 @@ class _Call:
                 f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.labels.shape)}"
             )
         labelled = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device)).unsqueeze(0)
-        if self.way != "chunks" or _in_float16(hidden):
+        if self.method != "chunks" or _in_float16(hidden):
             return cast("Tensor", self.head_forward(labelled))
         self.stand_in = labelled
         return labelled

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..layers.attention_patch import attends_by_sequences
-from .find_way import find_way
-from .head_on_labelled_rows import NotHereError, Way, run_on_labelled_rows
+from .choose_method import choose_method
+from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
 from .padding_free import announce, keeps_sequences_apart, longest_row, without_padding
 
 logger = logging.get_logger(__name__)
@@ -25,7 +25,7 @@ class LabelledForward:
         automatic: whether the callback asked for it, and so removes it.
         replaced: the model's earlier instance attribute `forward`, if any.
         active: False once it was removed, perhaps while something still wraps it.
-        way: how the labelled rows reach the loss; None: the stock forward runs.
+        method: how the labelled rows reach the loss; None: the stock forward runs.
         takes_rows: whether the model takes a batch as one row without padding; None: not tried yet.
     """
 
@@ -34,9 +34,9 @@ class LabelledForward:
         self.automatic = False
         self.replaced = model.__dict__.get("forward")
         self.active = True
-        self.way: Way | None = None
+        self.method: Method | None = None
         self.takes_rows: bool | None = None
-        self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `way` was found for
+        self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `method` was found for
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that this one replaces."""
@@ -54,14 +54,14 @@ class LabelledForward:
         if torch.compiler.is_compiling() or not self.active or not self.model.training or not torch.is_grad_enabled():
             return self.stock(*args, **kwargs)
         try:
-            way = self.find_way()
-            if way is not None:
+            method = self.choose_method()
+            if method is not None:
                 inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
                 inputs = self._without_padding(inputs)
-                return run_on_labelled_rows(self.model, self.stock, inputs, way, self.megabytes)
+                return run_on_labelled_rows(self.model, self.stock, inputs, method, self.megabytes)
         except NotHereError as reason:
             if str(reason):
-                self.way = None
+                self.method = None
                 logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
         return self.stock(*args, **kwargs)
 
@@ -80,7 +80,7 @@ class LabelledForward:
         announce(self.model, row)
         return row
 
-    def find_way(self) -> Way | None:
+    def choose_method(self) -> Method | None:
         """The method to run on labelled rows; found again if the head or the loss function is replaced (by PEFT, say).
 
         Raises:
@@ -88,6 +88,6 @@ class LabelledForward:
         """
         now = (self.model.get_output_embeddings(), self.model.loss_function)
         if self._found_for is None or any(a is not b for a, b in zip(now, self._found_for, strict=True)):
-            self._found_for, self.way = now, None
-            self.way = find_way(self.model, self.stock)
-        return self.way
+            self._found_for, self.method = now, None
+            self.method = choose_method(self.model, self.stock)
+        return self.method

@@ -44,7 +44,7 @@ def patch_head(model: ModelT, megabytes: int = 256) -> ModelT:
         raise UnsupportedModuleError(f"{type(model).__name__} contains no transformers model")
     forward = LabelledForward(root, megabytes)
     try:
-        forward.find_way()
+        forward.choose_method()
     except NotHereError as reason:
         raise UnsupportedModuleError(
             f"the head of {type(root).__name__} cannot be limited to labelled positions: {reason}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import EmptyBatchError, InactivePatchError, SubquadError
+from ..errors import InactivePatchError, SubquadError
 from ..index.activation_index import ActivationIndex
 from ..ops.parts import Part, down_project, up_project, without_autocast
 from ..weights.projection import NeuronProjection, compute_dtype
@@ -133,7 +133,6 @@ class SparseMLP:
         same one.
 
         Raises:
-            EmptyBatchError: x holds no tokens.
             InactivePatchError: the update is on the meta device and has no values.
         """
         if projection.update.U.is_meta:
@@ -203,13 +202,8 @@ class SparseMLP:
         """Begin a forward pass: which tokens compute which neurons."""
         mode = self.runtime.mode(training)
         budget = self.budget if mode == "sparse" else Budget()
-        if mode == "dense" or (x.numel() == 0 and budget.exact):
+        if mode == "dense" or not x.numel():  # the model may have routed all tokens elsewhere
             return _Call(x, None)
-        if not x.numel():
-            raise EmptyBatchError(
-                f"{self.name} got an empty batch (shape {tuple(x.shape)}): drop empty batches or, if the model routed "
-                "no tokens to this MLP, leave such MLPs out with exclude_modules"
-            )
         if self.selection_override is not None:
             self.calls += 1
             parts = list(self.selection_override)

@@ -87,8 +87,7 @@ def find_mlps(model: nn.Module, config: SubquadConfig) -> list[Match]:
         NoMatchError: there are none, or `config` has a name or layer number that the model does not have.
     """
     model = bare_model(model)
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    matches = [match for name, module in model.named_modules() if (match := _match(name, module, names))]
+    matches = _matches(model)
     found = [match for match in matches if _may_be_wide(match)]
     if not found:
         why = _why_none(model, matches)
@@ -118,6 +117,12 @@ def find_activations(match: Match) -> list[Callable[[Tensor], Tensor]]:
     beside = (getattr(holder, name, None) for holder in holders for name in _ACTIVATION_NAMES)
     found: Any = next(filter(callable, beside), None)
     return [ACT2FN[name] for name in _COMMON_ACTIVATIONS] if found is None else [found]
+
+
+def _matches(model: nn.Module) -> list[Match]:
+    """MLPs of a known family, wide or not."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return [match for name, module in model.named_modules() if (match := _match(name, module, names))]
 
 
 def _match(name: str, module: nn.Module, names: set[str]) -> Match | None:
@@ -200,6 +205,16 @@ def _layer_of(match: Match) -> tuple[str, int | None]:
     """Stack and number of the layer a match is in, from its path: model.layers.3.mlp is 3 of model.layers."""
     numbered = re.match(r"(.*?)(?:^|\.)(\d+)(?:\.|$)", match.name)
     return (numbered[1], int(numbered[2])) if numbered else (match.name, None)
+
+
+def cannot_be_patched(model: nn.Module) -> str:
+    """MLPs of an unpatched model that no setting selects, as a message; empty if there are none."""
+    kinds = {
+        "experts in 3-D parameters": fused_experts(model),
+        "MLPs that do not widen": [match.name for match in _matches(model) if not _may_be_wide(match)],
+    }
+    found = [f"{kind} ({names[0]}: {len(names)} in all)" for kind, names in kinds.items() if names]
+    return f"{' and '.join(found)} cannot be patched and run as before" if found else ""
 
 
 def fused_experts(model: nn.Module) -> list[str]:

@@ -17,12 +17,15 @@ from ..layers.patched_mlps import patched_parts, require_patched, require_whole,
 from ..layers.peft_and_checkpointing import Surroundings
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
+from ..logs import get_logger
 from ..plan import Plan
-from .mlp_patterns import Match, bare_model, find_activations, find_mlps
+from .mlp_patterns import Match, bare_model, cannot_be_patched, find_activations, find_mlps
 from .self_test import self_test
 from .validation import check_not_shared, check_projections
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+logger = get_logger(__name__)
 
 
 def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan | None = None) -> ModelT:
@@ -58,6 +61,7 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
         check_projections(match, config)
     bare = bare_model(model)
     check_not_shared(bare, matches)
+    left_out = cannot_be_patched(bare)
     runtime = Runtime(config, Surroundings(bare))
     keep_frozen = not hasattr(model, "peft_config") and any(p.requires_grad for p in model.parameters())
     patched: list[SparseMLP] = []
@@ -75,6 +79,8 @@ def patch_model(model: ModelT, config: SubquadConfig | None = None, plan: Plan |
         for mlp in patched:
             _restore(mlp)
         raise
+    if left_out:
+        logger.info(left_out)
     return model
 
 

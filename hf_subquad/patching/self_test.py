@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
-from ..layers.modes import dense_forward, sparse_forward
+from ..layers.forced_forward import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.parts import Part

@@ -32,13 +32,13 @@ def check_projections(match: Match, config: SubquadConfig) -> None:
                 f"{name} is wrapped by PEFT ({type(module).__name__}): leave the MLP's projections out of PEFT's "
                 "target_modules, or out of the patch; both would update the same weight"
             )
-        dtype = getattr(getattr(module, "weight", None), "dtype", "no weight")
+        dtype = getattr(getattr(module, "weight", None), "dtype", None)
         in_4bit = is_4bit(module)
         if not in_4bit and (not isinstance(module, nn.Linear | Conv1D) or dtype not in _FLOATS):
             raise UnsupportedModuleError(
-                f"{name} is a {type(module).__name__} of {dtype}: only plain nn.Linear and Conv1D projections in "
-                "floating point, and bitsandbytes' Linear4bit, can be patched; load the model unquantised or with "
-                "load_in_4bit=True, or leave the MLP out with exclude_modules"
+                f"{name} is a {type(module).__name__} {f'of {dtype}' if dtype else 'without a weight'}: only plain "
+                "nn.Linear and Conv1D projections in floating point, and bitsandbytes' Linear4bit, can be patched; "
+                "load the model unquantised or with load_in_4bit=True, or leave the MLP out with exclude_modules"
             )
         if "forward" in vars(module) or any(vars(module)[hooks] for hooks in _HOOKS):
             raise UnsupportedModuleError(

@@ -9,10 +9,7 @@ from ..logs import get_logger
 from .allocation import Option, allocate, undominated
 from .fidelity import DenseReference, Fidelity
 from .measured_mlp import GRADIENT_SHARES, PROBED_SHARE, MeasuredMLP, only
-
-COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient, for each unit of tolerance
-DIVERGENCE_PER_TOLERANCE = 10.0  # nats: what context tokens miss shows in the divergence, but little in training
-NOISE_PER_TOLERANCE = 50.0  # of the squared gradient: sampled rows change it in another direction in every step
+from .tolerance import Limits
 
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
@@ -23,25 +20,14 @@ _FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs 
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 
+NOT_FASTER = "not faster"
+TOO_INEXACT = "too inexact"
+OTHERS_GAIN_MORE = "others gain more"
+LITTLE_GAINED = "little gained"
+
 logger = get_logger(__name__)
 
 EXACT = Fidelity(divergence=0.0, cosine=1.0, gradient_error=0.0)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far predictions and gradient may move."""
-
-    divergence: float
-    cosine: float
-
-    @classmethod
-    def of(cls, tolerance: float) -> "Limits":
-        return cls(DIVERGENCE_PER_TOLERANCE * tolerance, max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance))
-
-    def spent(self, found: Fidelity) -> float:
-        """Share of the limits that is used; above 1, a limit is exceeded."""
-        return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
 
 
 @dataclass(frozen=True)
@@ -50,11 +36,13 @@ class Choice:
     options: one for each MLP.
     fidelity: with all of them, and the whole gradient.
     noise: expected squared error of the sampled gradient, as a share of the squared gradient.
+    reasons: for each MLP, why it computes all neurons for all tokens; empty if it does not.
     """
 
     options: list[Option]
     fidelity: Fidelity
     noise: float
+    reasons: list[str]
 
 
 def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float) -> Choice:
@@ -69,7 +57,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     def spent(budgets: Sequence[Budget]) -> float:
         return limits.spent(run(budgets))
 
-    share, noise = _gradient_share(measured, reference, NOISE_PER_TOLERANCE * tolerance)
+    share, noise = _gradient_share(measured, reference, limits.noise)
     options = [
         undominated([Option(budget, one.ms(budget), price * one.forward_cost(budget)) for budget in one.budgets(share)])
         for one, price in zip(measured, _forward_prices(measured, spent), strict=True)
@@ -107,9 +95,29 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         found = run([option.budget for option in free])
         if limits.spent(found) <= 1:
             best, best_found = free, found
+    otherwise = OTHERS_GAIN_MORE
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
-        return Choice(exact, EXACT, 0.0)
-    return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0)
+        best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
+    reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options, strict=True)]
+    return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
+
+
+def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:
+    """Why an MLP computes all neurons for all tokens; empty if it does not.
+
+    Args:
+        options: the undominated ones; their costs are shares of what may be lost.
+    """
+    if not _all_neurons(chosen):
+        return ""
+    fewer = [option.cost for option in options if not _all_neurons(option)]
+    if not fewer:
+        return NOT_FASTER
+    return TOO_INEXACT if min(fewer) > 1 else otherwise
+
+
+def _all_neurons(option: Option) -> bool:
+    return option.budget.predicted is None and option.budget.context is None
 
 
 def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, most: float) -> tuple[float, float]:

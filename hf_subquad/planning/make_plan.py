@@ -19,14 +19,14 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.attention_patch import stock_attention
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.modes import dense_forward, sparse_forward
+from ..layers.forced_forward import dense_forward, sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
-from .measured_mlp import find_classes, measure_mlps, no_autocast, recorded
+from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, no_autocast, recorded
 from .measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .mlp_timing import timed
 from .predictions import Batch
@@ -145,7 +145,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         with dense_forward(model), stock_attention(model):  # what the plan's savings are counted from
             step_seconds = timed(reference.step, mlps[0].output.weight.device)
         del reference  # its gradient is as large as the trained parameters
-        layers = tuple(one.planned(option) for one, option in zip(measured, choice.options, strict=True))
+        layers = tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons))
         for one, option in zip(measured, choice.options, strict=True):
             one.run_with(option.budget)
         in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in layers) / 1000

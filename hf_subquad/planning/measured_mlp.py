@@ -90,7 +90,7 @@ class MeasuredMLP:
         chosen = ((name, measured, budget.neurons(name)) for name, measured in self.classes.items())
         self.mlp.corrections = {name: measured.corrections[k] for name, measured, k in chosen if k is not None}
 
-    def planned(self, option: Option) -> LayerPlan:
+    def planned(self, option: Option, why_all: str) -> LayerPlan:
         m, budget = self.mlp.index.neurons, option.budget
         errors = {
             name: 0.0 if (k := budget.neurons(name)) is None else measured.errors[k]
@@ -107,6 +107,7 @@ class MeasuredMLP:
             full_ms=self.timing.full,
             dense_ms=self.timing.dense,
             sparse_ms=option.ms,
+            why_all=why_all,
         )
 
     def _ms_of(self, token_class: TokenClass, k: int) -> float:

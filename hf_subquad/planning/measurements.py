@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
-from ..layers.modes import dense_forward
+from ..layers.forced_forward import dense_forward
 from ..layers.sparse_mlp import SparseMLP
 from ..layers.token_classes import TokenClasses
 from ..weights.projection import compute_dtype
@@ -153,7 +153,7 @@ def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[s
     """Context manager: inside, the model runs dense, and every MLP's calls are recorded, by the MLP's name.
 
     Raises:
-        CalibrationError: tokens are not finite, or an MLP did not run.
+        CalibrationError: tokens are not finite, or none reached an MLP.
     """
     calls: dict[str, list[MLPCall]] = {mlp.name: [] for mlp in mlps}
     handles = []
@@ -166,9 +166,12 @@ def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[s
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(name for name, seen in calls.items() if not seen)
+    missing = sorted(name for name, seen in calls.items() if not any(len(call.tokens) for call in seen))
     if missing:
-        raise CalibrationError(f"the model did not run {', '.join(missing[:4])} on these batches")
+        raise CalibrationError(
+            f"no token of these batches reached {', '.join(missing[:4])}: calibrate with batches as in training, or "
+            "leave these MLPs out with exclude_modules"
+        )
 
 
 def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:

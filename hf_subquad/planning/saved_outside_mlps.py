@@ -5,7 +5,7 @@ from torch import nn
 
 from ..head.patch_head import labelled_forward
 from ..layers.attention_patch import attends_by_sequences
-from ..layers.modes import sparse_forward
+from ..layers.forced_forward import sparse_forward
 from .mlp_timing import timed
 from .predictions import Batch
 

@@ -30,7 +30,7 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
         forward = labelled_forward(model)
         assert forward is not None
         forward.automatic = True
-        at_a_time = f"in chunks of {megabytes} MB" if forward.way == "chunks" else "all of them at once"
+        at_a_time = f"in chunks of {megabytes} MB" if forward.method == "chunks" else "all of them at once"
         text = (
             f"in training, logits are computed at labelled positions only, {at_a_time}: loss and gradients are the "
             "same (head_megabytes=0 switches this off)"

@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from helpers.proof import CONFIG, NotComparedError, prove
 from helpers.tiny_models import NotBuiltError, class_name, model_types, outline, tiny_batch, tiny_model
 
-from hf_subquad import EmptyBatchError, NoMatchError, UnsupportedModuleError, patch_model, sparse_mlps
+from hf_subquad import NoMatchError, UnsupportedModuleError, patch_model, sparse_mlps
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.patching.mlp_patterns import find_mlps, fused_experts
 
@@ -60,8 +60,8 @@ SECTIONS = {
     ),
     "refused": Section(
         "Refused",
-        "`patch_model` raises `UnsupportedModuleError` for the first MLP that cannot be made sparse. Where others can, "
-        "`exclude_modules` leaves it out.",
+        "`patch_model` raises `UnsupportedModuleError` for the first MLP that cannot be made sparse. If the "
+        "model's other MLPs can be made sparse, exclude the one that the message names with `exclude_modules`.",
         ("reason",),
     ),
     "none": Section(
@@ -131,7 +131,7 @@ def verdict(model_type: str) -> Verdict:
     projections = ", ".join(sorted({_projections(mlp) for mlp in mlps}))
     try:
         reached = prove(model, tiny_batch(model))
-    except (NotBuiltError, NotComparedError, EmptyBatchError) as error:
+    except (NotBuiltError, NotComparedError) as error:
         return Verdict(model_type, "tested", (projections, _cell(error)))
     experts = "experts" if fused_experts(model) else ""
     return Verdict(model_type, "sparse", (projections, f"{len(reached)} of {len(mlps)}", experts))
@@ -141,9 +141,9 @@ def page(verdicts: Iterable[Verdict]) -> str:
     verdicts = list(verdicts)
     parts = [
         "# Model types",
-        f"Every model type of transformers {transformers.__version__} that has a model, built tiny and with random "
-        "weights by `python scripts/tools/list_models.py`. One class represents each type, with default settings "
-        "except for sizes.",
+        f"All model types of transformers {transformers.__version__} that have a model class. Each is built tiny and "
+        "with random weights by `python scripts/tools/list_models.py`. One class represents each type, with default "
+        "settings except for sizes.",
     ]
     for name, section in SECTIONS.items():
         rows = [verdict.row for verdict in verdicts if verdict.section == name]

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .head_on_labelled_rows import IGNORED, NotHereError, Way, run_on_labelled_rows
+from .head_on_labelled_rows import IGNORED, Method, NotHereError, run_on_labelled_rows
 
 _LENGTH, _TARGETS = 12, 8
 
 
-def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
+def choose_method(model: PreTrainedModel, stock: Callable[..., Any]) -> Method:
     """The cheapest method that reproduces the model's own loss on a few tokens, in evaluation mode.
 
     Raises:
@@ -39,20 +39,20 @@ def find_way(model: PreTrainedModel, stock: Callable[..., Any]) -> Way:
         except Exception as error:
             raise NotHereError(f"it does not run on a few test tokens ({type(error).__name__}: {error})") from error
         known_loss = model.loss_function in (ForCausalLMLoss, ForMaskedLMLoss)
-        ways: tuple[Way, ...] = ("chunks", "rows") if known_loss else ()
-        for way in (*ways, "labels"):
+        methods: tuple[Method, ...] = ("chunks", "rows") if known_loss else ()
+        for method in (*methods, "labels"):
             try:
-                if way == "chunks":
+                if method == "chunks":
                     _check_parameters(model, head)
-                loss = run_on_labelled_rows(model, stock, inputs, way, 1).loss
+                loss = run_on_labelled_rows(model, stock, inputs, method, 1).loss
             except NotHereError as reason:
-                reasons.append(f"{way}: {reason}")
+                reasons.append(f"{method}: {reason}")
             except Exception as error:
-                reasons.append(f"{way}: {type(error).__name__}: {error}")
+                reasons.append(f"{method}: {type(error).__name__}: {error}")
             else:
                 if same_loss(loss, expected, model.dtype):
-                    return way
-                reasons.append(f"{way}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
+                    return method
+                reasons.append(f"{method}: a loss of {loss.item():.6g} instead of {expected.item():.6g}")
     raise NotHereError("labelled rows alone do not reproduce its loss (" + "; ".join(reasons) + ")")
 
 
