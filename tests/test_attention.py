@@ -49,11 +49,34 @@ def test_outputs_and_gradients_equal_pytorchs(sequences: list[list[int]], causal
     ours, nothing = attend_by_sequence(module, q, k, v, mask, scaling=scaling)
     stock, _ = sdpa_attention_forward(module, q, k, v, mask | ~real[:, None, :, None], scaling=scaling)
     assert nothing is None and ours.shape == stock.shape and ours.is_contiguous()
-    assert not ours[~real].any()
+    assert not causal or not ours[~real].any()
     eps = 64 * SIZE * torch.finfo(torch.float64).eps
     torch.testing.assert_close(ours[real], stock[real], rtol=eps, atol=eps)
     wanted = torch.autograd.grad(stock, (q, k, v), upstream)
     torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), wanted, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("lengths", [[9, 4, 2], [1, 1, 1]])
+@pytest.mark.parametrize("expanded", [True, False])
+def test_queries_of_another_text_get_their_outputs_too(lengths: list[int], expanded: bool) -> None:
+    """Cross-attention, where the source is as wide as the target."""
+    keys = torch.arange(SIZE) < torch.tensor(lengths)[:, None, None, None]
+    mask = keys.expand(-1, -1, SIZE, -1) if expanded else keys
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(3, HEADS, SIZE, WIDTH, generator=generator, dtype=torch.float64) for _ in range(3))
+    module: Any = SimpleNamespace(num_key_value_groups=1)
+    eps = 64 * SIZE * torch.finfo(torch.float64).eps
+    ours, stock = attend_by_sequence(module, q, k, v, mask)[0], sdpa_attention_forward(module, q, k, v, mask)[0]
+    torch.testing.assert_close(ours, stock, rtol=eps, atol=eps)
+
+
+def test_a_mask_may_be_filled_again() -> None:
+    mask, other = mask_of(RIGHT, causal=True).clone(), mask_of(PACKED, causal=True)
+    q = torch.randn(3, HEADS, SIZE, WIDTH, dtype=torch.float64)
+    attend_by_sequence(nn.Module(), q, q, q, mask)
+    mask.copy_(other)
+    ours, fresh = (attend_by_sequence(nn.Module(), q, q, q, each)[0] for each in (mask, other))
+    assert torch.equal(ours, fresh)
 
 
 def test_sequences_are_found() -> None:
@@ -136,6 +159,21 @@ def test_a_patched_model_attends_by_sequence_and_learns_the_same(family: str, si
     eps = 1e4 * torch.finfo(torch.float64).eps  # some thousand terms in a gradient
     torch.testing.assert_close(loss, stock_loss, rtol=eps, atol=eps)
     torch.testing.assert_close(gradient, stock_gradient, rtol=eps, atol=eps * stock_gradient.abs().amax().item())
+
+
+def test_sources_as_wide_as_their_targets() -> None:
+    """An encoder-decoder whose first batch is padded otherwise than its second."""
+    model = build("bart", torch.float64)
+    expected = copy.deepcopy(model)
+    patch_model(model, EXACT)
+    for lengths, targets in (([6, 12, 9], [5, 7, 4]), ([6, 5, 12], [11, 12, 9])):
+        mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).long()
+        ids, labels = tokens(0, (3, 12)), tokens(1, (3, max(targets)))
+        labels[torch.arange(max(targets)) >= torch.tensor(targets)[:, None]] = -100
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        loss, stock = model(**batch).loss, expected(**batch).loss
+        torch.testing.assert_close(loss, stock, rtol=1e-12, atol=0)
+    assert runtime_of(model).skips_padding
 
 
 def test_it_goes_with_copies_and_ends_with_the_patch() -> None:

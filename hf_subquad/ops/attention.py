@@ -5,6 +5,7 @@ sequences that share a packed row. Here each sequence attends by itself, which g
 """
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +47,7 @@ def segments_of(mask: Tensor) -> Segments | None:
     between = (places >= first.unsqueeze(-1)) & (places <= last.unsqueeze(-1))
     if bool(((seen != between) & real.unsqueeze(-1)).any()):
         return None
-    causal = bool((last == places)[real].all())
+    causal = bool((last == places)[real].all() and (last != first)[real].any())
     spans = []
     for tokens, starts, ends in zip(real.tolist(), first.tolist(), last.tolist(), strict=True):
         of_row: list[tuple[int, int]] = []
@@ -80,7 +81,8 @@ def attend_by_sequence(
         key, value: [B, G, S, D], with H a multiple of G.
 
     Returns:
-        [B, S, H, D], zero for padding; and None in place of attention weights.
+        [B, S, H, D]; and None in place of attention weights. For padding it is zero, or what padding would attend to
+        in its row, if all of a row is one sequence: queries may be of another text then (cross-attention).
     """
     found = None
     if not (attention_mask is None or dropout or torch.compiler.is_compiling() or query.device.type != "cpu"):
@@ -92,10 +94,24 @@ def attend_by_sequence(
         )
     groups = getattr(module, "num_key_value_groups", 1)
     rows = zip(query.split(1), key.split(1), value.split(1), found.spans, strict=True)
-    return torch.cat([_row(q, k, v, spans, found.causal, scaling, groups) for q, k, v, spans in rows]), None
+    outputs = [
+        _one_sequence(q, k, v, *spans[0], scaling, groups)
+        if len(spans) == 1 and not found.causal
+        else _row(q, k, v, spans, found.causal, scaling, groups)
+        for q, k, v, spans in rows
+    ]
+    return torch.cat(outputs), None
 
 
 _NOT_HERE = ("position_bias", "cache", "softcap")  # what changes scores, or keys
+
+
+def _one_sequence(
+    q: Tensor, k: Tensor, v: Tensor, start: int, end: int, scaling: float | None, groups: int
+) -> Tensor:
+    """The output of one row [1, S, H, D] whose queries all attend to the same keys."""
+    keys, values = (repeat_kv(each[:, :, start:end], groups) for each in (k, v))
+    return F.scaled_dot_product_attention(q, keys, values, scale=scaling).transpose(1, 2)
 
 
 def _row(
@@ -122,9 +138,21 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # all layers get th
 
 def _worthwhile(mask: Tensor) -> Segments | None:
     """`segments_of` a mask, if they leave enough out."""
-    if mask not in _known:
+    version = None if mask.is_inference() else mask._version  # its values may be replaced
+    known: tuple[int | None, Segments | None] | None = _known.get(mask)
+    if known is None or known[0] != version:
         found = segments_of(mask)
-        scores = sum((end - start) ** 2 for of_row in found.spans for start, end in of_row) if found else 0
-        _known[mask] = found if found and scores <= _WORTHWHILE * mask.shape[0] * mask.shape[3] ** 2 else None
-    known: Segments | None = _known[mask]
-    return known
+        needed = _scores(found, mask.shape[3]) if found else math.inf
+        known = version, found if needed <= _WORTHWHILE * mask.shape[0] * mask.shape[3] ** 2 else None
+        _known[mask] = known
+    return known[1]
+
+
+def _scores(segments: Segments, size: int) -> int:
+    """How many scores are computed in a batch of rows of `size` tokens."""
+    together = [not segments.causal and len(spans) == 1 for spans in segments.spans]
+    return sum(
+        (end - start) * (size if alone else end - start)
+        for spans, alone in zip(segments.spans, together, strict=True)
+        for start, end in spans
+    )
