@@ -338,7 +338,7 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
     order = torch.randperm(N).to(device)
     mlp.runtime.skips_padding = True
     unwatch_batches(module)  # which is called without labels
-    mlp.runtime._batches.append(BatchClasses({"only": TokenClasses((1, N), order[:5], order[5:12])}))
+    mlp.runtime.passes.begin(BatchClasses({"only": TokenClasses((1, N), order[:5], order[5:12])}))
     with mlp.using(budget, {"context": correction}):
         module(x).sum().backward()  # what is done once
         tokens = 5 * (budget.predicted or M) + 7 * (M if budget.context is None else budget.context)

@@ -14,8 +14,10 @@ from helpers.models import CONFIG, WIDTH, build, checkpoint_activations, fill_up
 from torch import Tensor, nn
 
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, sync_model, unpatch_model
+from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.batch_hook import unwatch_batches, watch_batches
 from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.passes import Passes
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.token_classes import TokenClasses, classify
 
@@ -114,8 +116,10 @@ def test_encoder_decoders(family: str) -> None:
         "decoder": decoder,
     }
     assert found(model, input_ids=IDS, labels=labels) == {"encoder": ["cccccc"] * 2, "decoder": decoder}
-    masked = found(model, input_ids=IDS, decoder_attention_mask=rows([1, 1, 1, 0], [1, 0, 0, 0]), labels=labels)
-    assert masked["decoder"] == ["ppp.", "p..."]
+    masked = found(model, input_ids=IDS, decoder_attention_mask=rows([1, 1, 1, 0], [1, 1, 0, 0]), labels=labels)
+    assert masked["decoder"] == decoder
+    labelled = found(model, input_ids=IDS, decoder_attention_mask=rows([1, 1, 1, 0], [1, 0, 0, 0]), labels=labels)
+    assert labelled["decoder"] == ["pppc", "ppcc"]  # the loss is computed at padding, so nothing is skipped
     holes = found(model, input_ids=IDS, labels=rows([-100, 6, -100, 7], [5, -100, -100, -100]))
     assert holes["decoder"] == ["cpcp", "p..."]
 
@@ -587,5 +591,124 @@ def test_compiled_models_know_classes() -> None:
     found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
     assert_equal(gradients(model, batch), found)
     unwatch_batches(model)
-    runtime_of(model)._batches.clear()
+    runtime_of(model).passes = Passes()
     assert differ(gradients(model, batch), found)  # tiles of padding, too, are others
+
+
+# What skipping could get wrong
+
+
+def test_an_inner_model_that_is_called_by_itself_skips_nothing() -> None:
+    """The batch of the last whole forward had the same shape, and other padding."""
+    model, other = made("llama"), padded("right", seed=1)
+    gradients(model, padded("right"))
+    assert runtime_of(model).skips_padding
+
+    def own_loss() -> Tensor:
+        hidden = model.model(input_ids=other["input_ids"], attention_mask=other["attention_mask"]).last_hidden_state
+        return hidden.square().mean()
+
+    loss = own_loss()
+    with dense_forward(model):
+        assert torch.equal(loss, own_loss())
+
+
+def test_labels_at_padding_count() -> None:
+    """The first padded batch decided that padding may be skipped; in this one it counts."""
+    model, batch = made("llama"), padded("right")
+    gradients(model, batch)
+    assert runtime_of(model).skips_padding and model.config._attn_implementation == "subquad_sdpa"
+    for side in ("left", "right"):
+        other = padded(side, seed=1)
+        other["labels"] = other["input_ids"].where(other["attention_mask"] == (side == "left"), other["labels"])
+        assert_equal(gradients(model, other), dense_gradients(model, other))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("read", ["after the last label", "at padding"])
+def test_another_loss_that_reads_what_is_skipped_is_noticed(read: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, batch = made("llama"), padded("right")
+    place = {"after the last label": (1, int(batch["attention_mask"][1].sum()) - 1), "at padding": (1, -1)}[read]
+    sync_model(model, 0)
+
+    def step() -> dict[str, Tensor]:
+        model.zero_grad()
+        outputs = model(**batch)
+        loss = outputs.loss + outputs.logits[place].logsumexp(-1)
+        loss.backward()
+        return {"loss": loss.detach()} | {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    step()  # in which it finds out what it may skip
+    with dense_forward(model), stock_attention(model):
+        expected = step()
+    assert differ(step(), expected) and runtime_of(model).skips_padding
+    sync_model(model, 1)
+    assert "depends on tokens that were skipped as padding" in caplog.text and not runtime_of(model).skips_padding
+    assert_equal(step(), expected)
+
+
+def test_a_cache_in_training_is_filled_once() -> None:
+    """Segments of a text, each of which sees those before it."""
+    model, ids = made("llama"), tokens(3, (2, 12))
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 9:] = 0
+    labels = ids.masked_fill(mask == 0, IGNORED)
+
+    def losses() -> list[float]:
+        cache, found = transformers.DynamicCache(), []
+        for start in range(0, 12, 4):
+            part = slice(start, start + 4)
+            outputs = model(
+                input_ids=ids[:, part], attention_mask=mask[:, : start + 4], labels=labels[:, part],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            found.append(outputs.loss.item())
+        assert cache.get_seq_length() == 12
+        return found
+
+    with dense_forward(model):
+        expected = losses()
+    assert losses() == pytest.approx(expected, rel=1e-12)
+    gradients(model, padded("right"))
+    assert runtime_of(model).skips_padding and losses() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_repeats_any_of_many_forwards(reentrant: bool) -> None:
+    model = made("llama", active=16)
+    batches = [padded("right", seed=seed) for seed in range(10)]
+    expected = gradients(model, *batches)
+    checkpoint_activations(model, reentrant)
+    assert_equal(gradients(model, *batches), expected)
+    model.zero_grad()
+    loss = model(**batches[0]).loss
+    model.eval()
+    model.generate(batches[1]["input_ids"][:, :3], attention_mask=torch.ones(3, 3), max_new_tokens=10)
+    model.train()
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal({"loss": loss.detach()} | found, gradients(model, batches[0]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_repeats_the_mode_of_a_forward(reentrant: bool) -> None:
+    model, batch = made("llama", active=16), padded("right")
+    expected = dense_gradients(model, batch)
+    checkpoint_activations(model, reentrant)
+    model.zero_grad()
+    with dense_forward(model):
+        loss = model(**batch).loss
+    loss.backward()  # outside of it
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal({"loss": loss.detach()} | found, expected)
+
+
+def test_decoders_of_vision_language_models_predict_the_next_token() -> None:
+    config = transformers.LlavaConfig(
+        text_config=build("llama").config.to_dict(), image_token_index=9,
+        vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=8, patch_size=4),
+    )  # fmt: skip
+    model = transformers.LlavaForConditionalGeneration(config)
+    labels = rows([-100, -100, -100, 6, 7, -100])
+    assert found(model, input_ids=IDS[:1], labels=labels) == {"only": ["ccpp.."]}

@@ -63,7 +63,7 @@ def announce(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     """Tell sparse MLPs of the batch that they will see."""
     for hook in list(model._forward_pre_hooks.values()):
         if isinstance(hook, BatchHook):
-            hook(model, (), inputs)
+            hook.runtime.sees(model, inputs)
 
 
 def keeps_sequences_apart(model: PreTrainedModel, stock: Callable[..., Any]) -> bool:

@@ -13,6 +13,10 @@ from ..ops.attention import attend_by_sequence
 from .peft_and_checkpointing import language_model
 
 _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
+# Wherever a patched model is unpickled, this module is imported.
+AttentionInterface.register(_OURS, attend_by_sequence)
+AttentionMaskInterface.register(_OURS, sdpa_mask)
+
 _SAME = 1e-4  # relative difference of the losses of a row: rounding, by the dtype at least this
 
 
@@ -49,8 +53,6 @@ def attend_by_sequences(model: nn.Module) -> bool:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type != "cpu":
         return False
-    AttentionInterface.register(_OURS, attend_by_sequence)
-    AttentionMaskInterface.register(_OURS, sdpa_mask)
     return _rename(model, _STOCK, _OURS)
 
 

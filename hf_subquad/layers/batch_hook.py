@@ -1,4 +1,4 @@
-"""The hook that passes a patched model's inputs to its runtime before each forward."""
+"""The hooks that tell the runtime of a patched model when a forward begins, with its inputs, and when it ends."""
 
 import inspect
 from dataclasses import dataclass
@@ -12,13 +12,17 @@ from .runtime import Runtime
 
 @dataclass(eq=False)
 class BatchHook:
-    """A forward pre-hook; copying the model copies the hook."""
+    """A forward pre-hook, and with `end` a forward hook; copying the model copies both."""
 
     runtime: Runtime
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.runtime.begin(model, _by_name(model, args, kwargs))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(self, model: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        self.runtime.end()
 
 
 def watch_batches(model: nn.Module, runtime: Runtime) -> None:
@@ -33,7 +37,9 @@ def watch_batches(model: nn.Module, runtime: Runtime) -> None:
         model = model.module
     for watched in (model, runtime.surroundings.model):
         if not any(isinstance(hook, BatchHook) for hook in watched._forward_pre_hooks.values()):
-            watched.register_forward_pre_hook(BatchHook(runtime), prepend=True, with_kwargs=True)
+            hook = BatchHook(runtime)
+            watched.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
+            watched.register_forward_hook(hook.end, always_call=True)
 
 
 def unwatch_batches(model: nn.Module) -> None:
@@ -42,6 +48,10 @@ def unwatch_batches(model: nn.Module) -> None:
         for key in [key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BatchHook)]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), BatchHook):
+                del module._forward_hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

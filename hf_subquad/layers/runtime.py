@@ -1,6 +1,5 @@
 """What all sparse MLPs of a model share: settings, the mode they run in, and the current batch."""
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,14 +13,15 @@ from ..config import SubquadConfig
 from ..errors import InactivePatchError
 from ..plan import Plan
 from ..weights.shards import is_fsdp
-from .attention_patch import skip_padding_in_attention
+from .attention_patch import attend_as_before, skip_padding_in_attention
+from .passes import Passes, computed_again
 from .peft_and_checkpointing import Surroundings
 from .preserve_mode_and_rng import preserve_mode_and_rng
 from .token_classes import BatchClasses, TokenClasses, classify
 
 Forward = Literal["auto", "dense", "exact", "sparse"]
+Mode = Literal["dense", "exact", "sparse"]
 
-_REMEMBERED = 8  # forwards, of which gradient checkpointing may compute some again
 _VAIN_TRIES = 4  # to find out whether padding may be skipped
 _SAME = 1e-6  # relative difference of losses
 _FAR = 30.0  # what padding holds while it is tried whether anything depends on it
@@ -49,6 +49,8 @@ class Runtime:
         skips_padding: whether the loss is independent of padding, so that it is skipped; None: not tested yet.
         elsewhere: magnitude of what MLPs return for tokens that they skip.
         sharded: FSDP2 shards the weights.
+        whole_rows: the loss is not the model's own, so it may depend on tokens after the last label of a row.
+        passes: the model's forward passes.
     """
 
     config: SubquadConfig
@@ -66,12 +68,22 @@ class Runtime:
     skips_padding: bool | None = None
     elsewhere: float = 0.0
     sharded: bool = False
-    _batches: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED), repr=False)
+    whole_rows: bool = False
+    passes: Passes = field(default_factory=Passes, repr=False)
+    _reached: Tensor | None = field(default=None, repr=False)  # whether padding had gradients, on its device
     _trying: bool = field(default=False, repr=False)
     _skipped: bool = field(default=False, repr=False)  # some MLP was given classes with padding
     _vain_tries: int = field(default=0, repr=False)
 
-    def mode(self, training: bool) -> Literal["dense", "exact", "sparse"]:
+    def mode_of(self, batch: BatchClasses, name: str, training: bool) -> Mode:
+        """The mode in which an MLP runs in a pass: that of the first time, if gradient checkpointing repeats it."""
+        if computed_again() and name in batch.modes:
+            found: Mode = batch.modes[name]
+            return found
+        mode = batch.modes[name] = self.mode(training)
+        return mode
+
+    def mode(self, training: bool) -> Mode:
         """The mode of a forward pass that starts now.
 
         Passes without gradients in training mode (rollouts, log-probabilities to compare with) count as evaluation.
@@ -110,17 +122,32 @@ class Runtime:
         """Called at the start of each forward pass of the model, with its inputs by name."""
         if self._trying:
             return
-        classes = classify(model, inputs)
-        padded = any(of_stack.padding for of_stack in classes.stacks.values())
+        batch = self._classify(model, inputs)
+        padded = any(of_stack.padding for of_stack in batch.stacks.values())
         sharded = self.sharded or is_fsdp(type(model))  # then other ranks would have to come along
-        tries = not sharded and (model.training or self.forward in ("exact", "sparse"))
+        tries = not sharded and not _continues(inputs) and (model.training or self.forward in ("exact", "sparse"))
         if padded and self.skips_padding is None and tries:
             self.try_skipping_padding(model, inputs)
-        self._batches.append(classes)
+        if batch.labelled_padding:
+            attend_as_before(model)
+        self.passes.begin(batch)
+
+    def sees(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Called within a forward pass if the model runs on other inputs than it was called with."""
+        if not self._trying:
+            self.passes.replace(self._classify(model, inputs))
+
+    def end(self) -> None:
+        """Called at the end of each forward pass of the model, also after an error."""
+        if not self._trying:
+            self.passes.end()
+
+    def _classify(self, model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
+        return classify(model, inputs, whole_rows=self.whole_rows or _continues(inputs))
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Test whether padding can be skipped in this model, if the batch has padding, and return whether it has."""
-        classes = classify(model, inputs)
+        classes = self._classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return False
         self.skips_padding = self._padding_is_out_of_reach(model, inputs, classes)
@@ -139,14 +166,10 @@ class Runtime:
 
     def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:
         """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
-        if not self._batches:
-            return None
-        batch = self._batches[-1]
-        if len(self._batches) > 1 and torch._C._current_graph_task_id() != -1:
-            # Gradient checkpointing computes a forward again, perhaps not that of the latest batch.
-            batch = BatchClasses.nearest(self._batches, name, x)
-        elif batch.stacks and not self._trying:
-            batch.note(name, x)
+        return self.classes_in(self.passes.of(name, x), name, x)
+
+    def classes_in(self, batch: BatchClasses, name: str, x: Tensor) -> TokenClasses | None:
+        """`classes_of`, in a given pass."""
         classes = batch.of(name, x)
         if classes is not None and classes.padding:
             if not self.skips_padding:
@@ -154,15 +177,37 @@ class Runtime:
             self._skipped = True
         return classes
 
+    def watch_padding(self, y: Tensor, classes: TokenClasses) -> None:
+        """Check, in the backward pass, that no gradient reaches what an MLP returned [N, d] for padding."""
+
+        def check(gradient: Tensor) -> None:
+            found = _reaches_padding(gradient, classes)
+            self._reached = found if self._reached is None else self._reached.to(found.device) | found
+
+        if y.requires_grad and not self._trying:
+            y.register_hook(check)
+
+    def check_padding(self, model: nn.Module) -> None:
+        """After a backward pass: compute padding from now on, if the loss depended on it."""
+        reached, self._reached = self._reached, None
+        if reached is not None and bool(reached):
+            self.skips_padding = False
+            attend_as_before(model)
+            logger.warning(
+                f"the loss of this step of {type(model).__name__} depends on tokens that were skipped as padding (does "
+                "it read outputs at tokens that the mask or the labels leave out?), so its gradient is not exact; from "
+                "now on they are computed like all other tokens"
+            )
+
     def latest_classes_of(self, name: str) -> TokenClasses | None:
         """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""
-        classes = self._batches[-1].of_stack(name) if self._batches else None
+        classes = self.passes.latest.of_stack(name) if self.passes.latest else None
         return None if classes is None or (classes.padding and not self.skips_padding) else classes
 
     @property
     def latest_classes(self) -> Mapping[Any, TokenClasses]:
         """Classes of the latest forward, by stack."""
-        return self._batches[-1].stacks if self._batches else {}
+        return self.passes.latest.stacks if self.passes.latest else {}
 
     def _padding_is_out_of_reach(
         self, model: nn.Module, inputs: Mapping[str, Any], classes: BatchClasses
@@ -171,7 +216,7 @@ class Runtime:
         inconclusive."""
         try:
             with self._set_aside("exact"), preserve_mode_and_rng(model):
-                self._batches.append(classes)
+                self.passes.begin(classes)
                 self._skipped = False
                 self.elsewhere, self.skips_padding = _FAR, True
                 poisoned = _loss(model, inputs)
@@ -190,16 +235,28 @@ class Runtime:
     @contextmanager
     def _set_aside(self, forward: Forward) -> Iterator[None]:
         """Context manager: inside, the model can be tried in a mode, and what is known of batches stays as it is."""
-        before, held = (self.forward, self.elsewhere, self.skips_padding), self._batches.copy()
+        before, held = (self.forward, self.elsewhere, self.skips_padding), self.passes.copy()
         self.forward, self._trying = forward, True
         try:
             yield
         finally:
             (self.forward, self.elsewhere, self.skips_padding), self._trying = before, False
-            self._batches = held
+            self.passes = held
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": deque(maxlen=_REMEMBERED)}
+        return {**self.__dict__, "passes": Passes(), "_reached": None}
+
+
+def _continues(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call goes on from a cache or fills one, which other passes would change."""
+    return inputs.get("past_key_values") is not None or inputs.get("use_cache") is True
+
+
+def _reaches_padding(gradient: Tensor, classes: TokenClasses) -> Tensor:
+    """Whether a gradient [N, d] is more than rounding at padding, and finite: a bool on its device."""
+    norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    found = norms.index_fill(0, classes.predicted, 0).index_fill_(0, classes.context, 0).amax()
+    return found.isfinite() & (found > _SAME * norms.amax())
 
 
 def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:

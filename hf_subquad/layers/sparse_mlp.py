@@ -20,6 +20,7 @@ from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
 from .compensation import Compensation
 from .runtime import Runtime
+from .token_classes import TokenClasses
 
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
@@ -172,6 +173,8 @@ class SparseMLP:
             if correction is not None:
                 stand_in = correction(part.take(call.x.reshape(-1, call.x.shape[-1])).to(y.dtype))
                 y = y + stand_in if part.rows is None else y.index_add_(0, part.rows, stand_in)
+        if call.padded is not None:
+            self.runtime.watch_padding(y, call.padded)
         return y.view(*leading, -1)
 
     def _correction(self, token_class: TokenClass, like: Tensor) -> Compensation | None:
@@ -200,32 +203,27 @@ class SparseMLP:
 
     def _open(self, x: Tensor, training: bool) -> "_Call":
         """Begin a forward pass: which tokens compute which neurons."""
-        mode = self.runtime.mode(training)
-        budget = self.budget if mode == "sparse" else Budget()
-        if mode == "dense" or not x.numel():  # the model may have routed all tokens elsewhere
+        if not x.numel():  # the model may have routed all tokens elsewhere
             return _Call(x, None)
+        batch = self.runtime.passes.of(self.name, x)
+        mode = self.runtime.mode_of(batch, self.name, training)
+        if mode == "dense":
+            return _Call(x, None)
+        budget = self.budget if mode == "sparse" else Budget()
         if self.selection_override is not None:
             self.calls += 1
             parts = list(self.selection_override)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
-        groups = self._groups(x, budget)
+        classes = self.runtime.classes_in(batch, self.name, x)
+        groups = _groups(classes, budget)
         everything = len(groups) == 1 and groups[0][1] is None and groups[0][2] is None
         if everything and not torch.is_grad_enabled():
             return _Call(x, None)
         parts = [self._part(x, rows, k, training, token_class) for token_class, rows, k in groups]
         if not budget.exact:
             self.calls += 1
-        return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient)
-
-    def _groups(self, x: Tensor, budget: Budget) -> list[tuple[TokenClass, Tensor | None, int | None]]:
-        """Class, rows (None: all) and neurons (None: all) of tokens that are treated alike."""
-        classes = self.runtime.classes_of(self.name, x)
-        if classes is None:
-            return [("predicted", None, budget.predicted)]
-        if budget.predicted == budget.context:
-            return [("predicted", classes.real, budget.predicted)]
-        by_class: dict[TokenClass, Tensor] = {"predicted": classes.predicted, "context": classes.context}
-        return [(name, rows, budget.neurons(name)) for name, rows in by_class.items() if len(rows)]
+        padded = classes if classes is not None and classes.padding else None
+        return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient, padded)
 
     def _part(self, x: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass) -> Part:
         """A group of the tokens x [..., d], with the neurons selected for it. What an audit needs is kept."""
@@ -258,6 +256,7 @@ class _Call:
         parts: which tokens compute which neurons; None if the pass is dense.
         classes: the token class of each part.
         gradient: precision of the output gradient that is passed back.
+        padded: the classes of x, if it has padding that is skipped.
         waiting: compact activations that wait for their input projection to be called.
     """
 
@@ -265,12 +264,23 @@ class _Call:
     parts: list[Part] | None
     classes: Sequence[TokenClass] = ()
     gradient: float = 1.0
+    padded: TokenClasses | None = None
     waiting: dict["InputProjection", Tensor] = field(default_factory=dict)
 
     @property
     def tiled(self) -> bool:
         """Whether some part gathers weight rows."""
         return any(part.selection is not None for part in self.parts or ())
+
+
+def _groups(classes: TokenClasses | None, budget: Budget) -> list[tuple[TokenClass, Tensor | None, int | None]]:
+    """Class, rows (None: all) and neurons (None: all) of tokens that are treated alike."""
+    if classes is None:
+        return [("predicted", None, budget.predicted)]
+    if budget.predicted == budget.context:
+        return [("predicted", classes.real, budget.predicted)]
+    by_class: dict[TokenClass, Tensor] = {"predicted": classes.predicted, "context": classes.context}
+    return [(name, rows, budget.neurons(name)) for name, rows in by_class.items() if len(rows)]
 
 
 class InputProjection(NeuronProjection):

@@ -3,13 +3,15 @@
 Classes are determined once per forward of the model, from its inputs. Where that is impossible, there is one class.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 Stack = Literal["encoder", "decoder", "only"]
 
@@ -17,6 +19,7 @@ _IGNORED = -100  # the label of tokens that a loss leaves out
 # In the names of MLPs that see something else than the text.
 _OTHER_INPUTS = ("vision", "visual", "image", "audio", "speech", "experts")
 _SAMPLED = 64
+_CALLS = 64  # of an MLP in a pass, of which samples are kept
 _STRIDE = 2654435761  # prime, so that samples are of many tokens and features whatever the shape
 
 
@@ -36,7 +39,7 @@ class TokenClasses:
 
     @classmethod
     def of(cls, predicted: Tensor, real: Tensor) -> "TokenClasses":
-        """From two masks, bool [B, S]; a predicted token that is not real is padding."""
+        """From two masks, bool [B, S]; predicted tokens must be real."""
         flat, real = predicted.reshape(-1), real.reshape(-1)
         rows, columns = predicted.shape
         return cls((rows, columns), (flat & real).nonzero().squeeze(1), (~flat & real).nonzero().squeeze(1))
@@ -63,10 +66,19 @@ class TokenClasses:
 
 @dataclass
 class BatchClasses:
-    """The token classes of one forward of the model, by stack, and samples of its MLPs' inputs to recognise it by."""
+    """The token classes of one forward of the model, by stack, and samples of its MLPs' inputs to recognise it by.
+
+    Attributes:
+        labelled_padding: the loss is computed at padding, so that nothing is skipped.
+        may_repeat: gradient checkpointing may compute the forward again.
+        modes: how its MLPs ran, by name.
+    """
 
     stacks: Mapping[Stack, TokenClasses]
-    _seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    labelled_padding: bool = False
+    may_repeat: bool = False
+    modes: dict[str, Any] = field(default_factory=dict)
+    _seen: dict[str, deque[Tensor]] = field(default_factory=dict)
 
     def of(self, name: str, x: Tensor) -> TokenClasses | None:
         """The classes of the tokens x [..., d] of an MLP, by its name in the model; None if it sees other tokens."""
@@ -83,7 +95,7 @@ class BatchClasses:
 
     def note(self, mlp: str, x: Tensor) -> None:
         """Remember an MLP's input, to recognise this forward when gradient checkpointing recomputes it."""
-        self._seen.setdefault(mlp, []).append(_sample(x))
+        self._seen.setdefault(mlp, deque(maxlen=_CALLS)).append(_sample(x))
 
     @staticmethod
     def nearest(batches: "Sequence[BatchClasses]", mlp: str, x: Tensor) -> "BatchClasses":
@@ -109,20 +121,21 @@ def _sampled_places(count: int, device: torch.device) -> Tensor:
         return torch.arange(_SAMPLED, device=device) * _STRIDE % max(1, count)
 
 
-def classify(model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
+def classify(model: nn.Module, inputs: Mapping[str, Any], whole_rows: bool = False) -> BatchClasses:
     """The classes of a batch, by stack; stacks whose classes cannot be determined are left out.
 
     Args:
         inputs: the arguments that the model is called with, by name.
+        whole_rows: tokens after the last label of a row are used, by another loss than the model's, or by a later call.
     """
     labels = inputs.get("labels")
     shifted = inputs.get("shift_labels")
     if not isinstance(labels, Tensor) and not isinstance(shifted, Tensor):
         return BatchClasses({})
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return BatchClasses(_encoder_decoder(inputs, labels))
+        return _classified(_encoder_decoder(inputs, labels), whole_rows)
     found = _one_stack(model, inputs, labels, shifted)
-    return BatchClasses({} if found is None else {"only": found})
+    return _classified({} if found is None else {"only": found}, whole_rows)
 
 
 def predicts_next_token(model: nn.Module) -> bool | None:
@@ -134,41 +147,67 @@ def predicts_next_token(model: nn.Module) -> bool | None:
         unwrap = getattr(model, "get_base_model", None)  # PEFT's
         base = unwrap() if callable(unwrap) else model
         return True if type(base).__name__.endswith(("LMHeadModel", "ForCausalLM")) else None
-    return loss_type == "ForCausalLM"
+    return LOSS_MAPPING.get(loss_type) is ForCausalLMLoss
 
 
-def _encoder_decoder(inputs: Mapping[str, Any], labels: Tensor | None) -> dict[Stack, TokenClasses]:
-    found: dict[Stack, TokenClasses] = {}
+class _Masks(NamedTuple):
+    """Each bool [B, S].
+
+    Attributes:
+        predicted: tokens at which the loss is computed.
+        real: tokens that are not padding by the attention mask.
+        causal: tokens do not see those after them.
+    """
+
+    predicted: Tensor
+    real: Tensor
+    causal: bool
+
+
+def _classified(masks: Mapping[Stack, _Masks], whole_rows: bool) -> BatchClasses:
+    if any(bool((of_stack.predicted & ~of_stack.real).any()) for of_stack in masks.values()):
+        stacks = {
+            name: TokenClasses.of(of_stack.predicted, torch.ones_like(of_stack.real))
+            for name, of_stack in masks.items()
+        }
+        return BatchClasses(stacks, labelled_padding=True)
+    return BatchClasses(
+        {
+            name: TokenClasses.of(predicted, real & _up_to_last(predicted) if causal and not whole_rows else real)
+            for name, (predicted, real, causal) in masks.items()
+        }
+    )
+
+
+def _encoder_decoder(inputs: Mapping[str, Any], labels: Tensor | None) -> dict[Stack, _Masks]:
+    found: dict[Stack, _Masks] = {}
     real = _real(inputs.get("attention_mask"), _text_shape(inputs), labels)
     if real is not None:
-        found["encoder"] = TokenClasses.of(torch.zeros_like(real), real)
+        found["encoder"] = _Masks(torch.zeros_like(real), real, causal=False)
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        predicted = labels != _IGNORED
         target = _real(inputs.get("decoder_attention_mask"), tuple(labels.shape), labels)
         if target is not None:
-            found["decoder"] = TokenClasses.of(predicted, target & _up_to_last(predicted))
+            found["decoder"] = _Masks(labels != _IGNORED, target, causal=True)
     return found
 
 
 def _one_stack(
     model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None, shifted: Tensor | None
-) -> TokenClasses | None:
+) -> _Masks | None:
     shape = _text_shape(inputs)
     by_token = shifted if isinstance(shifted, Tensor) else labels
     real = _real(inputs.get("attention_mask"), shape, by_token)
     if real is None or by_token is None:
         return None
     if by_token.shape != shape or by_token.is_floating_point():  # one label a row, or several
-        return TokenClasses.of(_first_and_last(real), real)
+        return _Masks(_first_and_last(real), real, causal=False)
     causal = predicts_next_token(model)
     if causal is None and not isinstance(shifted, Tensor):
         return None
     predicted = by_token != _IGNORED
     if causal and not isinstance(shifted, Tensor):
         predicted = torch.cat([predicted[:, 1:], torch.zeros_like(predicted[:, :1])], 1)
-    if causal:
-        real = real & _up_to_last(predicted)
-    return TokenClasses.of(predicted, real)
+    return _Masks(predicted, real, bool(causal))
 
 
 def _text_shape(inputs: Mapping[str, Any]) -> tuple[int, int] | None:

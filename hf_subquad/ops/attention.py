@@ -106,9 +106,7 @@ def attend_by_sequence(
 _NOT_HERE = ("position_bias", "cache", "softcap")  # what changes scores, or keys
 
 
-def _one_sequence(
-    q: Tensor, k: Tensor, v: Tensor, start: int, end: int, scaling: float | None, groups: int
-) -> Tensor:
+def _one_sequence(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, scaling: float | None, groups: int) -> Tensor:
     """The output of one row [1, S, H, D] whose queries all attend to the same keys."""
     keys, values = (repeat_kv(each[:, :, start:end], groups) for each in (k, v))
     return F.scaled_dot_product_attention(q, keys, values, scale=scaling).transpose(1, 2)

@@ -14,6 +14,7 @@ from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
 from ..layers.forced_forward import dense_forward
+from ..layers.passes import computed_again
 from ..layers.sparse_mlp import SparseMLP
 from ..layers.token_classes import TokenClasses
 from ..weights.projection import compute_dtype
@@ -176,6 +177,8 @@ def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[s
 
 def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if computed_again():
+            return
         x = args[0].detach()
         if not torch.isfinite(x).all():
             raise CalibrationError(f"the input of {mlp.name} holds NaN or infinite values")
@@ -188,6 +191,8 @@ def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:
 
 def _record_gradient(calls: list[MLPCall]) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        if computed_again():
+            return
         call = calls[-1]
 
         def note(gradient: Tensor) -> None:

@@ -94,6 +94,7 @@ def sync_parts(
     started = time.perf_counter()
     config = runtime.config
     settle_shards(runtime, mlps)
+    runtime.check_padding(runtime.surroundings.model)
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()

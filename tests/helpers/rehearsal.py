@@ -114,7 +114,7 @@ def rehearse(
     first = copy.deepcopy(gpu.launched)
     classes = TokenClasses((1, TOKENS), *torch.arange(TOKENS).chunk(2))
     unwatch_batches(module)  # which is called without labels
-    mlp.runtime._batches.append(BatchClasses({"only": classes}))
+    mlp.runtime.passes.begin(BatchClasses({"only": classes}))
     with mlp.using(Budget(context=m // 4)):
         module(x).sum().backward()
     return [gpu.launched, first]

@@ -1,0 +1,61 @@
+"""The forward passes of a model: which one runs now, and which one gradient checkpointing computes again."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .token_classes import BatchClasses
+
+_REMEMBERED = 64  # passes whose backward pass may be to come
+
+
+@dataclass
+class Passes:
+    """Attributes:
+    running: the passes in progress; a wrapper's before that of the model inside.
+    latest: the last pass that began; None before the first.
+    """
+
+    running: list[BatchClasses] = field(default_factory=list)
+    latest: BatchClasses | None = None
+    _remembered: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    _outside: BatchClasses = field(default_factory=lambda: BatchClasses({}))  # of calls that no hook announces
+
+    def begin(self, batch: BatchClasses) -> None:
+        self.running.append(batch)
+        self._note(batch)
+
+    def replace(self, batch: BatchClasses) -> None:
+        """The pass in progress sees other tokens than it was called with."""
+        self.running[-1:] = [batch]
+        self._note(batch)
+
+    def end(self) -> None:
+        if self.running:
+            self.running.pop()
+
+    def of(self, mlp: str, x: Tensor) -> BatchClasses:
+        """The pass in which an MLP is called with x [..., d]."""
+        if computed_again():
+            known = [*self._remembered, self._outside]
+            return BatchClasses.nearest(known, mlp, x)
+        batch = self.running[-1] if self.running else self._outside
+        if batch.may_repeat or torch.is_grad_enabled():  # reentrant checkpointing begins without gradients
+            batch.note(mlp, x)
+        return batch
+
+    def copy(self) -> "Passes":
+        return Passes(list(self.running), self.latest, self._remembered.copy(), self._outside)
+
+    def _note(self, batch: BatchClasses) -> None:
+        self.latest = batch
+        if torch.is_grad_enabled():  # else nothing of it is computed again
+            batch.may_repeat = True
+            self._remembered.append(batch)
+
+
+def computed_again() -> bool:
+    """Whether this runs in a backward pass, so that a forward in it is one that gradient checkpointing repeats."""
+    return torch._C._current_graph_task_id() != -1
