@@ -1,6 +1,7 @@
 """Does a plan keep its promise, does measuring leave no trace, and is what cannot be planned refused?"""
 
 import dataclasses
+import functools
 import logging
 import math
 import random
@@ -20,6 +21,7 @@ from helpers.models import (
     WIDTH,
     assert_same,
     build,
+    checkpoint_activations,
     fill_updates,
     llama,
     opt,
@@ -550,6 +552,25 @@ def test_padding_of_any_batch_is_noticed(padded: int) -> None:
     model = patch_model(llama(), PLANNED)
     calibrate(model, batches)
     assert runtime_of(model).skips_padding is True
+
+
+def test_planning_checkpoints_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else activations may not fit that do in training. The plan is the same."""
+    batches = text_batches(0, 1, 2, shape=(6, 9), prompt=4)
+    expected = calibrate(llama(), batches, PLANNED)
+    model, repeated = llama(), []
+    checkpoint_activations(model, reentrant=False)
+    layer = model.model.layers[0]
+    checkpoint = layer._gradient_checkpointing_func
+
+    def counted(*args: Any, use_reentrant: bool) -> Any:
+        repeated.append(1)
+        return checkpoint(*args)
+
+    layer._gradient_checkpointing_func = functools.partial(counted, use_reentrant=False)
+    set_times(monkeypatch)
+    assert calibrate(model, batches, PLANNED) == expected
+    assert repeated and model.training and all(module.training for module in model.modules())
 
 
 def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """What in the surrounding model affects how patched MLPs run: PEFT's adapter switch and gradient checkpointing."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -44,12 +46,31 @@ class Surroundings:
         )
         return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions)
 
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Context manager: inside, layers that checkpoint in training do so in evaluation mode, too; not those with
+        dropout of their own, and not reentrant checkpointing, which needs a whole backward pass."""
+        chosen = [] if self.recomputed_without_gradients() else self._may_checkpoint
+        chosen = [m for m in chosen if m.gradient_checkpointing and not m.training and not _drops(m)]
+        for module in chosen:
+            module.training = True  # of this module alone
+        try:
+            yield
+        finally:
+            for module in chosen:
+                module.training = False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Surroundings":
         if id(self.model) not in memo:
             return self
         memo[id(self)] = copied = copy.copy(self)
         vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether a module drops something itself, rather than a module inside."""
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
 
 
 def language_model(model: nn.Module) -> PreTrainedModel | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..layers.patched_mlps import runtime_of
 from .predictions import Batch, Predictions, logits_of
 
 
@@ -45,7 +46,7 @@ class DenseReference:
     """
 
     def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self._model, self._batch = model, batch
+        self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
@@ -76,6 +77,10 @@ class DenseReference:
     @torch.enable_grad()
     def step(self) -> tuple[Tensor | None, list[Tensor]]:
         """Logits, if there are any, and gradient of the model with its current budgets."""
+        with self._surroundings.checkpointing():  # without which activations may not fit
+            return self._step()
+
+    def _step(self) -> tuple[Tensor | None, list[Tensor]]:
         outputs = self._model(**self._batch)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         has_loss = isinstance(loss, Tensor) and loss.requires_grad
