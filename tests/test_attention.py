@@ -1,6 +1,9 @@
 """Does attention by sequence equal PyTorch's, is anything else left to PyTorch, and is a model as before afterwards?"""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -183,6 +186,16 @@ def test_it_goes_with_copies_and_ends_with_the_patch() -> None:
     step(copy.deepcopy(model), batch)
     unpatch_model(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_an_unpickled_model_finds_it_in_another_process(tmp_path: Path) -> None:
+    model, batch = patch_model(llama(), EXACT), padded_batch("right")
+    step(model, batch)
+    torch.save((model, batch, model(**batch).loss.item()), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; m, b, loss = torch.load(sys.argv[1], weights_only=False); assert m(**b).loss.item() == loss"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt"], check=True)
 
 
 def test_models_without_padding_or_sdpa_keep_theirs() -> None:
