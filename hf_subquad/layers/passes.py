@@ -46,6 +46,11 @@ class Passes:
             batch.note(mlp, x)
         return batch
 
+    def forget(self) -> None:
+        """After an optimizer step: passes before it are not computed again, as their weights have changed."""
+        self._remembered.clear()
+        self._outside = BatchClasses({})
+
     def copy(self) -> "Passes":
         return Passes(list(self.running), self.latest, self._remembered.copy(), self._outside)
 

@@ -95,6 +95,7 @@ def sync_parts(
     config = runtime.config
     settle_shards(runtime, mlps)
     runtime.check_padding(runtime.surroundings.model)
+    runtime.passes.forget()
     for mlp in mlps:
         mlp.forget_call()
         mlp.index.rebuild_if_stale()
