@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, VOCABULARY, build, tokens
+from helpers.models import _LLAMA, CONFIG, VOCABULARY, build, tokens
 from torch import Tensor, nn
+from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, sparse_mlps
 from hf_subquad.head.padding_free import without_padding
@@ -61,6 +63,7 @@ OTHERS = {
     "no_mask": lambda: {**padded(), "attention_mask": None},
     "4d_mask": lambda: {**padded(), "attention_mask": torch.ones(3, 1, 11, 11)},
     "positions": lambda: {**padded(), "position_ids": torch.arange(11).expand(3, -1)},
+    "cache": lambda: {**padded(), "use_cache": True},
     "attentions": lambda: {**padded(), "output_attentions": True},
     "embeddings": lambda: {**padded(), "input_ids": None, "inputs_embeds": torch.zeros(3, 11, 4)},
     "hardly_any": lambda: {**padded(), "attention_mask": torch.ones(3, 11, dtype=torch.long)},
@@ -93,10 +96,18 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat(grads)
 
 
+def shapes_seen(model: nn.Module) -> list[tuple[int, ...]]:
+    """The list of shapes that an MLP will see; without a hook, which would keep the padding."""
+    seen: list[tuple[int, ...]] = []
+    opens = sparse_mlps(model)[1].opens
+    forward = opens.forward
+    opens.forward = lambda hidden: seen.append(tuple(hidden.shape[:-1])) or forward(hidden)
+    return seen
+
+
 def assert_equal_steps(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
     """As one row, and padded. Returns the shapes of the batches that an MLP saw, in this order."""
-    seen: list[tuple[int, ...]] = []
-    sparse_mlps(model)[1].opens.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:-1])))
+    seen = shapes_seen(model)
     loss, gradient = step(model, inputs)
     with stock_attention(model):  # which rows need
         wanted, wanted_gradient = step(model, inputs)
@@ -118,8 +129,9 @@ def test_a_row_is_the_same_step(family: str, budget: Budget) -> None:
 def test_under_gradient_checkpointing(reentrant: bool) -> None:
     model = patched("llama", Budget(context=0))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    assert_equal_steps(model, padded())
+    model.enable_input_require_grads()  # a hook of transformers', with which rows are the same
+    seen = assert_equal_steps(model, padded())
+    assert seen[0] == (1, sum(LENGTHS))
 
 
 def test_a_model_that_mixes_the_sequences_of_a_row_gets_padding() -> None:
@@ -128,6 +140,77 @@ def test_a_model_that_mixes_the_sequences_of_a_row_gets_padding() -> None:
     seen = assert_equal_steps(model, padded())
     forward = labelled_forward(model)
     assert math.prod(seen[0]) == len(LENGTHS) * max(LENGTHS) and forward is not None and forward.takes_rows is False
+
+
+def shape_in_a_step(model: nn.Module) -> tuple[int, ...]:
+    seen = shapes_seen(model)
+    model(**padded())
+    return seen[0]
+
+
+@pytest.mark.parametrize("hook", ["forward", "pre"])
+def test_hooks_see_the_batch_as_it_is(hook: str) -> None:
+    model, shapes = patched("llama", Budget()), []
+    look = lambda _, inputs, *outputs: shapes.append(inputs[0].shape[:2])  # noqa: E731
+    embeddings = model.get_input_embeddings()
+    handle = (embeddings.register_forward_hook if hook == "forward" else embeddings.register_forward_pre_hook)(look)
+    assert shape_in_a_step(model) == (len(LENGTHS), max(LENGTHS))
+    assert shapes == [(len(LENGTHS), max(LENGTHS))]
+    handle.remove()
+    assert shape_in_a_step(model) == (1, sum(LENGTHS))
+
+
+def test_noise_on_embeddings_is_that_of_the_padded_batch() -> None:
+    """NEFTune's is divided by the root of the length."""
+    model = patched("llama", Budget())
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(neftune_post_forward_hook)
+    assert shape_in_a_step(model) == (len(LENGTHS), max(LENGTHS))
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+def test_outputs_by_token_have_the_shape_of_the_batch(name: str) -> None:
+    model = patched("llama", Budget())
+    if name == "output_attentions":
+        model.set_attn_implementation("eager")
+    setattr(model.config, name, True)
+    values = getattr(model(**padded()), name.removeprefix("output_"))
+    assert len(values[-1]) == len(LENGTHS)
+    setattr(model.config, name, False)
+    if name == "output_hidden_states":  # the hooks that collected them stay, and do nothing
+        assert shape_in_a_step(model) == (1, sum(LENGTHS))
+
+
+def mixing(family: str, dtype: torch.dtype, scale: float) -> nn.Module:
+    if family == "opt":
+        model = build("opt", dtype)
+    else:
+        config = Lfm2Config(
+            **{**_LLAMA, "num_hidden_layers": 4}, layer_types=["conv", "full_attention"] * 2,
+            block_auto_adjust_ff_dim=False,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = Lfm2ForCausalLM(config).to(dtype).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=scale)
+    return model
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["opt", "lfm2", "llama"])
+def test_only_models_that_keep_sequences_apart_take_rows(family: str, dtype: torch.dtype, scale: float) -> None:
+    """OPT's mask does not look at positions, and LFM2's convolutions go on from one sequence to the next."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = build("llama", dtype) if family == "llama" else mixing(family, dtype, scale)
+        patch_head(patch_model(model, SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0})))
+        model(**padded())
+        model(**padded())
+        assert labelled_forward(model).takes_rows is (family == "llama")
 
 
 def test_windows_limit_the_row() -> None:

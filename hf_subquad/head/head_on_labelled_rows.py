@@ -27,6 +27,10 @@ class NotHereError(Exception):
     """
 
 
+class ReadsLogitsError(NotHereError):
+    """The model's forward computes on the logits after its loss, so no method has what it needs."""
+
+
 def run_on_labelled_rows(
     model: PreTrainedModel, stock: Callable[..., Any], inputs: dict[str, Any], method: Method, megabytes: int
 ) -> Any:
@@ -44,7 +48,12 @@ def run_on_labelled_rows(
     if method == "labels":
         inputs = {**_with_decoder_inputs(model, inputs, labels), "labels": call.targets}
     with call.in_place():
-        outputs = stock(**inputs)
+        try:
+            outputs = stock(**inputs)
+        except NotHereError as reason:
+            if call.has_loss:
+                raise ReadsLogitsError(str(reason)) from reason
+            raise
     if not call.head_calls or (method != "labels" and not call.loss_calls):
         raise NotHereError("its forward does not call its head and its loss function")
     return dataclasses.replace(outputs, logits=None)
@@ -77,7 +86,9 @@ class _Call:
         self.positions, targets = labelled_positions(labels, shifted)
         self.targets = targets.unsqueeze(0)
         self.head_calls = self.loss_calls = 0
-        self.stand_in: Tensor | None = None  # for the logits, between head and loss: the labelled hidden states
+        self.has_loss = False
+        self.labelled: Tensor | None = None  # hidden states, if the loss function is to include the head
+        self.stand_in: _StandIn | None = None  # for the logits, between head and loss
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -96,8 +107,8 @@ class _Call:
         labelled = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device)).unsqueeze(0)
         if self.method != "chunks" or _in_float16(hidden):
             return cast("Tensor", self.head_forward(labelled))
-        self.stand_in = labelled
-        return labelled
+        self.labelled, self.stand_in = labelled, labelled.detach().as_subclass(_StandIn)
+        return self.stand_in
 
     def loss_of_rows(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
         compact = self._compact_labels(logits, labels, kwargs)
@@ -109,15 +120,16 @@ class _Call:
         self, logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Tensor:  # fmt: skip
-        if self.stand_in is None:
+        if self.labelled is None:
             return self.loss_of_rows(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, **kwargs)
         compact = self._compact_labels(logits, labels, kwargs)
         if logits is not self.stand_in:
             raise NotHereError("its forward changes the logits between head and loss")
+        self.has_loss = True
         return chunked_cross_entropy(
             self.head_forward,
             [parameter for parameter in self.head.parameters() if parameter.requires_grad],
-            self.stand_in[0],
+            self.labelled[0],
             compact[0],
             len(compact[0]) if num_items_in_batch is None else num_items_in_batch,
             vocab_size,
@@ -137,8 +149,37 @@ class _Call:
         return self.targets.to(logits.device)
 
 
+class _StandIn(Tensor):
+    """What a forward gets instead of logits that its loss function will compute: it may pass it on, and no more."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(function, "__name__", None)
+        if name not in ("__get__", *_LOOKED_AT, *_PASSED_ON):
+            raise NotHereError("its forward computes on the logits beside its loss function")
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        if not isinstance(found, Tensor) or found is args[0]:
+            return found
+        if name not in _PASSED_ON:  # as .T and .data are, which are attributes
+            raise NotHereError("its forward computes on the logits beside its loss function")
+        return found.as_subclass(_StandIn)
+
+
+_LOOKED_AT = ("size", "stride", "dim", "ndimension", "numel", "nelement", "__len__", "__hash__", "is_contiguous",
+              "is_floating_point", "get_device")  # fmt: skip
+_PASSED_ON = ("contiguous", "float", "to")  # the same values; accelerate converts outputs to float32
+
+
 def _is_plain(inputs: dict[str, Any], labels: Tensor, model: PreTrainedModel) -> bool:
-    """Whether a call asks for the loss of token ids, and for nothing that needs the logits of all positions."""
+    """Whether a call asks for the loss of token ids, and for nothing that needs the logits of all positions.
+
+    With a cache it is not plain: the stock forward may have to run after all, and would fill the cache twice.
+    """
+    if inputs.get("past_key_values") is not None or inputs.get("use_cache"):
+        return False
     if labels.dim() != 2 or labels.is_floating_point() or {"shift_labels", "ignore_index"} & set(inputs):
         return False
     if inputs.get("return_dict", getattr(model.config, "return_dict", True)) is False:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..layers.attention_patch import attends_by_sequences
 from .choose_method import choose_method
 from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
-from .padding_free import announce, keeps_sequences_apart, longest_row, without_padding
+from .padding_free import announce, keeps_sequences_apart, longest_row, shows_rows, without_padding
 
 logger = logging.get_logger(__name__)
 
@@ -66,9 +66,9 @@ class LabelledForward:
         return self.stock(*args, **kwargs)
 
     def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs as one row without padding, if they are padded, the model can have them so, and attention goes by
-        sequence: else a long row would be slow."""
-        if self.takes_rows is False or not attends_by_sequences(self.model):
+        """The inputs as one row without padding, if they are padded, the model can have them so, nobody sees it, and
+        attention goes by sequence: else a long row would be slow."""
+        if self.takes_rows is False or not attends_by_sequences(self.model) or shows_rows(self.model):
             return inputs
         row = without_padding(inputs, longest_row(self.model))
         if row is None:

@@ -14,12 +14,16 @@ from transformers import PreTrainedModel
 
 from ..layers.batch_hook import BatchHook
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .choose_method import few_tokens, same_loss
+from .choose_method import few_tokens, same_loss, vocabulary_of
 from .head_on_labelled_rows import IGNORED
 
 _WORTHWHILE = 0.95  # real tokens among all
 _USED = ("input_ids", "attention_mask", "labels")
-_KEPT = ("num_items_in_batch", "return_dict", "use_cache")
+_KEPT = ("num_items_in_batch", "return_dict")
+_OTHER_OUTPUTS = ("output_hidden_states", "output_attentions")
+# Hooks that do the same to a row: those for the gradients of embeddings beside frozen ones, and those that collect
+# hidden states and attentions, which do nothing unless asked for these.
+_HARMLESS = ("make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook")
 
 
 def without_padding(inputs: dict[str, Any], longest: float = math.inf) -> dict[str, Any] | None:
@@ -59,6 +63,27 @@ def longest_row(model: PreTrainedModel) -> float:
     return min((window for window in windows if isinstance(window, int)), default=math.inf)
 
 
+def shows_rows(model: PreTrainedModel) -> bool:
+    """Whether anything outside of the model sees that a batch is one row: hooks on its modules, which may do something
+    else with it (NEFTune's noise depends on the length of a row), or outputs with a value for each token."""
+    configs = (model.config, model.config.get_text_config(decoder=True))
+    if any(getattr(config, name, None) for config in configs for name in _OTHER_OUTPUTS):
+        return True
+    return any(
+        not _is_harmless(hook)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in hooks.values()
+    )
+
+
+def _is_harmless(hook: Any) -> bool:
+    if isinstance(hook, BatchHook) or isinstance(getattr(hook, "__self__", None), BatchHook):
+        return True
+    library = (getattr(hook, "__module__", None) or "").partition(".")[0]
+    return library in ("transformers", "peft") and getattr(hook, "__name__", None) in _HARMLESS
+
+
 def announce(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     """Tell sparse MLPs of the batch that they will see."""
     for hook in list(model._forward_pre_hooks.values()):
@@ -67,15 +92,29 @@ def announce(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 
 
 def keeps_sequences_apart(model: PreTrainedModel, stock: Callable[..., Any]) -> bool:
-    """Whether a few padded sequences have the same loss as one row."""
+    """Whether a model gives a row of sequences the loss that it gives the padded ones, and whether the logits of the
+    second sequence are the same to the bit when the tokens of the first one change."""
     inputs = few_tokens(model)
-    lengths = torch.tensor([inputs["input_ids"].shape[1] - 5, inputs["input_ids"].shape[1]])
-    real = torch.arange(inputs["input_ids"].shape[1]) < lengths.unsqueeze(1)
-    inputs["attention_mask"] = real.long().to(model.device)
-    inputs["labels"] = inputs["labels"].masked_fill(~real.to(model.device), IGNORED)
+    ids: Tensor = inputs["input_ids"]
+    first, whole = ids.shape[1] - 5, ids.shape[1]
+    real = torch.arange(whole, device=ids.device) < torch.tensor([[first], [whole]], device=ids.device)
+    inputs = {**inputs, "attention_mask": real.long(), "labels": inputs["labels"].masked_fill(~real, IGNORED)}
     row = without_padding(inputs)
+    if row is None:
+        return False
     try:
         with preserve_mode_and_rng(model), torch.autocast(model.device.type, enabled=False):
-            return row is not None and same_loss(stock(**row).loss, stock(**inputs).loss, model.dtype)
+            outputs = stock(**row)
+            if not same_loss(outputs.loss, stock(**inputs).loss, model.dtype):
+                return False
+            changed = _other_tokens(row["input_ids"], first, vocabulary_of(model))
+            others = [stock(**{**row, "input_ids": tokens}) for tokens in changed]
+            return all(torch.equal(other.logits[:, first:], outputs.logits[:, first:]) for other in others)
     except Exception:  # of whatever kind: it does not take such a row
         return False
+
+
+def _other_tokens(row: Tensor, count: int, vocabulary: int) -> list[Tensor]:
+    """Rows with other tokens in the first places. Several, as what one of them changes may be rounded away."""
+    first, rest = row[:, :count], row[:, count:]
+    return [torch.cat([(first + number * vocabulary // 7) % vocabulary, rest], 1) for number in range(1, 7)]

@@ -7,7 +7,7 @@ from ..head.patch_head import labelled_forward
 from ..layers.attention_patch import attends_by_sequences
 from ..layers.forced_forward import sparse_forward
 from .mlp_timing import timed
-from .predictions import Batch
+from .predictions import Batch, logits_of, loss_of
 
 
 @torch.enable_grad()
@@ -24,7 +24,10 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step() -> None:
-        torch.autograd.grad(model(**batch).loss, trained, allow_unused=True)
+        outputs = model(**batch)
+        loss = loss_of(outputs)
+        target = logits_of(model, outputs).float() if loss is None else loss
+        torch.autograd.grad(target.sum(), trained, allow_unused=True)
 
     before = head.model.training if head else False
     try:

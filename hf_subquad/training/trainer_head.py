@@ -1,12 +1,15 @@
 """Limits the head to labelled positions while the Trainer trains, if nothing reads the other logits."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..errors import UnsupportedModuleError
 from ..head.patch_head import labelled_forward, patch_head, unpatch_head
+from ..layers.batch_hook import BatchHook
 from ..layers.peft_and_checkpointing import language_model
 
 logger = logging.get_logger(__name__)
@@ -21,7 +24,7 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
     if not megabytes or labelled_forward(model) is not None or root is None or root.get_output_embeddings() is None:
         return
     try:
-        if reason := reader_of_logits(trainer):
+        if reason := reader_of_logits(trainer) or reader_of_outputs(model, root):
             raise UnsupportedModuleError(reason)
         patch_head(model, megabytes)
     except UnsupportedModuleError as error:
@@ -65,3 +68,29 @@ def reader_of_logits(trainer: Trainer | None) -> str | None:
     if trainer.is_fsdp_enabled:
         return "FSDP may hold a shard of the head's weight outside of the head's own forward"
     return None
+
+
+def reader_of_outputs(model: nn.Module, root: PreTrainedModel) -> str | None:
+    """What around a language model sees its outputs, in a model that contains it; None if nothing does."""
+    around = _unwrapped(model)
+    if around[-1] is not root:
+        return f"the language model is inside a {type(around[-1]).__name__}, which may read logits"
+    hooks = [hook for module in around for hook in module._forward_hooks.values()]
+    if any(not isinstance(getattr(hook, "__self__", hook), BatchHook) for hook in hooks):
+        return "a forward hook on the model sees its outputs"
+    return None
+
+
+def _unwrapped(model: nn.Module) -> list[nn.Module]:
+    """A model and what it wraps: the models inside of DDP, `torch.compile` and PEFT, which hand outputs on."""
+    found: list[nn.Module] = []
+    inner: Any = model
+    while inner is not None:
+        found.append(inner)
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif callable(base := getattr(inner, "get_base_model", None)):  # PEFT's
+            inner = base()
+        else:
+            inner = getattr(inner, "_orig_mod", None)
+    return found
