@@ -26,6 +26,7 @@ from hf_subquad import (
     sparse_forward,
     sparse_mlps,
     sync_model,
+    unpatch_model,
 )
 from hf_subquad.layers.patched_mlps import runtime_of
 
@@ -204,6 +205,34 @@ def test_batches_of_like_length_and_other_losses(tmp_path: Path) -> None:
     assert len(losses(run)) == 8 and all(mlp.calls == 8 for mlp in sparse_mlps(model))
     assert all(not torch.equal(before[place], value) for place, value in factors(model).items())
     assert not model.get_input_embeddings()._forward_hooks  # the noise is gone
+
+
+class LastToken(Trainer):
+    """Also draws the last token's features together."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        outputs = model(**inputs, output_hidden_states=True)
+        return outputs.loss + outputs.hidden_states[-1][:, -1].square().mean()
+
+
+def without_last_labels(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    batch = pad(rows)
+    batch["labels"][:, -3:] = -100
+    return batch
+
+
+def test_a_loss_that_reads_the_tokens_after_the_last_label(tmp_path: Path) -> None:
+    found = []
+    for patched in (False, True):
+        model = patched_opt(active=1.0) if patched else unpatch_model(patched_opt(active=1.0))
+        model.requires_grad_(False)
+        model.get_input_embeddings().requires_grad_(True)
+        callbacks = [SubquadCallback()] if patched else []
+        run = LastToken(model=model, args=arguments(tmp_path, max_steps=3), train_dataset=Texts(),
+                        data_collator=without_last_labels, callbacks=callbacks)  # fmt: skip
+        run.train()
+        found.append(losses(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
 def first_batch_too_large(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """How close a model with sparse MLPs is to the dense one, in its predictions and in the gradient of what is trained."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..layers.patched_mlps import runtime_of
-from .predictions import Batch, Predictions, logits_of
+from .predictions import Batch, Predictions, logits_of, loss_of
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class DenseReference:
 
     def _step(self) -> tuple[Tensor | None, list[Tensor]]:
         outputs = self._model(**self._batch)
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        has_loss = isinstance(loss, Tensor) and loss.requires_grad
+        loss = loss_of(outputs)
+        has_loss = loss is not None and loss.requires_grad
         try:
             logits: Tensor | None = logits_of(self._model, outputs)
         except CalibrationError:

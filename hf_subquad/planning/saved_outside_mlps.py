@@ -6,6 +6,7 @@ from torch import nn
 from ..head.patch_head import labelled_forward
 from ..layers.attention_patch import attends_by_sequences
 from ..layers.forced_forward import sparse_forward
+from ..layers.patched_mlps import runtime_of
 from .mlp_timing import timed
 from .predictions import Batch, logits_of, loss_of
 
@@ -33,7 +34,7 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
     try:
         if head:
             head.model.training = True  # of this module alone, so that dropout stays off
-        with sparse_forward(model):
+        with sparse_forward(model), runtime_of(model).surroundings.checkpointing():
             return max(0.0, expected_seconds - timed(step, trained[0].device))
     finally:
         if head:

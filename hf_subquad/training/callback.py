@@ -16,7 +16,7 @@ from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
 from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
 from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder
-from .trainer_head import start_labelled_head, stop_labelled_head
+from .trainer_head import own_loss, start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2
 
@@ -79,7 +79,9 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
                 "and update.V before creating the Trainer"
             )
-        start_labelled_head(model, current_trainer(), runtime.config.head_megabytes)  # a plan counts what it saves
+        trainer = current_trainer()
+        runtime.whole_rows = trainer is None or own_loss(trainer) is not None
+        start_labelled_head(model, trainer, runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
             logger.warning_once(

@@ -49,14 +49,22 @@ def stop_labelled_head(model: nn.Module) -> None:
         unpatch_head(model)
 
 
+def own_loss(trainer: Trainer) -> str | None:
+    """What a kind of Trainer replaces in computing the loss of a step; None if that is the model's own."""
+    kind = type(trainer)
+    for name in ("compute_loss", "training_step"):
+        if getattr(kind, name) is not getattr(Trainer, name) or name in vars(trainer):
+            return f"{kind.__name__} has a {name} of its own"
+    return None
+
+
 def reader_of_logits(trainer: Trainer | None) -> str | None:
     """What may read the logits of a training step, or replaces its forward pass; None if nothing does."""
     if trainer is None:
         return "the Trainer was not found"
-    args, kind = trainer.args, type(trainer)
-    for name in ("compute_loss", "training_step"):
-        if getattr(kind, name) is not getattr(Trainer, name) or name in vars(trainer):
-            return f"{kind.__name__} has a {name} of its own"
+    if reason := own_loss(trainer):
+        return reason
+    args = trainer.args
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is given"
     if trainer.label_smoother is not None:
