@@ -17,6 +17,7 @@ from helpers.training import TRAIN, Texts, arguments, losses
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
@@ -27,6 +28,7 @@ from hf_subquad import (
     SubquadCallback,
     SubquadConfig,
     UnsupportedModuleError,
+    calibrate,
     patch_head,
     patch_model,
     unpatch_head,
@@ -397,6 +399,91 @@ def test_wrong_rows_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
             patch_head(model_of(family))
 
 
+class ShiftsInside(transformers.LlamaForCausalLM):
+    """The loss as modelling code on the Hub has it."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **_: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state).float()
+        loss = None if labels is None else self.loss_of(logits[:, :-1], labels[:, 1:])
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class CountsRows(ShiftsInside):
+    """Each sequence counts the same, whatever the number of its labels."""
+
+    def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
+        each = nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        return (each.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)).mean()
+
+
+@pytest.mark.parametrize("kind", [ShiftsInside, CountsRows])
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_other_losses_are_noticed_in_low_precision(kind: type[transformers.LlamaForCausalLM], scale: float) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(**{**_LLAMA, "hidden_size": 32, "initializer_range": scale})
+        with pytest.raises(UnsupportedModuleError, match="do not reproduce its loss"):
+            patch_head(kind(config).to(torch.bfloat16).train())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", [*CHUNKED, *CHANGED_LOGITS, *INLINE])
+def test_right_losses_are_recognised_in_low_precision(family: str, dtype: torch.dtype) -> None:
+    assert labelled_forward(patch_head(model_of(family, dtype))) is not None
+
+
+class WithTerm(transformers.LlamaForCausalLM):
+    """Its loss has a term of its own in training, of the logits."""
+
+    always = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().forward(*args, **kwargs)
+        if self.training or self.always:
+            outputs.loss = outputs.loss + 0.01 * outputs.logits.logsumexp(-1).square().mean()
+        return outputs
+
+
+def with_term(dtype: torch.dtype = torch.float64) -> nn.Module:
+    model = model_of("llama", dtype)
+    model.__class__ = WithTerm
+    return model
+
+
+def test_a_term_of_the_loss_in_training_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = with_term(), labelled_batch()
+    expected_loss, expected = loss_and_gradients(model, inputs)
+    patch_head(model)
+    logging.enable_propagation()
+    for _ in range(2):
+        loss, gradients = loss_and_gradients(model, inputs)
+        assert torch.equal(loss, expected_loss) and distance(gradients, expected) == 0
+    logging.disable_propagation()
+    assert "computes on the logits beside its loss function" in caplog.text
+    assert model(**inputs).logits is not None
+
+
+def test_a_term_of_the_loss_is_noticed_in_low_precision() -> None:
+    """Labelled rows alone give nearly the same."""
+    model = with_term(torch.bfloat16)
+    model.always = True
+    with pytest.raises(UnsupportedModuleError, match="beside its loss function"):
+        patch_head(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_caches_are_filled_once(family: str) -> None:
+    model, inputs = patch_head(model_of(family)), labelled_batch()
+    outputs = model(**inputs, use_cache=True)
+    assert outputs.logits is not None and outputs.past_key_values.get_seq_length() == inputs["labels"].shape[1]
+    cache = transformers.DynamicCache(config=model.config)
+    assert model(**inputs, past_key_values=cache).logits is not None
+    assert cache.get_seq_length() == inputs["labels"].shape[1]
+
+
 def test_loss_function_of_the_users_own_ends_it() -> None:
     model, inputs = patch_head(model_of("llama")), labelled_batch()
     model.loss_function = _focal
@@ -515,6 +602,57 @@ def test_readers_of_logits_get_them(
     logging.disable_propagation()
     assert not any(done.watch.during)
     assert reason in caplog.text
+
+
+class Around(nn.Module):
+    """A module around a language model, which may read its logits, and returns a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = model_of("opt", torch.float32)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        outputs = self.inner(input_ids=input_ids, labels=labels)
+        return {"loss": outputs.loss + 1e-4 * outputs.logits.logsumexp(-1).square().mean(), "logits": outputs.logits}
+
+
+def hooked_subquad() -> nn.Module:
+    model = subquad()
+    model.register_forward_hook(lambda _, inputs, outputs: print(outputs.logits.sum()))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: patch_model(Around(), TRAIN), "the language model is inside a Around, which may read logits"),
+        (hooked_subquad, "a forward hook on the model sees its outputs"),
+    ],
+)
+def test_readers_around_the_model_get_logits(
+    make: Callable[[], nn.Module], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.enable_propagation()
+    done = run(make(), tmp_path, eval_strategy="no")
+    logging.disable_propagation()
+    assert not any(done.watch.during) and all(math.isfinite(loss) for loss in losses(done))
+    assert reason in caplog.text
+
+
+def test_inside_of_peft_the_head_is_limited(tmp_path: Path) -> None:
+    model = get_peft_model(subquad(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert all(run(model, tmp_path, eval_strategy="no").watch.during)
+
+
+def test_a_plan_for_a_model_that_returns_a_dictionary() -> None:
+    class OnlyLoss(Around):
+        def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+            outputs = self.inner(input_ids=input_ids, labels=labels)
+            return {"loss": outputs.loss}
+
+    model = patch_head(patch_model(OnlyLoss(), SubquadConfig(**{**TRAIN.to_dict(), "active": None})))
+    batch = {"input_ids": tokens(0, (4, 9)), "labels": labelled_batch()["labels"]}
+    assert calibrate(model, [batch, batch]).saved_elsewhere_ms >= 0
 
 
 def test_what_the_user_patched_stays(tmp_path: Path) -> None:
