@@ -107,4 +107,10 @@ def plain_output(
 
 
 def _masking(masks: Iterator[Tensor]):
-    return lambda module, args: (args[0] * next(masks).view(*args[0].shape[:-1], -1).to(args[0].dtype),)
+    def mask(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        runs_dense = module.training and not torch.is_grad_enabled()  # as a rollout does
+        if runs_dense or not args[0].numel():
+            return None
+        return (args[0] * next(masks).view(*args[0].shape[:-1], -1).to(args[0].dtype),)
+
+    return mask
