@@ -191,6 +191,7 @@ def test_it_goes_with_copies_and_ends_with_the_patch() -> None:
 def test_an_unpickled_model_finds_it_in_another_process(tmp_path: Path) -> None:
     model, batch = patch_model(llama(), EXACT), padded_batch("right")
     step(model, batch)
+    assert model.config._attn_implementation == "subquad_sdpa"
     torch.save((model, batch, model(**batch).loss.item()), tmp_path / "model.pt")
     code = (
         "import sys, torch; model, batch, loss = torch.load(sys.argv[1], weights_only=False)\n"

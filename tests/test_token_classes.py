@@ -684,6 +684,9 @@ def test_checkpointing_repeats_any_of_many_forwards(reentrant: bool) -> None:
     loss = model(**batches[0]).loss
     model.eval()
     model.generate(batches[1]["input_ids"][:, :3], attention_mask=torch.ones(3, 3), max_new_tokens=10)
+    with torch.no_grad():
+        for _ in range(100):
+            model(**batches[1])
     model.train()
     loss.backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -219,16 +219,18 @@ class Runtime:
                 self.passes.begin(classes)
                 self._skipped = False
                 self.elsewhere, self.skips_padding = _FAR, True
-                poisoned = _loss(model, inputs)
+                poisoned = loss_of(model(**inputs))
                 self.elsewhere = 0.0
-                plain = _loss(model, inputs)
+                plain = loss_of(model(**inputs))
         except Exception as error:  # a model that trains need not run in evaluation mode
             logger.warning(f"padding is computed like other tokens: testing whether it can be skipped failed ({error})")
             return None
-        if not self._skipped or (plain is not None and not plain.isfinite()):  # no token of the batch has a label
+        if not self._skipped:
             return None
-        if poisoned is None or plain is None:
+        if poisoned is None or plain is None or plain.dim():
             return False
+        if not plain.isfinite():  # no token of the batch has a label
+            return None
         # The same products of the same shapes: a loss that does not depend on padding is the same to the bit.
         return bool((poisoned - plain).abs() <= _SAME * plain.abs().clamp_min(1.0))
 
@@ -259,7 +261,7 @@ def _reaches_padding(gradient: Tensor, classes: TokenClasses) -> Tensor:
     return found.isfinite() & (found > _SAME * norms.amax())
 
 
-def _loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
-    outputs = model(**inputs)
+def loss_of(outputs: Any) -> Tensor | None:
+    """The loss in a model's outputs, which may be a dictionary; None if there is none."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+    return loss if isinstance(loss, Tensor) else None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..layers.patched_mlps import runtime_of
-from .predictions import Batch, Predictions, logits_of, loss_of
+from ..layers.runtime import loss_of
+from .predictions import Batch, Predictions, logits_of
 
 
 @dataclass(frozen=True)

@@ -94,12 +94,6 @@ def _kullback_leibler(before: Tensor, now: Tensor) -> float:
     return torch.where(change.abs() < 1, small, large).sum().item()
 
 
-def loss_of(outputs: Any) -> Tensor | None:
-    """The loss in a model's outputs, which may be a dictionary; None if there is none."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
-
-
 def logits_of(model: nn.Module, outputs: Any) -> Tensor:
     """The logits in a model's outputs; for question answering, those of start and end, [B, 2, S].
 
