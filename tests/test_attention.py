@@ -154,7 +154,7 @@ def test_a_patched_model_attends_by_sequence_and_learns_the_same(family: str, si
     batch = padded_batch(side)
     model = patch_model(build(family, torch.float64), EXACT)
     step(model, batch)  # in which it finds out that it can
-    assert runtime_of(model).skips_padding and model.config._attn_implementation == "subquad_sdpa"
+    assert runtime_of(model).padding.may_skip and model.config._attn_implementation == "subquad_sdpa"
     loss, gradient = step(model, batch)
     with stock_attention(model):
         assert model.config._attn_implementation == "sdpa"
@@ -176,7 +176,7 @@ def test_sources_as_wide_as_their_targets() -> None:
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         loss, stock = model(**batch).loss, expected(**batch).loss
         torch.testing.assert_close(loss, stock, rtol=1e-12, atol=0)
-    assert runtime_of(model).skips_padding
+    assert runtime_of(model).padding.may_skip
 
 
 def test_it_goes_with_copies_and_ends_with_the_patch() -> None:
@@ -221,4 +221,4 @@ def test_a_model_that_looks_at_the_name_keeps_its_own(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(type(model), "forward", forward)
     step(model, padded_batch("right"))
-    assert runtime_of(model).skips_padding and model.config._attn_implementation == "sdpa"
+    assert runtime_of(model).padding.may_skip and model.config._attn_implementation == "sdpa"

@@ -336,7 +336,7 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
     basis = mlp.index.sketch.basis.to(device)
     correction = Compensation(basis, basis.new_zeros(D, len(basis)), basis.new_zeros(D))
     order = torch.randperm(N).to(device)
-    mlp.runtime.skips_padding = True
+    mlp.runtime.padding.may_skip = True
     unwatch_batches(module)  # which is called without labels
     mlp.runtime.passes.begin(BatchClasses({"only": TokenClasses((1, N), order[:5], order[5:12])}))
     with mlp.using(budget, {"context": correction}):

@@ -551,7 +551,7 @@ def test_padding_of_any_batch_is_noticed(padded: int) -> None:
     batches[padded]["labels"][1, 5:] = -100
     model = patch_model(llama(), PLANNED)
     calibrate(model, batches)
-    assert runtime_of(model).skips_padding is True
+    assert runtime_of(model).padding.may_skip is True
 
 
 def test_planning_checkpoints_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:

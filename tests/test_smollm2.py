@@ -56,7 +56,7 @@ def losses(folder: Path, exact: bool) -> list[float]:
     if exact:
         patch_head(model)
     else:
-        runtime_of(model).skips_padding = False  # nor does attention, then
+        runtime_of(model).padding.may_skip = False  # nor does attention, then
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".update." in name)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)

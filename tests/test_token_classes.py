@@ -290,9 +290,9 @@ def test_skipping_padding_is_exact(name: str, side: str) -> None:
     expected = dense_gradients(model, batch)
     assert_equal(gradients(model, batch), expected)
     if name == "bert, rows" and side == "left":  # BERT reads the first token, be it padding
-        assert runtime_of(model).skips_padding is False
+        assert runtime_of(model).padding.may_skip is False
         return
-    assert runtime_of(model).skips_padding
+    assert runtime_of(model).padding.may_skip
     with computed_tokens(model) as counts:
         assert_equal(gradients(model, batch), expected)
     real = real_tokens(name, batch)
@@ -380,7 +380,7 @@ def test_pooling_over_padding_is_found_out(caplog: pytest.LogCaptureFixture) -> 
     for seed in range(3):
         batch = by_row("right", seed=seed)
         assert_equal(gradients(model, batch), dense_gradients(model, batch))
-    assert runtime_of(model).skips_padding is False
+    assert runtime_of(model).padding.may_skip is False
     assert sum("MeanPooled depends on padding" in record.message for record in caplog.records) == 1
     assert torch.equal(state, torch.random.get_rng_state())
     with computed_tokens(model) as counts:
@@ -393,7 +393,7 @@ def test_a_first_batch_without_a_label_decides_nothing(caplog: pytest.LogCapture
     model, batch = made("llama"), padded("right")
     assert model(**{**batch, "labels": torch.full_like(batch["labels"], IGNORED)}).loss.isnan()
     assert_equal(gradients(model, batch), dense_gradients(model, batch))
-    assert runtime_of(model).skips_padding and "depends on padding" not in caplog.text
+    assert runtime_of(model).padding.may_skip and "depends on padding" not in caplog.text
 
 
 def test_finding_out_leaves_the_model_alone() -> None:
@@ -405,7 +405,7 @@ def test_finding_out_leaves_the_model_alone() -> None:
             module.dropout = 0.5
     batch, losses = padded("right"), []
     for tried in (False, True):
-        runtime_of(model).skips_padding = True if tried else None
+        runtime_of(model).padding.may_skip = True if tried else None
         torch.manual_seed(4)
         losses.append(model(**batch).loss)
     assert torch.equal(*losses)
@@ -458,7 +458,7 @@ def test_a_first_padded_batch_after_others_forgets_none() -> None:
     batches = [{**full, "shift_labels": full["labels"]}, padded("right")]
     checkpoint_activations(model, True)
     found = gradients(model, *batches)  # the second one is the first that is padded
-    assert runtime_of(model).skips_padding
+    assert runtime_of(model).padding.may_skip
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
@@ -548,7 +548,7 @@ def test_a_wrapper_that_adds_tokens(peft_first: bool) -> None:
     batch = padded("right")
     expected = dense_gradients(model, batch)
     assert_equal(gradients(model, batch), expected)
-    assert runtime_of(model).skips_padding
+    assert runtime_of(model).padding.may_skip
     with computed_tokens(model) as counts:
         assert_equal(gradients(model, batch), expected)
     assert {tuple(found) for found in counts.values()} == {
@@ -576,7 +576,7 @@ def test_padding_that_no_mlp_sees_is_not_tried_for_ever() -> None:
     for _ in range(8):
         gradients(model, by_row("right"))
         counts.append(model.forwards)
-    assert counts[-1] - counts[-2] == 1 and runtime_of(model).skips_padding is False
+    assert counts[-1] - counts[-2] == 1 and runtime_of(model).padding.may_skip is False
     assert_equal(gradients(model, by_row("right")), dense_gradients(model, by_row("right")))
 
 
@@ -602,7 +602,7 @@ def test_an_inner_model_that_is_called_by_itself_skips_nothing() -> None:
     """The batch of the last whole forward had the same shape, and other padding."""
     model, other = made("llama"), padded("right", seed=1)
     gradients(model, padded("right"))
-    assert runtime_of(model).skips_padding
+    assert runtime_of(model).padding.may_skip
 
     def own_loss() -> Tensor:
         hidden = model.model(input_ids=other["input_ids"], attention_mask=other["attention_mask"]).last_hidden_state
@@ -617,7 +617,7 @@ def test_labels_at_padding_count() -> None:
     """The first padded batch decided that padding may be skipped; in this one it counts."""
     model, batch = made("llama"), padded("right")
     gradients(model, batch)
-    assert runtime_of(model).skips_padding and model.config._attn_implementation == "subquad_sdpa"
+    assert runtime_of(model).padding.may_skip and model.config._attn_implementation == "subquad_sdpa"
     for side in ("left", "right"):
         other = padded(side, seed=1)
         other["labels"] = other["input_ids"].where(other["attention_mask"] == (side == "left"), other["labels"])
@@ -641,9 +641,9 @@ def test_another_loss_that_reads_what_is_skipped_is_noticed(read: str, caplog: p
     step()  # in which it finds out what it may skip
     with dense_forward(model), stock_attention(model):
         expected = step()
-    assert differ(step(), expected) and runtime_of(model).skips_padding
+    assert differ(step(), expected) and runtime_of(model).padding.may_skip
     sync_model(model, 1)
-    assert "depends on tokens that were skipped as padding" in caplog.text and not runtime_of(model).skips_padding
+    assert "depends on tokens that were skipped as padding" in caplog.text and not runtime_of(model).padding.may_skip
     assert_equal(step(), expected)
 
 
@@ -670,7 +670,7 @@ def test_a_cache_in_training_is_filled_once() -> None:
         expected = losses()
     assert losses() == pytest.approx(expected, rel=1e-12)
     gradients(model, padded("right"))
-    assert runtime_of(model).skips_padding and losses() == pytest.approx(expected, rel=1e-12)
+    assert runtime_of(model).padding.may_skip and losses() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -167,14 +167,14 @@ class SparseMLP:
             )
         a = a.to(compute_dtype(a))
         matrix, name = self.output.matrix(a.dtype, call.tiled), self.index.backend_name
-        y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.elsewhere)
+        y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.padding.elsewhere)
         for token_class, part in zip(call.classes, call.parts, strict=True):
             correction = self._correction(token_class, y) if part.idle or part.selection is not None else None
             if correction is not None:
                 stand_in = correction(part.take(call.x.reshape(-1, call.x.shape[-1])).to(y.dtype))
                 y = y + stand_in if part.rows is None else y.index_add_(0, part.rows, stand_in)
         if call.padded is not None:
-            self.runtime.watch_padding(y, call.padded)
+            self.runtime.padding.watch(y, call.padded)
         return y.view(*leading, -1)
 
     def _correction(self, token_class: TokenClass, like: Tensor) -> Compensation | None:

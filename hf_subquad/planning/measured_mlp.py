@@ -177,7 +177,7 @@ def find_classes(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -
     that has some, unless that is known."""
     watch_batches(model, runtime)
     for batch in batches:
-        if runtime.skips_padding is not None or runtime.try_skipping_padding(model, batch):
+        if runtime.padding.may_skip is not None or runtime.try_skipping_padding(model, batch):
             break
 
 

@@ -94,7 +94,7 @@ def sync_parts(
     started = time.perf_counter()
     config = runtime.config
     settle_shards(runtime, mlps)
-    runtime.check_padding(runtime.surroundings.model)
+    runtime.padding.check(runtime.surroundings.model)
     runtime.passes.forget()
     for mlp in mlps:
         mlp.forget_call()

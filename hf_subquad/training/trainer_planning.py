@@ -52,7 +52,7 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
             "apply_plan(model, calibrate(model, batches)); compensate(model, batches)"
         )
         return
-    plan, fitted, runtime.skips_padding, by_sequence = shared[0]
+    plan, fitted, runtime.padding.may_skip, by_sequence = shared[0]
     if plan is not None:
         apply_plan(model, plan)
     if args.process_index:
@@ -85,4 +85,4 @@ def _planned_and_fitted(
         return f"{type(error).__name__}: {error}"
     logger.info(f"{'planning' if plans else 'fitting'} took {time.perf_counter() - started:.1f} s")
     fitted = send_to_device([(mlp.index.summary, mlp.corrections) for mlp in mlps], torch.device("cpu"))
-    return plan, fitted, mlps[0].runtime.skips_padding, attends_by_sequences(model)
+    return plan, fitted, mlps[0].runtime.padding.may_skip, attends_by_sequences(model)

@@ -101,7 +101,7 @@ class Subjects:
         length = math.gcd(512, tokens)
         rows = random_rows(tokens // length, length, 8, *GSM8K, seed=0)
         ids, real, labels = (torch.stack([row[name] for row in rows]).to(self.x.device) for name in rows[0])
-        runtime.skips_padding = True
+        runtime.padding.may_skip = True
         runtime.begin(self.layers["subquad"], {"input_ids": ids, "attention_mask": real, "shift_labels": labels})
         # As in training, where a sample at 95% keeps about 65% of the rows that are not padding.
         self.gradient *= torch.randn_like(self.gradient[:, :1]).exp() * real.view(-1, 1)

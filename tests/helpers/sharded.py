@@ -121,7 +121,7 @@ def end(model: nn.Module) -> dict[str, Any]:
             "weights": weights, "logits": logits, "factors": factors(model), "update norm": norm,
             "restarts": [p.update.restarts for mlp in mlps for p in mlp.projections], "budgets": budgets_of(model),
             "codes": [mlp.index.sketch.codes.clone() for mlp in mlps], "audited": (report.recall, report.error),
-            "skips padding": runtime_of(model).skips_padding,
+            "skips padding": runtime_of(model).padding.may_skip,
         }  # fmt: skip
 
 
