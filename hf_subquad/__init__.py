@@ -19,7 +19,7 @@ from .errors import (
     WeightsError,
 )
 from .head.patch_head import patch_head, unpatch_head
-from .layers.forced_forward import dense_forward, sparse_forward
+from .layers.dense_or_sparse import dense_forward, sparse_forward
 from .layers.patched_mlps import sparse_mlps
 from .patching.patch import apply_plan, patch_model, unpatch_model
 from .plan import LayerPlan, Plan
@@ -28,7 +28,7 @@ from .training.budget_control import BudgetChange
 from .training.callback import SubquadCallback
 from .training.resume import last_whole_checkpoint
 from .training.sidecar import load_sidecar, save_sidecar
-from .training.sync import SyncReport, check_active, sync_model
+from .training.sync_model import SyncReport, check_active, sync_model
 from .weights.merged_export import merged_named_weights, save_merged
 
 __version__ = "0.1.0"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hf_subquad import CalibrationError, ConfigError, SubquadConfig, WeightsError, patch_model, sparse_mlps, sync_model
 from hf_subquad.config import TileOrder
-from hf_subquad.index import activation_index as index_module
-from hf_subquad.index.activation_index import ActivationIndex
+from hf_subquad.index import choose_neurons as index_module
+from hf_subquad.index.choose_neurons import ActivationIndex
 from hf_subquad.index.half_space import Report, ReportingIndex
 from hf_subquad.index.selection_quality import evaluate_selection, outputs
 from hf_subquad.index.sketch import add_low_rank

@@ -24,7 +24,7 @@ from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
 from hf_subquad.ops import backends as choice
-from hf_subquad.ops import parts
+from hf_subquad.ops import mlp_products
 from hf_subquad.ops.backends import Backend, MergedWeight, backend_for
 from hf_subquad.ops.token_tiles import TokenTiles, make_tiles
 
@@ -225,7 +225,7 @@ def test_an_mlp_equals_its_masked_dense_twin(kind: Kind, bias: bool, device: str
 
     tiles = type(selection.tiles)(selection.tiles.entries.to(device), N)
     selection = replace(selection, tiles=tiles, neurons=selection.neurons.to(device))
-    mlp.selection_override = [parts.Part(None, N, selection)]
+    mlp.selection_override = [mlp_products.Part(None, N, selection)]
     x = x.to(device).requires_grad_()
     found = module.to(device)(x)
     found.backward(upstream.to(device))
@@ -326,7 +326,7 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     if device == "cpu":
-        monkeypatch.setattr(parts, "_all_pass", lambda gradient, share: share >= 1)  # as elsewhere
+        monkeypatch.setattr(mlp_products, "_all_pass", lambda gradient, share: share >= 1)  # as elsewhere
         for operations in (triton_products, triton_neurons, triton_tiles):
             for name, value in list(vars(operations).items()):
                 if hasattr(value, "arg_names") and hasattr(value, "run"):

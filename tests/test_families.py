@@ -23,7 +23,7 @@ from helpers.reference import mask_of, plain_logits, recorded_selections
 from torch import Tensor, nn
 
 from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, unpatch_model
-from hf_subquad.ops.parts import Part
+from hf_subquad.ops.mlp_products import Part
 
 ALL = SubquadConfig(**{**CONFIG.to_dict(), "layers_to_transform": "all"})
 

@@ -76,10 +76,10 @@ def test_every_package_of_the_order_exists_and_is_seen() -> None:
 @pytest.mark.parametrize(
     ("file", "line"),
     [
-        ("ops/parts.py", "from ..layers.budget import Budget"),
+        ("ops/mlp_products.py", "from ..layers.budget import Budget"),
         ("ops/backends/__init__.py", "from ...index import sketch"),
         ("layers/runtime.py", "import hf_subquad.planning.make_plan"),
-        ("planning/make_plan.py", "def late():\n    from ..training import sync"),
+        ("planning/make_plan.py", "def late():\n    from ..training import sync_model"),
         ("patching/patch.py", "from ..head.patch_head import patch_head"),
         ("theory/network.py", "from .. import config"),
         ("index/sketch.py", "from .. import SubquadConfig"),

@@ -50,10 +50,10 @@ from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.planning import mlp_timing
+from hf_subquad.planning.class_measurements import MLPCall, neuron_counts
 from hf_subquad.planning.fidelity import DenseReference
 from hf_subquad.planning.make_plan import plan_and_fit
 from hf_subquad.planning.measured_mlp import measure_mlps
-from hf_subquad.planning.measurements import MLPCall, neuron_counts
 
 PLANNED = SubquadConfig(**{**CONFIG.to_dict(), "active": None})
 TEXTS = text_batches(0, 1, 2)

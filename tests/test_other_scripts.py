@@ -37,7 +37,7 @@ class Skipping(Trainer):
 
 @pytest.mark.parametrize("skipped", [(0,), (3,), (0, 1, 2, 3), (2, 3, 4, 5)], ids=str)
 def test_skipped_batches(skipped: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = listening(monkeypatch, "training.sync")
+    said = listening(monkeypatch, "training.sync_model")
     model = patched_opt(refresh_steps=2)
     run = Skipping(model=model, args=arguments(tmp_path, max_steps=6), train_dataset=Texts(),
                    callbacks=[SubquadCallback()])  # fmt: skip

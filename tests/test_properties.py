@@ -17,7 +17,7 @@ from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.ops.parts import Part
+from hf_subquad.ops.mlp_products import Part
 from hf_subquad.ops.token_tiles import Selection
 from hf_subquad.patching.mlp_patterns import find_activations, find_mlps
 

@@ -89,7 +89,7 @@ def test_logs_reach_reports_with_add_callback(tmp_path: Path) -> None:
 
 
 def test_fold_and_refresh_and_recall_on_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_subquad.index.activation_index import ActivationIndex
+    from hf_subquad.index.choose_neurons import ActivationIndex
     from hf_subquad.training import budget_control
 
     done: dict[str, list[int]] = {"fold": [], "evaluate_selection": [], "refresh": []}

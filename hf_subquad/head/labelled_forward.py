@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..layers.attention_patch import attends_by_sequences
-from .choose_method import choose_method
+from .choose_head_method import choose_method
 from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
 from .padding_free import announce, keeps_sequences_apart, longest_row, shows_rows, without_padding
 

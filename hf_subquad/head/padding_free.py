@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..layers.batch_hook import BatchHook
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
-from .choose_method import few_tokens, same_loss, vocabulary_of
+from .choose_head_method import few_tokens, same_loss, vocabulary_of
 from .head_on_labelled_rows import IGNORED
 
 _WORTHWHILE = 0.95  # real tokens among all

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.backends import MergedWeight
 from ..ops.importance import importance
 from ..ops.token_tiles import TokenTiles
-from .activation_index import ActivationIndex
+from .choose_neurons import ActivationIndex
 
 
 @dataclass(frozen=True)

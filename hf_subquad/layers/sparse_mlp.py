@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InactivePatchError, SubquadError
-from ..index.activation_index import ActivationIndex
-from ..ops.parts import Part, down_project, up_project, without_autocast
+from ..index.choose_neurons import ActivationIndex
+from ..ops.mlp_products import Part, down_project, up_project, without_autocast
 from ..weights.projection import NeuronProjection, compute_dtype
 from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
@@ -127,7 +127,7 @@ class SparseMLP:
     def up_project(self, projection: "InputProjection", x: Tensor) -> Tensor | None:
         """The compact activations of an input projection on x [..., d]; None for a dense forward.
 
-        They are one flat tensor, part by part (see `ops.parts`).
+        They are one flat tensor, part by part (see `ops.mlp_products`).
 
         The input projection that the model calls first makes the selection, and a second one (up, in a gated MLP) uses
         it. The selection depends only on x and the weights, so a recomputed forward (gradient checkpointing) makes the

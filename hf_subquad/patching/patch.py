@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..config import SubquadConfig
 from ..errors import AlreadyPatchedError, PlanError
-from ..index.activation_index import ActivationIndex
+from ..index.choose_neurons import ActivationIndex
 from ..layers.attention_patch import attend_as_before
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget

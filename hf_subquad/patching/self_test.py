@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
-from ..layers.forced_forward import dense_forward, sparse_forward
+from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
-from ..ops.parts import Part
+from ..ops.mlp_products import Part
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 
 _BATCH, _TOKENS = 2, 9

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..layers.patched_mlps import runtime_of
 from ..layers.runtime import loss_of
-from .predictions import Batch, Predictions, logits_of
+from .divergence import Batch, Predictions, logits_of
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,18 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.attention_patch import stock_attention
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.forced_forward import dense_forward, sparse_forward
+from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
+from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
+from .divergence import Batch
 from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, no_autocast, recorded
-from .measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .mlp_timing import timed
-from .predictions import Batch
-from .saved_outside_mlps import saved_outside_mlps
+from .time_saved_outside_mlps import saved_outside_mlps
 
 
 def calibrate(

@@ -14,14 +14,14 @@ from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
-from ..ops.parts import WORTH_GATHERING
+from ..ops.mlp_products import WORTH_GATHERING
 from ..ops.row_sampling import keep_probabilities
 from ..plan import LayerPlan
 from .allocation import Option
+from .class_measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, recording, tokens_by_class
+from .divergence import Batch
 from .fidelity import DenseReference
-from .measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, recording, tokens_by_class
 from .mlp_timing import MLPTiming, time_mlp
-from .predictions import Batch
 
 GRADIENT_SHARES = (0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5)
 PROBED_SHARE = 0.9  # of the gradient

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ..layers.budget import Budget
 from ..layers.sparse_mlp import SparseMLP
-from .measurements import MLPCall
+from .class_measurements import MLPCall
 
 _ROUNDS = 4
 _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones

@@ -12,10 +12,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..layers.patched_mlps import patched_parts, runtime_of
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..logs import get_logger
+from .caller_frames import calling_handler, current_trainer, resumed_from, run_folder
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
-from .sync import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
-from .trainer_frames import calling_handler, current_trainer, resumed_from, run_folder
+from .sync_model import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
 from .trainer_head import own_loss, start_labelled_head, stop_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2

@@ -23,7 +23,7 @@ from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, check_plan
 from ..plan import Plan
 from ..weights.projection import NeuronProjection
-from .sync import named_projections
+from .sync_model import named_projections
 
 SIDECAR_NAME = "subquad_state.safetensors"
 _FORMAT = 2

@@ -51,7 +51,7 @@ from hf_subquad import (
     sync_model,
     unpatch_head,
 )
-from hf_subquad.index.activation_index import ActivationIndex, Selection
+from hf_subquad.index.choose_neurons import ActivationIndex, Selection
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.token_classes import classify
 from hf_subquad.ops.token_tiles import TokenTiles

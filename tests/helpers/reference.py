@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import sparse_mlps
-from hf_subquad.index.activation_index import ActivationIndex
+from hf_subquad.index.choose_neurons import ActivationIndex
 from hf_subquad.ops.token_tiles import Selection
 
 

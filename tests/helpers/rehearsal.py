@@ -27,7 +27,7 @@ from helpers.mlps import patched
 from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
-from hf_subquad.ops import parts
+from hf_subquad.ops import mlp_products
 from hf_subquad.ops.backends import triton_backend  # now, for kernels are defined to be interpreted or not
 
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448}  # bytes that one program may use
@@ -103,7 +103,7 @@ def rehearse(
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are interpreted, not compiled"
     triton_backend.triton_neurons._multiprocessors = lambda device: MULTIPROCESSORS
     os.environ["TRITON_INTERPRET"] = "1"  # only now: tensors on the processor are given to the kernels
-    parts._all_pass = lambda gradient, share: share >= 1  # as on a GPU
+    mlp_products._all_pass = lambda gradient, share: share >= 1  # as on a GPU
     Tensor.new_empty, torch.empty, torch.empty_like = Tensor.new_zeros, torch.zeros, torch.zeros_like
     settings = {"active": m // 4, "tile_size": TILE, "rank": rank, "sketch_rank": sketch_rank}
     module, mlp, _ = patched(kind, d, m, dtype=dtype, **settings)

@@ -9,7 +9,7 @@ from helpers.models import LENGTH, VOCABULARY, build, opt, tokens
 from torch import Tensor, nn
 
 from hf_subquad import CalibrationError
-from hf_subquad.planning.predictions import Predictions, logits_of
+from hf_subquad.planning.divergence import Predictions, logits_of
 
 B, C = 40, 7
 
@@ -175,7 +175,7 @@ def test_padding_is_left_out_if_there_are_no_labels() -> None:
 
 
 def test_of_many_predictions_some_are_judged_spread_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_subquad.planning.predictions._JUDGED", 12)
+    monkeypatch.setattr("hf_subquad.planning.divergence._JUDGED", 12)
     batch = {"labels": torch.zeros(3, LENGTH, dtype=torch.long)}  # 15: every second one
     before, after = noise(3, LENGTH, C), noise(3, LENGTH, C, seed=1)
     expected = kullback_leibler(before, after).flatten()[::2].mean().item()

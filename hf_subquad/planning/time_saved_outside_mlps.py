@@ -5,11 +5,11 @@ from torch import nn
 
 from ..head.patch_head import labelled_forward
 from ..layers.attention_patch import attends_by_sequences
-from ..layers.forced_forward import sparse_forward
+from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import runtime_of
 from ..layers.runtime import loss_of
+from .divergence import Batch, logits_of
 from .mlp_timing import timed
-from .predictions import Batch, logits_of
 
 
 @torch.enable_grad()

@@ -13,7 +13,7 @@ from ..errors import CalibrationError
 from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation, CompensationFit
-from ..layers.forced_forward import dense_forward
+from ..layers.dense_or_sparse import dense_forward
 from ..layers.passes import computed_again
 from ..layers.sparse_mlp import SparseMLP
 from ..layers.token_classes import TokenClasses

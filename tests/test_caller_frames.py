@@ -11,13 +11,13 @@ from transformers import Trainer, TrainerControl, TrainerState
 from transformers.utils import logging
 
 from hf_subquad import SubquadCallback
-from hf_subquad.training import trainer_frames
+from hf_subquad.training import caller_frames
 
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     messages: list[str] = []
-    logger = logging.get_logger("hf_subquad.training.trainer_frames")
+    logger = logging.get_logger("hf_subquad.training.caller_frames")
     monkeypatch.setattr(logger, "warning_once", messages.append)
     monkeypatch.setattr(logger, "warning", messages.append)
     return messages
@@ -27,7 +27,7 @@ class Asking(Watch):
     """Asks for what the callback asks for, from an event."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.found = trainer_frames.calling_handler(), trainer_frames.run_folder(args), trainer_frames.resumed_from()
+        self.found = caller_frames.calling_handler(), caller_frames.run_folder(args), caller_frames.resumed_from()
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_subquad import dense_forward
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.ops.parts import Part
+from hf_subquad.ops.mlp_products import Part
 from hf_subquad.ops.row_sampling import keep_probabilities, row_norms, sampled_weights
 from hf_subquad.ops.token_tiles import Selection, make_tiles
 
