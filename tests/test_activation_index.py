@@ -410,6 +410,16 @@ def test_a_refresh_sees_weights_that_were_changed_behind_the_version_counter() -
     assert torch.equal(index.sketch.basis, other.sketch.basis)
 
 
+def test_a_refresh_drops_copies_of_such_weights() -> None:
+    model = patch_model(opt(), CONFIG)
+    projection = sparse_mlps(model)[0].inputs[0]
+    before = projection.rows(torch.bfloat16).clone()
+    projection.weight.data.mul_(-1.5)
+    sparse_mlps(model)[0].index.refresh()
+    assert torch.equal(projection.rows(torch.bfloat16), (projection.weight.detach()).bfloat16())
+    assert not torch.equal(projection.rows(torch.bfloat16), before)
+
+
 def test_training_rebuilds_a_stale_sketch_at_the_next_sync() -> None:
     model = patch_model(opt(), CONFIG)
     first, second = sparse_mlps(model)[:2]

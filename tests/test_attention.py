@@ -13,7 +13,7 @@ from helpers.models import CONFIG, build, llama, tokens
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_subquad import SubquadConfig, patch_model, unpatch_model
+from hf_subquad import SubquadConfig, patch_head, patch_model, unpatch_model
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.ops import attention
@@ -179,12 +179,35 @@ def test_sources_as_wide_as_their_targets() -> None:
     assert runtime_of(model).padding.may_skip
 
 
+def test_targets_padded_as_their_sources() -> None:
+    """A batch whose labels have the shape of its tokens, with the head at labelled positions only."""
+    model = build("t5", torch.float64)
+    expected = copy.deepcopy(model)
+    patch_head(patch_model(model, EXACT))
+    ids = tokens(0, (3, 12))
+    mask = (torch.arange(12) < torch.tensor([6, 12, 9])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    for _ in range(2):
+        torch.testing.assert_close(model(**batch).loss, expected(**batch).loss, rtol=1e-6, atol=0)  # the head's float32
+
+
 def test_it_goes_with_copies_and_ends_with_the_patch() -> None:
     model, batch = patch_model(llama(), EXACT), padded_batch("right")
     step(model, batch)
     assert "subquad" not in model.config.to_json_string()
     step(copy.deepcopy(model), batch)
     unpatch_model(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_loss_of_ones_own_gets_padding_as_it_was() -> None:
+    """A Trainer with `compute_loss_func` plans on batches with labels, and trains on the same without."""
+    model, batch = patch_model(llama(), EXACT), padded_batch("right")
+    step(model, batch)
+    assert model.config._attn_implementation == "subquad_sdpa"
+    del batch["labels"]
+    found = model(**batch).logits
+    torch.testing.assert_close(found, llama()(**batch).logits, rtol=1e-5, atol=1e-5)
     assert model.config._attn_implementation == "sdpa"
 
 

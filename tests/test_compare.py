@@ -35,7 +35,14 @@ from apart_workers import die, double  # noqa: E402
 from comparison.apart import WorkerError, run_apart  # noqa: E402
 from comparison.mlp_time import MlpTimer  # noqa: E402
 from comparison.random_rows import GSM8K, random_rows  # noqa: E402
-from comparison.settings import Shape  # noqa: E402
+from comparison.settings import RunSettings, Shape  # noqa: E402
+from comparison.timed_trainer import TimedTrainer  # noqa: E402
+from helpers.models import tokens  # noqa: E402
+from helpers.training import Watch, patched_opt  # noqa: E402
+from transformers import default_data_collator  # noqa: E402
+
+from hf_subquad import SubquadCallback  # noqa: E402
+from hf_subquad.head.patch_head import labelled_forward  # noqa: E402
 
 METHODS = ("vanilla", "lora", "subquad")
 TEXT = "the quick brown fox jumps over the lazy dog while {} people watch it from a distance of {} metres\n"
@@ -83,6 +90,19 @@ def test_report_has_every_key(shape_run: SimpleNamespace) -> None:
     assert report["machine"]["cpu"] and report["machine"]["cores"] >= 1 and report["machine"]["memory_bytes"] > 0
     assert "commit" in report and "compare_vanilla.py" in report["command"]
     assert report["settings"]["rank"] == 4 and report["settings"]["subquad"]["tile_size"] == 16
+
+
+def test_timing_reads_nothing_that_a_method_would_have_to_compute_for_it(tmp_path: Path) -> None:
+    """The head is limited to labelled positions, as in the plain Trainer."""
+    rows = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens(0, (4, 7))]
+    limited: list[bool] = []
+    watch = Watch(lambda model, step, **_: limited.append(labelled_forward(model) is not None))
+    settings = RunSettings(method="subquad", learning_rate=1e-3, steps=2, batch_size=2)
+    callbacks = [SubquadCallback(), watch]
+    trainer = TimedTrainer(patched_opt(), settings, rows, default_data_collator, callbacks, str(tmp_path))
+    trainer.train()
+    assert limited == [True, True]
+    assert all(math.isfinite(row["train_loss"]) for row in trainer.steps)
 
 
 def test_report_follows_from_its_own_rows(shape_run: SimpleNamespace) -> None:

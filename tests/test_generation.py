@@ -1,5 +1,6 @@
 """Does `generate` work on sparse models, with caches, padding and beams?"""
 
+import threading
 from typing import Any
 
 import pytest
@@ -127,3 +128,28 @@ def test_sampling_and_half_precision() -> None:
         found = generated(model, padded=True, do_sample=True)
         assert torch.equal(generated(model, padded=True, do_sample=True), found)
     assert found.shape == (3, 7 + NEW)
+
+
+def test_threads_evaluate_one_model_at_a_time() -> None:
+    """As a server does; in a thread that begins or ends in between, another one is in the middle of an MLP."""
+    model = ready("llama")
+    asked = [tokens(seed, (2, 7)) for seed in range(4)]
+    with torch.no_grad(), sparse_forward(model):
+        expected = [model(ids).logits for ids in asked]
+        found: dict[int, Tensor] = {}
+        meeting = threading.Barrier(len(asked))
+        activation = model.model.layers[1].mlp.act_fn
+        handle = activation.register_forward_hook(lambda *_: (meeting.wait(timeout=60), None)[1])
+
+        def answer(number: int) -> None:
+            with torch.no_grad():
+                found[number] = model(asked[number]).logits
+
+        threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        handle.remove()
+    for number, logits in enumerate(expected):
+        torch.testing.assert_close(found[number], logits, rtol=1e-5, atol=1e-5)

@@ -16,6 +16,7 @@ from helpers.tiny_models import LARGEST, NotBuiltError, _filled, tiny_config
 from helpers.training import TRAIN, Texts, arguments, losses
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
@@ -516,6 +517,17 @@ def test_gradient_checkpointing(reentrant: bool, four_rows: None) -> None:
     checkpoint_activations(model, reentrant)
     model.enable_input_require_grads()
     _, gradients = loss_and_gradients(patch_head(model, 1), inputs)
+    assert distance(gradients, expected) <= 16 * EPS * largest(expected)
+
+
+def test_a_checkpoint_around_the_model_and_its_loss(four_rows: None) -> None:
+    model, inputs = model_of("llama"), labelled_batch()
+    _, expected = loss_and_gradients(model, inputs)
+    patch_head(model, 1)
+    loss = checkpoint(lambda: model(**inputs).loss, use_reentrant=False)
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert distance(gradients, expected) <= 16 * EPS * largest(expected)
 
 

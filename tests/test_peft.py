@@ -115,6 +115,14 @@ def test_peft_on_what_is_patched(tmp_path: Path, config: LoraConfig) -> None:
         trainer(model, tmp_path).train()
 
 
+def test_a_single_adapter_of_any_name_trains(tmp_path: Path) -> None:
+    """Only beside another one is an adapter called "ref" the reference of a comparison."""
+    model = get_peft_model(patch_model(opt(), TRAIN), LoraConfig(r=2, **ATTENTION), adapter_name="ref")
+    before = factors(model)
+    trainer(model, tmp_path, max_steps=2).train()
+    assert all(not torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
 def test_peft_after_the_patch_in_model_init(tmp_path: Path) -> None:
     """The callback sees the model that is trained too late to thaw its updates."""
     run = Trainer(model_init=lambda: both("patch first", METHODS["LoRA"]()), args=arguments(tmp_path),

@@ -34,6 +34,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "a module trained in full": lambda: get_peft_model(
         patched_opt(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["final_layer_norm"])
     ),
+    "new tokens": lambda: get_peft_model(
+        patched_opt(), LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    ),
     "add_adapter": lambda: with_adapter(patched_opt()),
     "add_adapter before": lambda: patch_model(with_adapter(opt()), TRAIN),
 }
@@ -50,7 +53,7 @@ def filled(kind: str) -> nn.Module:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "ia3_" in name or "modules_to_save" in name:
+            if "lora_" in name or "ia3_" in name or "modules_to_save" in name or "tokens_delta" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -86,6 +89,19 @@ def test_wrapped_by_a_compiler() -> None:
 def test_learnt_prompts_cannot_be_merged(tmp_path: Path) -> None:
     model = get_peft_model(patched_opt(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(PatchError, match="prompts"):
+        save_merged(model, tmp_path)
+
+
+def test_an_unknown_wrapper_of_peft_is_refused_by_name(tmp_path: Path) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, original_module: nn.Module) -> None:
+            super().__init__()
+            self.original_module = original_module
+
+    model = get_peft_model(patched_opt(), LORA)
+    decoder = model.base_model.model.model.decoder
+    decoder.final_layer_norm = Wrapper(decoder.final_layer_norm)
+    with pytest.raises(PatchError, match="final_layer_norm cannot be merged"):
         save_merged(model, tmp_path)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import opt, tokens
-from helpers.training import TRAIN, AtStart, StopAt, Texts, arguments, factors, losses, patched_opt, trainer
+from helpers.training import TRAIN, AtStart, StopAt, Texts, Watch, arguments, factors, losses, patched_opt, trainer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
@@ -70,6 +70,23 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, make: Any, values: dict[st
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     # The comparison can fail: without the sidecar's factors it is another run.
     assert max((value - expected[name]).abs().max() for name, value in all_values(make()).items()) > 1e-2
+
+
+def test_sketches_after_folds_are_those_of_the_resumed_run(tmp_path: Path) -> None:
+    """A fold updates a sketch without a fit to the new weights, so the sketch depends on when it was fitted."""
+    found: list[list[Tensor]] = []
+
+    def note(model: nn.Module, step: int, **kwargs: Any) -> None:
+        if step == 4:  # the second fold
+            sketches = [mlp.index.sketch for mlp in sparse_mlps(model)]
+            found.append([sketch.codes @ sketch.basis for sketch in sketches])
+
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model = patched_opt(fold_steps=2, sketch_rank=4, refresh_steps=0)
+        saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 4}
+        trainer(model, tmp_path, [Watch(note)], **saving).train(resume_from_checkpoint=checkpoint)
+    for first, resumed in zip(*found, strict=True):
+        torch.testing.assert_close(resumed, first, rtol=1e-3, atol=1e-3 * first.abs().amax().item())
 
 
 def test_the_model_that_resumes_is_the_one_that_was_saved(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, build, fill_updates, llama, opt
+from helpers.models import CONFIG, build, fill_updates, llama, opt, tokens
 from helpers.planning import text_batches
 from helpers.training import TRAIN, factors
 from peft import LoraConfig, get_peft_model
@@ -33,6 +33,7 @@ from hf_subquad import (
     save_sidecar,
     sparse_mlps,
 )
+from hf_subquad.layers.budget import Budget
 from hf_subquad.training import sidecar
 
 NAME = "subquad_state.safetensors"
@@ -106,6 +107,24 @@ def test_round_trip(tmp_path: Path, family: str) -> None:
         assert torch.equal(factors(model)[name], value)
     for name, value in saved.named_parameters():
         torch.testing.assert_close(model.get_parameter(name), value, rtol=0, atol=1e-6)
+
+
+def test_corrections_of_two_classes(tmp_path: Path) -> None:
+    """Both of an MLP's corrections project on the basis of its sketch."""
+    batch = {"input_ids": tokens(1, (3, 9)), "labels": tokens(1, (3, 9))}
+    batch["labels"][:, :5] = -100
+    saved = trained()
+    for mlp in sparse_mlps(saved):
+        mlp.set_budget(Budget(20, 10))
+    compensate(saved, [batch])
+    assert all(set(mlp.corrections) == {"predicted", "context"} for mlp in sparse_mlps(saved))
+    save_sidecar(saved, tmp_path, 3)
+    model = holding(saved)
+    load_sidecar(model, tmp_path)
+    for mlp, other in zip(sparse_mlps(model), sparse_mlps(saved), strict=True):
+        for name, correction in other.corrections.items():
+            for part, values in vars(correction).items():
+                assert torch.equal(getattr(mlp.corrections[name], part), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,11 +5,19 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import CONFIG, fill_updates
+from helpers.models import CONFIG, fill_updates, opt, tokens
 from helpers.reference import mask_of, plain_output, selections_by_mlp
 from torch import Tensor, nn
 
-from hf_subquad import NoMatchError, SubquadConfig, UnsupportedModuleError, patch_model, sparse_mlps, unpatch_model
+from hf_subquad import (
+    NoMatchError,
+    SubquadConfig,
+    UnsupportedModuleError,
+    dense_forward,
+    patch_model,
+    sparse_mlps,
+    unpatch_model,
+)
 from hf_subquad.index.selection_quality import exact_activations
 
 D, M = 12, 30
@@ -197,3 +205,21 @@ def test_parent_that_does_not_run_and_holds_its_projections_itself() -> None:
 
     with pytest.raises(UnsupportedModuleError, match=r"mlp .Direct. .* does not run by itself"):
         patch_model(Model(Direct(), torch.ones(1)), ALL)
+
+
+def test_gradients_of_gradients_need_dense_mlps() -> None:
+    model = patch_model(opt(), CONFIG)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.dim() > 1)
+
+    def penalty() -> Tensor:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            loss = model(tokens(), labels=tokens()).loss
+            grads = torch.autograd.grad(loss, trained, create_graph=True, allow_unused=True)
+            return sum((grad.square().sum() for grad in grads if grad is not None), start=torch.zeros(()))
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        penalty().backward()
+    with dense_forward(model):
+        penalty().backward()

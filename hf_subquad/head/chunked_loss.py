@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 
 MEGABYTE = 2**20
 
@@ -67,7 +68,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         for chunk, targets in zip(hidden.split(rows), labels.split(rows), strict=True):
             chunk = chunk.detach().requires_grad_(needed[0])
-            with torch.set_grad_enabled(bool(trained)):
+            # Without hooks of a checkpoint around it, which would begin to recompute it here.
+            with saved_tensors_hooks(_same, _same), torch.set_grad_enabled(bool(trained)):
                 logits = head(chunk)
             log_probabilities = torch.log_softmax(logits.detach().float(), dim=-1)
             total += nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
@@ -109,6 +111,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
         scaled = (g if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
         return None, None, None, None, None, *scaled
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:

@@ -94,6 +94,8 @@ def announce(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 def keeps_sequences_apart(model: PreTrainedModel, stock: Callable[..., Any]) -> bool:
     """Whether a model gives a row of sequences the loss that it gives the padded ones, and whether the logits of the
     second sequence are the same to the bit when the tokens of the first one change."""
+    if model.config.is_encoder_decoder:  # a row would hold both of two sequences
+        return False
     inputs = few_tokens(model)
     ids: Tensor = inputs["input_ids"]
     first, whole = ids.shape[1] - 5, ids.shape[1]

@@ -171,6 +171,8 @@ class ActivationIndex:
         """Recompute ||v_j||^2 of the current output rows; `build` if base weights changed without PyTorch noticing."""
         with self.gathered():
             if not all(map(_same, self._samples, self._projections)):
+                for projection in self._projections:
+                    projection.drop_copy()
                 return self.build()
             self.output_norms = self.output.row_norms()
 

@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor
@@ -14,34 +15,38 @@ _REMEMBERED = 64  # passes whose backward pass may be to come
 @dataclass
 class Passes:
     """Attributes:
-    running: the passes in progress; a wrapper's before that of the model inside.
     latest: the last pass that began; None before the first.
     """
 
-    running: list[BatchClasses] = field(default_factory=list)
     latest: BatchClasses | None = None
+    # The passes in progress, by thread; a wrapper's before that of the model inside.
+    _running: dict[int, list[BatchClasses]] = field(default_factory=dict)
     _remembered: deque[BatchClasses] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     _outside: BatchClasses = field(default_factory=lambda: BatchClasses({}))  # of calls that no hook announces
 
     def begin(self, batch: BatchClasses) -> None:
-        self.running.append(batch)
+        self._running.setdefault(get_ident(), []).append(batch)
         self._note(batch)
 
     def replace(self, batch: BatchClasses) -> None:
         """The pass in progress sees other tokens than it was called with."""
-        self.running[-1:] = [batch]
+        self._running.setdefault(get_ident(), [])[-1:] = [batch]
         self._note(batch)
 
     def end(self) -> None:
-        if self.running:
-            self.running.pop()
+        running = self._running.get(get_ident(), [])
+        if running:
+            running.pop()
+        if not running:
+            self._running.pop(get_ident(), None)
 
     def of(self, mlp: str, x: Tensor) -> BatchClasses:
         """The pass in which an MLP is called with x [..., d]."""
         if computed_again():
             known = [*self._remembered, self._outside]
             return BatchClasses.nearest(known, mlp, x)
-        batch = self.running[-1] if self.running else self._outside
+        running = self._running.get(get_ident())
+        batch = running[-1] if running else self._outside
         if batch.may_repeat or torch.is_grad_enabled():  # reentrant checkpointing begins without gradients
             batch.note(mlp, x)
         return batch
@@ -52,7 +57,12 @@ class Passes:
         self._outside = BatchClasses({})
 
     def copy(self) -> "Passes":
-        return Passes(list(self.running), self.latest, self._remembered.copy(), self._outside)
+        return Passes(
+            self.latest,
+            {thread: list(them) for thread, them in self._running.items()},
+            self._remembered.copy(),
+            self._outside,
+        )
 
     def _note(self, batch: BatchClasses) -> None:
         self.latest = batch

@@ -32,7 +32,8 @@ class Surroundings:
             self.find_adapter()
         if self._adapter is None:
             return False
-        return self._adapter.disable_adapters or _REFERENCE in self._adapter.active_adapters
+        compares = len(getattr(self.model, "peft_config", ())) > 1  # a single adapter of that name is trained
+        return self._adapter.disable_adapters or (compares and _REFERENCE in self._adapter.active_adapters)
 
     def find_adapter(self) -> None:
         """Look for an adapter layer of PEFT's in the model."""

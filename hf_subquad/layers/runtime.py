@@ -120,7 +120,8 @@ class Runtime:
         tries = not sharded and not _continues(inputs) and (model.training or self.forward in ("exact", "sparse"))
         if padded and self.padding.may_skip is None and tries:
             self.try_skipping_padding(model, inputs)
-        if batch.labelled_padding:
+        unknown = not batch.stacks and model.training and torch.is_grad_enabled()  # some loss may read padding
+        if batch.labelled_padding or unknown:
             attend_as_before(model)
         self.passes.begin(batch)
 

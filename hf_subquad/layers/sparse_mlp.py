@@ -7,6 +7,7 @@ activation, gate product and dropout; the output projection consumes the result 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class SparseMLP:
     audited: dict[TokenClass, tuple[Tensor, Tensor]] = field(default_factory=dict)
     selection_override: Sequence[Part] | None = None
     shares_input: bool = False
-    _call: "_Call | None" = None
+    _calls: dict[int, "_Call"] = field(default_factory=dict)  # by thread, as several may evaluate a model
     _cast: dict[TokenClass, tuple[Compensation, Compensation]] = field(default_factory=dict)  # also in compute dtype
 
     def __post_init__(self) -> None:
@@ -142,8 +143,8 @@ class SparseMLP:
                 "values: offload the saved model instead, or call unpatch_model first"
             )
         if projection is self.opens:
-            self._call = self._open(x, projection.training)
-        call = self._call
+            self._calls[get_ident()] = self._open(x, projection.training)
+        call = self._calls.get(get_ident())
         assert call is not None, "a second input projection was called before the first"
         if call.parts is None:
             return None
@@ -154,8 +155,8 @@ class SparseMLP:
 
     def down_project(self, a: Tensor) -> Tensor | None:
         """The MLP's output [..., d] for compact activations a; None for a dense forward."""
-        assert self._call is not None, "an output projection was called before its input projection"
-        call, self._call = self._call, None
+        call = self._calls.pop(get_ident(), None)
+        assert call is not None, "an output projection was called before its input projection"
         if call.parts is None:
             return None
         m, leading = self.index.neurons, call.x.shape[:-1]
@@ -190,8 +191,8 @@ class SparseMLP:
         return found
 
     def forget_call(self) -> None:
-        """Discard an unfinished forward pass and its graph."""
-        self._call = None
+        """Discard unfinished forward passes and their graphs."""
+        self._calls.clear()
 
     def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
         tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
@@ -244,7 +245,7 @@ class SparseMLP:
         return Part(rows, count, selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_call": None, "_cast": {}, "audited": {}}
+        return {**self.__dict__, "_calls": {}, "_cast": {}, "audited": {}}
 
 
 @dataclass

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..config import BackendName
 from .backends import Backend, MergedWeight, StoredRows, backend_for
@@ -183,6 +184,7 @@ class _UpProject(torch.autograd.Function):
         return tuple(outs) if whole is None else (whole,)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         parts = ctx.parts
         (x, *lows), matrices = _saved(ctx, parts)
@@ -259,6 +261,7 @@ class _DownProject(torch.autograd.Function):
         return a.new_zeros(tokens, width) if y is None else y.data  # no view, so that a residual may be added in place
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Any, ...]:
         parts = ctx.parts
         (a, *lows), matrices = _saved(ctx, parts)

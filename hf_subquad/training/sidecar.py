@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_files import fingerprint, write_atomically
-from ..errors import PlanError, SidecarError
+from ..errors import PlanError, SidecarError, WeightsError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts, settle_shards
@@ -51,6 +52,9 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     restarts: dict[str, int] = {}
     for mlp in mlps:
         with mlp.index.gathered():
+            if mlp.index.sketch_is_approximate:  # a resumed run builds it anew: go on from the same one
+                with suppress(WeightsError):
+                    mlp.index.build()
             for name, projection in named_projections([mlp]):
                 update = projection.update
                 tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()
@@ -65,7 +69,8 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
             tensors |= {f"{mlp.name}.correction.{name}.{part}": values for part, values in vars(correction).items()}
     if runtime.sharded and dist.is_initialized() and dist.get_rank():
         return path
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, as corrections may share their basis, and safetensors takes no tensors that share memory.
+    tensors = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     about = {
         "format": _FORMAT,
         "step": step,

@@ -47,6 +47,10 @@ def merged_named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         elif hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
             trained = module.modules_to_save[module.active_adapters[0]] if not module.disable_adapters else None
             state = (trained or module.original_module).state_dict()
+        elif hasattr(module, "token_adapter"):  # of trainable_token_indices
+            state = _merged(name, module.token_adapter)
+        elif hasattr(module, "original_module"):
+            raise PatchError(f"what {type(module).__name__} holds for {name} cannot be merged: keep PEFT's checkpoint")
         elif is_4bit(module):
             state = dequantized_state(module)
         else:

@@ -54,7 +54,7 @@ class TimedTrainer(Trainer):
         self.memory = PeakMemory(settings.device)
         self.digest = hashlib.sha256()
         self._timer: MlpTimer | None = None
-        self._loss = self._tokens = torch.zeros(())
+        self._tokens = torch.zeros(())
         self._started = 0.0
 
         timed_steps = settings.untimed_steps + settings.turn_steps
@@ -68,8 +68,6 @@ class TimedTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        # Not an override of training_step, which could read logits: then subquad would compute all of them.
-        model.register_forward_hook(self._keep_loss)
         # Around all others, so that their time counts; a callback may have moved itself to the front.
         self.callback_handler.callbacks.insert(0, _Before(self))
         self.callback_handler.callbacks.append(_After(self))
@@ -80,10 +78,6 @@ class TimedTrainer(Trainer):
             self.digest.update(batch["input_ids"].cpu().numpy().tobytes())
             self._tokens = batch["attention_mask"].sum()
         return batches, items
-
-    def _keep_loss(self, model: nn.Module, args: Any, output: Any) -> None:
-        if model.training:
-            self._loss = output.loss.detach()
 
     def now(self) -> float:
         """Seconds, after all work handed to the device is done."""
@@ -102,7 +96,7 @@ class TimedTrainer(Trainer):
     def step_ends(self, step: int) -> None:
         seconds = self.now() - self._started
         self.memory.stop()
-        row = {"step": step, "seconds": seconds, "tokens": int(self._tokens), "train_loss": float(self._loss)}
+        row = {"step": step, "seconds": seconds, "tokens": int(self._tokens)}
         self.steps.append(row | ({"mlp_seconds": self._timer.seconds} if self._timer else {}))
         self.evaluate_if_due(step)
         self.report({"step": step, "eval_loss": self.evaluations[-1]["eval_loss"] if self.evaluations else None})
@@ -141,7 +135,10 @@ class _After(TrainerCallback):
         self.trainer.step_ends(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        ours = {name: value for name, value in (logs or {}).items() if name.startswith("subquad/")}
+        logs = logs or {}
+        if "loss" in logs:  # not from a forward hook, which could read logits: then subquad would compute all of them
+            self.trainer.steps[-1]["train_loss"] = logs["loss"]
+        ours = {name: value for name, value in logs.items() if name.startswith("subquad/")}
         if ours:
             self.trainer.logs.append({"step": state.global_step} | ours)
 
@@ -164,7 +161,7 @@ def training_arguments(settings: RunSettings, output_dir: str, steps: int) -> Tr
         use_cpu=settings.device == "cpu",
         dataloader_pin_memory=False,
         dataloader_drop_last=True,  # a smaller last batch would be a faster step
-        logging_steps=10,
+        logging_steps=1,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -40,6 +40,8 @@ for name in options.models:
             context = mean(layer.context / layer.neurons for layer in plan.layers)
             speed = sum(x.dense_ms for x in plan.layers) / sum(x.sparse_ms for x in plan.layers)
             row = [Path(name).name, f"{tolerance:g}", index, f"{share:.1%}", f"{context:.1%}", f"{speed:.2f}x"]
-            rows.append(dict(zip(HEAD := ["model", "tolerance", "index", "predicted", "context", "MLPs"], row)))
+            rows.append(
+                dict(zip(HEAD := ["model", "tolerance", "index", "predicted", "context", "MLPs"], row, strict=True))
+            )
             print(row, flush=True)
 conclude({"rows": rows}, text_table(HEAD, [list(row.values()) for row in rows]), options)
