@@ -11,6 +11,7 @@ from helpers.reference import recorded_selections
 from torch import Tensor, nn
 
 from hf_subquad import compensate, dense_forward, patch_model, sparse_forward, sparse_mlps
+from hf_subquad.layers.budget import Budget
 
 NEW = 6
 FAMILIES = ("opt", "llama", "gpt2", "phi3", "t5")
@@ -133,9 +134,14 @@ def test_sampling_and_half_precision() -> None:
 def test_threads_evaluate_one_model_at_a_time() -> None:
     """As a server does; in a thread that begins or ends in between, another one is in the middle of an MLP."""
     model = ready("llama")
-    asked = [tokens(seed, (2, 7)) for seed in range(4)]
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget(20, 0))
+    asked = []
+    for seed in range(4):  # each with other context
+        ids = tokens(seed, (2, 7))
+        asked.append({"input_ids": ids, "labels": ids.masked_fill(torch.arange(7) <= seed, -100)})
     with torch.no_grad(), sparse_forward(model):
-        expected = [model(ids).logits for ids in asked]
+        expected = [model(**batch).logits for batch in asked]
         found: dict[int, Tensor] = {}
         meeting = threading.Barrier(len(asked))
         activation = model.model.layers[1].mlp.act_fn
@@ -143,7 +149,7 @@ def test_threads_evaluate_one_model_at_a_time() -> None:
 
         def answer(number: int) -> None:
             with torch.no_grad():
-                found[number] = model(asked[number]).logits
+                found[number] = model(**asked[number]).logits
 
         threads = [threading.Thread(target=answer, args=(number,)) for number in range(len(asked))]
         for thread in threads:
