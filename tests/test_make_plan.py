@@ -49,6 +49,8 @@ from hf_subquad import (
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
+from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.layers.token_classes import TokenClasses
 from hf_subquad.planning import mlp_timing
 from hf_subquad.planning.class_measurements import MLPCall, neuron_counts
 from hf_subquad.planning.fidelity import DenseReference
@@ -459,6 +461,26 @@ def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dty
     assert len({layer.full_ms for layer in plan.layers}) == 1  # one shape is timed once
     assert plan.planning_seconds > plan.step_ms / 1000
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_budgets_are_timed_on_the_classes_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing runs around the MLP from which it could learn them."""
+    mlp = sparse_mlps(patch_model(opt(), PLANNED))[0]
+    mlp.runtime.padding.may_skip = True
+    open_call, seen = SparseMLP._open, {}
+
+    def noted(self: SparseMLP, x: Tensor, training: bool) -> Any:
+        call = open_call(self, x, training)
+        if call.parts is not None:
+            seen[self.budget] = [(part.tokens, part.idle) for part in call.parts]
+        return call
+
+    monkeypatch.setattr(SparseMLP, "_open", noted)
+    classes = TokenClasses((3, 5), torch.arange(4), torch.arange(4, 10))
+    call = MLPCall(torch.randn(3, 5, WIDTH), classes, torch.rand(15))
+    mlp_timing.time_mlp(mlp, call, [Budget(), Budget(context=0)])
+    assert seen == {Budget(): [(10, False)], Budget(context=0): [(4, False), (6, True)]}
+    assert mlp.runtime.passes.latest is None
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])

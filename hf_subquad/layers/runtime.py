@@ -145,13 +145,13 @@ class Runtime:
             return False
 
         def loss() -> Tensor | None:
-            with self._set_aside("exact", classes):
+            with self.set_aside("exact", classes):
                 return loss_of(model(**inputs))
 
         with preserve_mode_and_rng(model):
             self.padding.try_skipping(model, loss)
             if self.padding.may_skip:
-                with self._set_aside("dense"):
+                with self.set_aside("dense"):
                     skip_padding_in_attention(model, inputs)
         return True
 
@@ -173,7 +173,7 @@ class Runtime:
         return self.passes.latest.stacks if self.passes.latest else {}
 
     @contextmanager
-    def _set_aside(self, forward: Forward, batch: BatchClasses | None = None) -> Iterator[None]:
+    def set_aside(self, forward: Forward, batch: BatchClasses | None = None) -> Iterator[None]:
         """Context manager: inside, the model can be tried on a batch in a mode, and what is known of batches stays as
         it is."""
         before, held = self.forward, self.passes.copy()
