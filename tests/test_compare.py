@@ -205,7 +205,7 @@ def test_demo_model_is_small_trained_and_described() -> None:
     text = Path(json.__file__).read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :512]
     assert tokenizer.decode(ids[0]) == text[: len(tokenizer.decode(ids[0]))]
-    loss = float(model(input_ids=ids, labels=ids).loss)
+    loss = model(input_ids=ids, labels=ids).loss.item()
     assert loss < 0.6 * math.log(model.config.vocab_size)
 
 

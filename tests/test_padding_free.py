@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import _LLAMA, CONFIG, VOCABULARY, build, tokens
+from helpers.models import _LLAMA, CONFIG, VOCABULARY, build, checkpoint_activations, tokens
 from torch import Tensor, nn
 from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -128,7 +128,7 @@ def test_a_row_is_the_same_step(family: str, budget: Budget) -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_under_gradient_checkpointing(reentrant: bool) -> None:
     model = patched("llama", Budget(context=0))
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     model.enable_input_require_grads()  # a hook of transformers', with which rows are the same
     seen = assert_equal_steps(model, padded())
     assert seen[0] == (1, sum(LENGTHS))

@@ -258,6 +258,7 @@ def test_folds_and_unpatching_leave_the_function(case: Case, folds: int) -> None
 # Inputs and weights that cannot be told apart
 
 
+@pytest.mark.filterwarnings("ignore:the base weights of")  # which the test overwrites
 @examples(40)
 @given(
     cases(),
