@@ -616,6 +616,17 @@ def test_readers_of_logits_get_them(
     assert reason in caplog.text
 
 
+def test_a_method_replaced_in_the_trainer_itself_gets_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "compute_loss", OwnLoss.compute_loss)
+    logging.enable_propagation()
+    done = run(subquad(), tmp_path, eval_strategy="no")
+    logging.disable_propagation()
+    assert not any(done.watch.during)
+    assert "Trainer has a compute_loss of its own" in caplog.text
+
+
 class Around(nn.Module):
     """A module around a language model, which may read its logits, and returns a dictionary."""
 

@@ -15,6 +15,7 @@ from hf_subquad.head.padding_free import without_padding
 from hf_subquad.head.patch_head import labelled_forward
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.passes import _REMEMBERED
 
 LENGTHS = (4, 11, 7)
 
@@ -132,6 +133,28 @@ def test_under_gradient_checkpointing(reentrant: bool) -> None:
     model.enable_input_require_grads()  # a hook of transformers', with which rows are the same
     seen = assert_equal_steps(model, padded())
     assert seen[0] == (1, sum(LENGTHS))
+
+
+def test_as_many_passes_before_a_backward_as_are_remembered() -> None:
+    """A row and the batch that it is made of are one pass."""
+    model = patched("llama", Budget(context=0))
+    checkpoint_activations(model, False)
+    model.enable_input_require_grads()
+    batches = []
+    for seed in range(_REMEMBERED):
+        batch = padded()
+        batch["input_ids"] = tokens(seed, batch["input_ids"].shape)
+        batch["labels"][0, seed % 2 + 2] = -100  # another number of predicted tokens
+        batches.append(batch)
+    model.zero_grad()
+    sum(model(**batch).loss for batch in batches).backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for batch in batches:
+        model(**batch).loss.backward()
+    wanted = [p.grad for p in model.parameters() if p.grad is not None]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * other.abs().amax().item())
 
 
 def test_a_model_that_mixes_the_sequences_of_a_row_gets_padding() -> None:

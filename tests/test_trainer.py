@@ -20,6 +20,7 @@ from hf_subquad import (
     patch_model,
     sparse_mlps,
     sync_model,
+    unpatch_model,
 )
 
 MEASURED = {"subquad/recall", "subquad/output_error"}
@@ -391,3 +392,11 @@ def test_update_norm_is_that_of_all_updates() -> None:
         (2.0 * p.update.U @ p.update.V).square().sum() for mlp in sparse_mlps(model) for p in mlp.projections
     ).sqrt()
     assert sync_model(model, 1).update_norm == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_the_trainer_evaluates_after_unpatching(tmp_path: Path) -> None:
+    run = trainer(patched_opt(), tmp_path, max_steps=2)
+    run.train()
+    loss = run.evaluate(Texts())["eval_loss"]
+    unpatch_model(run.model)
+    assert run.evaluate(Texts())["eval_loss"] == pytest.approx(loss, rel=1e-5)

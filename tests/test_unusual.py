@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.models import CONFIG, fill_updates, opt, tokens
+from helpers.models import CONFIG, build, fill_updates, opt, tokens
 from helpers.reference import mask_of, plain_output, selections_by_mlp
 from torch import Tensor, nn
 
@@ -223,3 +223,34 @@ def test_gradients_of_gradients_need_dense_mlps() -> None:
         penalty().backward()
     with dense_forward(model):
         penalty().backward()
+
+
+def test_hooks_between_the_projections_see_what_they_would_in_the_plain_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Statistics of activations, say, which are by neuron."""
+    model, plain = patch_model(build("bert"), CONFIG), build("bert")
+    shapes: list[list[tuple[int, ...]]] = [[], []]
+    for one, seen in zip((model, plain), shapes, strict=True):
+        for layer in one.bert.encoder.layer:
+            layer.intermediate.intermediate_act_fn.register_forward_hook(
+                lambda module, args, output, seen=seen: seen.append(tuple(output.shape))
+            )
+        one(tokens(), labels=tokens()).loss.backward()
+    assert shapes[0] == shapes[1]
+    assert "runs dense, as forward hooks" in caplog.text
+
+
+def test_another_default_device() -> None:
+    """Tensors are made where the model is."""
+    with torch.device("meta"):
+        model = patch_model(opt_on_the_cpu(), CONFIG)
+        for mlp in sparse_mlps(model):
+            x = torch.randn(3, 7, mlp.opens.shape[1], device="cpu", requires_grad=True)
+            mlp.index.fit(x)
+            y = mlp.output(mlp.index.combine([projection(x) for projection in mlp.inputs]))
+            y.sum().backward()
+            assert x.grad is not None and x.grad.device.type == "cpu"
+
+
+def opt_on_the_cpu() -> nn.Module:
+    with torch.device("cpu"):
+        return opt()

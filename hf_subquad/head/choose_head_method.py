@@ -102,8 +102,8 @@ def few_tokens(model: PreTrainedModel) -> dict[str, Any]:
     vocabulary = vocabulary_of(model)
     generator = torch.Generator().manual_seed(0)
     length = _TARGETS if model.config.is_encoder_decoder else _LENGTH
-    ids = torch.randint(vocabulary, (2, _LENGTH), generator=generator).to(model.device)
-    labels = torch.randint(vocabulary, (2, length), generator=generator).to(model.device)
+    ids = torch.randint(vocabulary, (2, _LENGTH), generator=generator, device="cpu").to(model.device)
+    labels = torch.randint(vocabulary, (2, length), generator=generator, device="cpu").to(model.device)
     labels[:, : length // 3] = IGNORED
     labels[1, -2:] = IGNORED
     inputs: dict[str, Any] = {"input_ids": ids, "labels": labels}

@@ -107,7 +107,7 @@ class ActivationIndex:
         tokens = tokens.detach().reshape(-1, tokens.shape[-1])
         if len(tokens) > _FITTED_TOKENS:
             generator = torch.Generator().manual_seed(self.seed)
-            some = torch.randperm(len(tokens), generator=generator)[:_FITTED_TOKENS].sort().values
+            some = torch.randperm(len(tokens), generator=generator, device="cpu")[:_FITTED_TOKENS].sort().values
             tokens = tokens[some.to(tokens.device)]
         try:
             summary = summary_of(tokens, _SUMMARY * self.rank, self.seed)

@@ -59,7 +59,7 @@ def build_sketch(weight: Tensor, rank: int, seed: int, tokens: Tensor | None = N
     rank, found = min(rank, rows, width), min(rank + _OVERSAMPLING, rows, width)
     inputs = None if tokens is None or not len(tokens) else _scaled(tokens.to(weight.device))
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(width, found, generator=generator, dtype=torch.float32).to(weight.device)
+    probe = torch.randn(width, found, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
     span = _orthonormal(weight @ _second_moment(inputs, probe))
     for _ in range(_POWER_ITERATIONS):
         span = _orthonormal(weight @ _second_moment(inputs, weight.t() @ span))
@@ -84,7 +84,9 @@ def summary_of(tokens: Tensor, count: int, seed: int) -> Tensor:
         return inputs
     count = min(count, inputs.shape[1])
     generator = torch.Generator().manual_seed(seed)
-    probe = torch.randn(inputs.shape[1], count, generator=generator, dtype=torch.float32).to(inputs.device)
+    probe = torch.randn(inputs.shape[1], count, generator=generator, dtype=torch.float32, device="cpu").to(
+        inputs.device
+    )
     span = _orthonormal(inputs.t() @ (inputs @ probe))
     span = _orthonormal(inputs.t() @ (inputs @ span))
     return torch.linalg.qr(inputs @ span).R @ span.t()

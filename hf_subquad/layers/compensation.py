@@ -103,7 +103,9 @@ def _leading_outputs(solution: Tensor, gram: Tensor) -> Tensor:
     """Orthonormal [o, r] of the output directions in which a map [f, o] of features predicts the most (reduced-rank
     regression, Izenman 1975), by a randomised range finder (Halko, Martinsson and Tropp 2011, algorithm 4.4)."""
     width = solution.shape[1]
-    found = torch.randn(width, min(_RANK, *solution.shape), generator=torch.Generator().manual_seed(0)).to(solution)
+    found = torch.randn(
+        width, min(_RANK, *solution.shape), generator=torch.Generator().manual_seed(0), device="cpu"
+    ).to(solution)
     for _ in range(_ITERATIONS):
         found = torch.linalg.qr(solution.t() @ (gram @ (solution @ found))).Q
     return found

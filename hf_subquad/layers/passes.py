@@ -30,7 +30,10 @@ class Passes:
 
     def replace(self, batch: BatchClasses) -> None:
         """The pass in progress sees other tokens than it was called with."""
-        self._running.setdefault(get_ident(), [])[-1:] = [batch]
+        running = self._running.setdefault(get_ident(), [])
+        if running and self._remembered and self._remembered[-1] is running[-1]:
+            self._remembered.pop()
+        running[-1:] = [batch]
         self._note(batch)
 
     def end(self) -> None:

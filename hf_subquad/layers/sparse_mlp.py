@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..errors import InactivePatchError, SubquadError
 from ..index.choose_neurons import ActivationIndex
@@ -22,6 +23,8 @@ from .budget import Budget, TokenClass
 from .compensation import Compensation
 from .runtime import Runtime
 from .token_classes import TokenClasses
+
+logger = logging.get_logger(__name__)
 
 _AUDITED_TILES = 4
 _FEW = 4  # times fewer tokens than a tile has
@@ -45,6 +48,7 @@ class SparseMLP:
         shares_input: all input projections are called on the same tensor.
         projections: the input projections and the output projection.
         opens: the input projection that the model calls first.
+        between: modules without parameters in the parent, such as its activation, which get compact activations.
         parent_forward: the parent's forward at the time of the patch.
     """
 
@@ -68,6 +72,8 @@ class SparseMLP:
     def __post_init__(self) -> None:
         self.projections: list[NeuronProjection] = [*self.inputs, self.output]
         self.opens = self.inputs[0]
+        leaves = (module for module in self.parent.modules() if not list(module.children()))
+        self.between = [leaf for leaf in leaves if not list(leaf.parameters())]
         self.parent_forward = current_forward(self.parent)
         k = self.runtime.config.active_neurons(self.index.neurons)
         self.set_budget(Budget(k, k))
@@ -208,7 +214,7 @@ class SparseMLP:
             return _Call(x, None)
         batch = self.runtime.passes.of(self.name, x)
         mode = self.runtime.mode_of(batch, self.name, training)
-        if mode == "dense":
+        if mode == "dense" or self._is_watched():
             return _Call(x, None)
         budget = self.budget if mode == "sparse" else Budget()
         if self.selection_override is not None:
@@ -225,6 +231,16 @@ class SparseMLP:
             self.calls += 1
         padded = classes if classes is not None and classes.padding else None
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient, padded)
+
+    def _is_watched(self) -> bool:
+        """Whether hooks on the modules between the projections would see compact activations."""
+        watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.between)
+        if watched:
+            logger.warning_once(
+                f"{self.name} runs dense, as forward hooks on its activation expect its input's shape: remove them to "
+                "make it sparse"
+            )
+        return watched
 
     def _part(self, x: Tensor, rows: Tensor | None, k: int | None, training: bool, token_class: TokenClass) -> Part:
         """A group of the tokens x [..., d], with the neurons selected for it. What an audit needs is kept."""

@@ -37,7 +37,7 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     """
     device, dtype = mlp.inputs[0].weight.device, _dtype(mlp)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].shape[1], generator=generator, dtype=torch.float32)
+    x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].shape[1], generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(device, dtype)
     selection = _half_of_the_neurons(mlp, x, generator)
     part = Part(None, _BATCH * _TOKENS, selection)
@@ -153,7 +153,9 @@ def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) 
     """A tile for each row of x, each with other neurons."""
     tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
     half = -(-mlp.index.neurons // 2)
-    chosen = [torch.randperm(mlp.index.neurons, generator=generator)[:half].sort().values for _ in range(_BATCH)]
+    chosen = [
+        torch.randperm(mlp.index.neurons, generator=generator, device="cpu")[:half].sort().values for _ in range(_BATCH)
+    ]
     return Selection(tiles, torch.stack(chosen).to(x.device))
 
 

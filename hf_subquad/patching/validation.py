@@ -107,7 +107,9 @@ def _computes_linear(module: nn.Module) -> bool:
     """Whether a subclass of Linear or Conv1D computes the same, on random input."""
     weight = module.get_parameter("weight")
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator, dtype=torch.float32).to(weight)
+    x = torch.randn(_TRIED_TOKENS, linear_sizes(module)[0], generator=generator, dtype=torch.float32, device="cpu").to(
+        weight
+    )
     bias: torch.Tensor | None = getattr(module, "bias", None)
     expected = F.linear(x, weight.t() if isinstance(module, Conv1D) else weight, bias)
     try:

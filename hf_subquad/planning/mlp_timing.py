@@ -44,7 +44,7 @@ def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTim
     """
     x = call.x.detach().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(call.tokens.shape, generator=generator).to(x)
+    noise = torch.randn(call.tokens.shape, generator=generator, device="cpu").to(x)
     gradient = (noise * call.energy.sqrt()[:, None].to(x)).view_as(x)
     ways: dict[Any, Callable[[], object]] = {
         "full": lambda: _full(mlp, x, gradient),

@@ -112,8 +112,10 @@ class SubquadCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         logs: dict[str, float] | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
+        if logs is None or "loss" not in logs:  # of an evaluation, say, perhaps after unpatch_model
+            return
         runtime = runtime_of(model)
-        if logs is None or "loss" not in logs or runtime.last_report is None:
+        if runtime.last_report is None:
             return
         figures = runtime.last_report.metrics()
         if runtime.plan is not None:

@@ -53,7 +53,8 @@ def own_loss(trainer: Trainer) -> str | None:
     """What a kind of Trainer replaces in computing the loss of a step; None if that is the model's own."""
     kind = type(trainer)
     for name in ("compute_loss", "training_step"):
-        if getattr(kind, name) is not getattr(Trainer, name) or name in vars(trainer):
+        # By where it is defined, as scripts also replace the method of Trainer itself.
+        if getattr(kind, name).__module__ != Trainer.__module__ or name in vars(trainer):
             return f"{kind.__name__} has a {name} of its own"
     return None
 

@@ -50,7 +50,7 @@ class LowRankUpdate(nn.Module):
         generator = torch.Generator().manual_seed(self.seed + self.restarts)
         zero, drawn = (self.U, self.V) if self.zero == "U" else (self.V, self.U)
         fan_in = self.V.shape[1] if self.zero == "U" else self.U.shape[0]
-        values = torch.rand(drawn.shape, generator=generator, dtype=torch.float32) * 2 - 1
+        values = torch.rand(drawn.shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
         drawn.copy_(values / math.sqrt(fan_in))
         zero.zero_()
 

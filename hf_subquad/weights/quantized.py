@@ -104,8 +104,8 @@ class QuantizedRows(StoredRows):
             return rows.contiguous() if self.contiguous else rows
         if neurons is None or neurons.device.type != "cpu":  # elsewhere, counting them would wait for the device
             return dequantized(self.weight, self.state, mine).to(self.dtype)
-        found = torch.zeros(self.shape, dtype=self.dtype)
-        used = torch.zeros(len(self), dtype=torch.bool).index_fill_(0, neurons.flatten(), True)
+        found = torch.zeros(self.shape, dtype=self.dtype, device="cpu")
+        used = torch.zeros(len(self), dtype=torch.bool, device="cpu").index_fill_(0, neurons.flatten(), True)
         chosen = used.nonzero().squeeze(1)
         if len(chosen):
             found.index_copy_(0, chosen, dequantized(self.weight, self.state, chosen + first).to(self.dtype))

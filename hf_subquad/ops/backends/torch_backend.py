@@ -132,7 +132,7 @@ def _scratch(role: str, like: Tensor, rows: int, columns: int) -> Tensor:
     memory: Tensor | None = getattr(_held, role, None)
     if memory is None or memory.dtype != like.dtype or len(memory) < rows * pitch:
         with torch.inference_mode(False):  # inference tensors could not be used in training later
-            memory = torch.empty(rows * pitch, dtype=like.dtype)
+            memory = torch.empty(rows * pitch, dtype=like.dtype, device=like.device)
         setattr(_held, role, memory)
     padded = memory[: rows * pitch].view(rows, pitch)
     padded[:, columns:] = 0
