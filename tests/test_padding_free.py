@@ -11,7 +11,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, sparse_mlps
-from hf_subquad.head.padding_free import without_padding
+from hf_subquad.head.padding_free import longest_row, without_padding
 from hf_subquad.head.patch_head import labelled_forward
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.budget import Budget
@@ -240,6 +240,11 @@ def test_windows_limit_the_row() -> None:
     for window, shape in ((sum(LENGTHS) - 1, (3, 11)), (sum(LENGTHS), (1, sum(LENGTHS)))):
         seen = assert_equal_steps(patched("mistral", Budget(), sliding_window=window), padded())
         assert seen[0] == shape
+
+
+def test_attention_dropout_leaves_the_batch_padded() -> None:
+    model = build("llama", attention_dropout=0.1)
+    assert longest_row(model) == 0 and longest_row(build("llama")) > 1000
 
 
 def test_evaluation_keeps_its_logits() -> None:

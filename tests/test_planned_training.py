@@ -12,7 +12,19 @@ import pytest
 import torch
 from helpers.models import NEURONS, opt, tokens
 from helpers.planning import STEP_MS, budgets_of, hand_plan, is_dense, set_times, text_batches, trained_head
-from helpers.training import ROWS, TRAIN, AtStart, StopAt, Texts, Watch, arguments, factors, losses, trainer
+from helpers.training import (
+    ROWS,
+    TRAIN,
+    AtStart,
+    StopAt,
+    Texts,
+    Watch,
+    arguments,
+    factors,
+    losses,
+    patched_opt,
+    trainer,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -25,6 +37,7 @@ from hf_subquad import (
     SidecarError,
     SubquadCallback,
     SubquadConfig,
+    apply_plan,
     compensate,
     load_sidecar,
     patch_model,
@@ -418,3 +431,17 @@ def test_best_model_at_end_keeps_the_plan(tmp_path: Path) -> None:
     trainer(model, tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
             **{**SAVING, "max_steps": 2}).train()  # fmt: skip
     assert [layer.predicted for layer in runtime_of(model).plan.layers] == budgets_of(model)
+
+
+def test_a_plan_with_other_neurons_gets_corrections_of_its_own(tmp_path: Path) -> None:
+    """On a model that was trained with another plan before."""
+    model = patched_opt()
+    trainer(model, tmp_path, max_steps=1).train()
+    before = [mlp.corrections for mlp in sparse_mlps(model)]
+    assert all(before)
+    plan = hand_plan(model, [(20, 20)] * len(before))
+    apply_plan(model, plan)
+    assert not any(mlp.corrections for mlp in sparse_mlps(model))
+    trainer(model, tmp_path, max_steps=1).train()
+    for mlp, old in zip(sparse_mlps(model), before, strict=True):
+        assert mlp.corrections and mlp.corrections is not old

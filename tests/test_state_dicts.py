@@ -157,3 +157,30 @@ def test_moments_restart_with_weights_from_elsewhere() -> None:
         sync_model(model, 1 + bool(state), optimizer)
         kept.append(update.U in optimizer.state)
     assert kept == [True, False]
+
+
+def test_a_state_that_was_overwritten_can_be_loaded() -> None:
+    """As torch.distributed.checkpoint reads a checkpoint: into a state dict of the model, which it then loads."""
+    model = trained("opt")
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    with dense_forward(model):
+        expected = model(tokens()).logits.detach()
+    with torch.no_grad():
+        for projection in sparse_mlps(model)[0].projections:
+            projection.update.U.add_(0.1)
+            projection.update.V.add_(0.1)
+    state = model.state_dict()
+    for name, value in state.items():
+        value.copy_(saved[name])
+    model.load_state_dict(state, strict=False)
+    with dense_forward(model):
+        torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_state_made_in_inference_mode() -> None:
+    model = trained("opt")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.inference_mode():
+        state = model.state_dict()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value)

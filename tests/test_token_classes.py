@@ -715,3 +715,53 @@ def test_decoders_of_vision_language_models_predict_the_next_token() -> None:
     model = transformers.LlavaForConditionalGeneration(config)
     labels = rows([-100, -100, -100, 6, 7, -100])
     assert found(model, input_ids=IDS[:1], labels=labels) == {"only": ["ccpp.."]}
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(26, 26)], ids=str)
+def test_a_batch_without_any_label(budget: Budget) -> None:
+    model, inputs = made("llama"), MODELS["llama"][1]
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(budget)
+    batch = inputs("right", rows=8)
+    model(**batch)  # in which it finds out what it can skip
+    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    model(**batch).logits.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_the_same_tokens_with_other_labels(reentrant: bool) -> None:
+    """A backward pass comes to the later of two forwards first."""
+    model, inputs = made("llama"), MODELS["llama"][1]
+    first = inputs("right", rows=8)
+    second = {**first, "labels": first["labels"].clone()}
+    second["labels"][:, 5:] = IGNORED
+    model(**first)
+    expected = gradients(model, first, second)
+    checkpoint_activations(model, reentrant)
+    assert_equal(gradients(model, first, second), expected)
+
+
+def test_passes_without_gradients_are_dense_under_reentrant_checkpointing() -> None:
+    model, inputs = made("llama"), MODELS["llama"][1]
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget(16, 0))
+    checkpoint_activations(model, True)
+    batch = inputs("right", rows=8)
+    model.train()
+    with torch.no_grad():
+        found = model(**batch).logits
+        with dense_forward(model):
+            assert torch.equal(found, model(**batch).logits)
+
+
+def test_sparse_evaluation_gives_logits_after_the_last_label() -> None:
+    model = build("llama", torch.float64)
+    expected = copy.deepcopy(model).eval()
+    patch_model(model, SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0, "sparse_eval": True}))
+    batch = {"input_ids": tokens(0, (3, 9)), "labels": tokens(0, (3, 9))}
+    batch["labels"][:, 4:] = -100
+    model.train()
+    model(**batch).loss.backward()  # it finds out that the rest may be skipped in training
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, expected(**batch).logits, rtol=1e-10, atol=1e-10)

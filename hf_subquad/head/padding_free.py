@@ -17,6 +17,8 @@ from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from .choose_head_method import few_tokens, same_loss, vocabulary_of
 from .head_on_labelled_rows import IGNORED
 
+_LONGEST = 4096  # tokens
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 _WORTHWHILE = 0.95  # real tokens among all
 _USED = ("input_ids", "attention_mask", "labels")
 _KEPT = ("num_items_in_batch", "return_dict")
@@ -56,11 +58,14 @@ def without_padding(inputs: dict[str, Any], longest: float = math.inf) -> dict[s
     return {**kept, **{name: values.unsqueeze(0) for name, values in flat.items()}, "use_cache": False}
 
 
-def longest_row(model: PreTrainedModel) -> float:
-    """Tokens that a row may have: with more, a sliding window would take PyTorch's attention over the whole row."""
+def longest_row(model: PreTrainedModel) -> int:
+    """Tokens that a row may have. Beyond a sliding window, or with dropout, PyTorch's attention would take over the
+    whole row, and the mask of a row grows with the square of its length."""
     config = model.config.get_text_config(decoder=True)
+    if any(getattr(config, name, None) for name in _DROPOUTS):
+        return 0
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((window for window in windows if isinstance(window, int)), default=math.inf)
+    return min([_LONGEST, *(window for window in windows if isinstance(window, int))])
 
 
 def shows_rows(model: PreTrainedModel) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .token_classes import BatchClasses
 
-_REMEMBERED = 64  # passes whose backward pass may be to come
+_REMEMBERED = 256  # passes whose backward pass may be to come
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Passes:
     def forget(self) -> None:
         """After an optimizer step: passes before it are not computed again, as their weights have changed."""
         self._remembered.clear()
+        self._running.pop(get_ident(), None)  # of a pass that was interrupted
         self._outside = BatchClasses({})
 
     def copy(self) -> "Passes":

@@ -72,11 +72,11 @@ class Runtime:
         if computed_again() and name in batch.modes:
             found: Mode = batch.modes[name]
             return found
-        mode = batch.modes[name] = self.mode(training)
+        mode = batch.modes[name] = self.mode(training, batch.may_repeat)
         return mode
 
-    def mode(self, training: bool) -> Mode:
-        """The mode of a forward pass that starts now.
+    def mode(self, training: bool, may_repeat: bool = True) -> Mode:
+        """The mode of a forward pass that starts now, and that gradient checkpointing `may_repeat`.
 
         Passes without gradients in training mode (rollouts, log-probabilities to compare with) count as evaluation.
         """
@@ -84,7 +84,9 @@ class Runtime:
             return "dense"
         if self.forward != "auto":
             return self.forward
-        if not training or not (torch.is_grad_enabled() or self.surroundings.recomputed_without_gradients()):
+        if not training or not (
+            torch.is_grad_enabled() or (may_repeat and self.surroundings.recomputed_without_gradients())
+        ):
             return "sparse" if self.config.sparse_eval else "dense"
         if self.exact_forward or self.dense_step:
             return "exact"
@@ -114,7 +116,8 @@ class Runtime:
         """Called at the start of each forward pass of the model, with its inputs by name."""
         if self._trying:
             return
-        batch = self._classify(model, inputs)
+        evaluates = self.forward == "auto" and not model.training  # then all logits may be read
+        batch = self._classify(model, inputs, whole_rows=evaluates)
         padded = any(of_stack.padding for of_stack in batch.stacks.values())
         sharded = self.sharded or is_fsdp(type(model))  # then other ranks would have to come along
         tries = not sharded and not _continues(inputs) and (model.training or self.forward in ("exact", "sparse"))
@@ -135,8 +138,8 @@ class Runtime:
         if not self._trying:
             self.passes.end()
 
-    def _classify(self, model: nn.Module, inputs: Mapping[str, Any]) -> BatchClasses:
-        return classify(model, inputs, whole_rows=self.whole_rows or _continues(inputs))
+    def _classify(self, model: nn.Module, inputs: Mapping[str, Any], whole_rows: bool = False) -> BatchClasses:
+        return classify(model, inputs, whole_rows=self.whole_rows or whole_rows or _continues(inputs))
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Test whether padding can be skipped in this model, if the batch has padding, and return whether it has."""

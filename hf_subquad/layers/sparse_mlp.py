@@ -295,7 +295,8 @@ def _groups(classes: TokenClasses | None, budget: Budget) -> list[tuple[TokenCla
     if classes is None:
         return [("predicted", None, budget.predicted)]
     if budget.predicted == budget.context:
-        return [("predicted", classes.real, budget.predicted)]
+        real = classes.real
+        return [("predicted", real, budget.predicted)] if real is None or len(real) else []
     by_class: dict[TokenClass, Tensor] = {"predicted": classes.predicted, "context": classes.context}
     return [(name, rows, budget.neurons(name)) for name, rows in by_class.items() if len(rows)]
 

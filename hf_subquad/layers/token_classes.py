@@ -72,12 +72,14 @@ class BatchClasses:
         labelled_padding: the loss is computed at padding, so that nothing is skipped.
         may_repeat: gradient checkpointing may compute the forward again.
         modes: how its MLPs ran, by name.
+        repeated: MLPs that gradient checkpointing has computed again.
     """
 
     stacks: Mapping[Stack, TokenClasses]
     labelled_padding: bool = False
     may_repeat: bool = False
     modes: dict[str, Any] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
     _seen: dict[str, deque[Tensor]] = field(default_factory=dict)
 
     def of(self, name: str, x: Tensor) -> TokenClasses | None:
@@ -90,7 +92,7 @@ class BatchClasses:
         """The classes of the tokens that the stack of an MLP sees."""
         if any(word in name for word in _OTHER_INPUTS):
             return None
-        stack: Stack = "decoder" if "decoder" in name.split(".") else "encoder"
+        stack: Stack = "decoder" if any(part.endswith("decoder") for part in name.split(".")) else "encoder"
         return self.stacks.get("only", self.stacks.get(stack))
 
     def note(self, mlp: str, x: Tensor) -> None:
@@ -107,7 +109,12 @@ class BatchClasses:
         if not seen:
             return batches[-1]
         differences = torch.stack([sample for _, sample in seen]).float() - _sample(x).float()
-        return seen[int(differences.abs().amax(1).argmin())][0]
+        distances = differences.abs().amax(1)
+        alike = [seen[i][0] for i in (distances == distances.min()).nonzero().flatten().tolist()] or [batches[-1]]
+        # Of passes with equal inputs, a backward pass comes to the latest one first.
+        found = next((batch for batch in alike if mlp not in batch.repeated), alike[0])
+        found.repeated.add(mlp)
+        return found
 
 
 def _sample(x: Tensor) -> Tensor:

@@ -93,8 +93,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     """
     check_plan(model, plan)
     runtime, mlps = patched_parts(model)
+    before = [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]
     for mlp, layer in zip(mlps, plan.layers, strict=True):
         mlp.set_budget(Budget(layer.predicted, layer.context, layer.gradient))
+    if before != [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]:
+        for mlp in mlps:
+            mlp.corrections = {}  # they stand in for other neurons
     runtime.plan = plan
 
 

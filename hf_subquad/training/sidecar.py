@@ -124,6 +124,8 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
                 if not _fits(name, projection, tensors, about["merged"]):
                     raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
     plan = _plan(path, model, about)
+    if plan is not None:
+        apply_plan(model, plan)  # which drops corrections
     for mlp in mlps:
         device = mlp.output.weight.device
         summary = tensors.get(f"{mlp.name}.summary")
@@ -145,8 +147,6 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             for token_class, names in _correction_names(mlp).items()
             if names[0] in tensors
         }
-    if plan is not None:
-        apply_plan(model, plan)
     runtime.synced_step = about["step"]
     runtime.folded = about.get("folded", any(about["restarts"].values()))
     return about["step"]

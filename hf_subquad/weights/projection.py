@@ -193,7 +193,7 @@ class NeuronProjection(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        with gathered([self]):
+        with gathered([self]), torch.inference_mode(False), torch.no_grad():  # writes to the copy are counted
             merged = self.merged_weight()
         if self._quant_state is not None:
             if "peft_config" not in vars(self.runtime.surroundings.model):  # then a checkpoint has only PEFT's adapters
@@ -221,6 +221,7 @@ class NeuronProjection(nn.Module):
             )
             return
         before = len(errors)
+        self._handed_out.notice_writes()  # of the state that may be loaded now
         super()._load_from_state_dict(state_dict, prefix, *args)
         if prefix + "weight" in state_dict and len(errors) == before:
             self._whole_weight_came()
