@@ -84,6 +84,8 @@ def tiny_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize("code", [*blocks("python")])
 def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if "fully_shard" in code:
+        if torch.__version__ < "2.7":
+            pytest.skip("in this version, fully_shard does not run on a CPU")
         dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         exec(code, tiny_names(tmp_path, monkeypatch))
