@@ -262,16 +262,18 @@ def test_memory_that_runs_out_in_the_middle_of_an_mlp(tmp_path: Path, monkeypatc
     model = patched_opt(active=None, tolerance=1e-5, fold_steps=3)
     plans: list[Any] = []
 
-    def run_out(_: nn.Module, inputs: Any) -> None:
+    def run_out(values: Tensor) -> Tensor:
         if model.training and len(plans) == 1 and run.state.global_step == 2:
             raise OUT_OF_MEMORY
+        return activate(values)
 
     class Started(Watch):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
                 plans.append(runtime_of(model).plan.to_dict())
 
-    model.model.decoder.layers[1].activation_fn.register_forward_pre_hook(run_out)
+    activation = model.model.decoder.layers[1].activation_fn
+    activate, activation.forward = activation.forward, run_out
     run = trainer(model, tmp_path, [Started(lambda *_, **__: None)], per_device_train_batch_size=4,
                   auto_find_batch_size=True)  # fmt: skip
     run.train()

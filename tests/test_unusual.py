@@ -1,12 +1,14 @@
 """Are MLPs that are written in unusual ways found, patched and right, and what is no wide MLP left alone?"""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers.models import CONFIG, build, fill_updates, opt, tokens
 from helpers.reference import mask_of, plain_output, selections_by_mlp
+from helpers.training import patched_opt, trainer
 from torch import Tensor, nn
 
 from hf_subquad import (
@@ -237,6 +239,15 @@ def test_hooks_between_the_projections_see_what_they_would_in_the_plain_model(ca
         one(tokens(), labels=tokens()).loss.backward()
     assert shapes[0] == shapes[1]
     assert "runs dense, as forward hooks" in caplog.text
+
+
+def test_training_with_such_hooks_goes_on(tmp_path: Path) -> None:
+    model = patched_opt()
+    for layer in model.model.decoder.layers:
+        layer.activation_fn.register_forward_hook(lambda module, args, output: print(output.mean(1).shape))
+    run = trainer(model, tmp_path, max_steps=7)
+    run.train()
+    assert run.state.global_step == 7 and not any(mlp.calls for mlp in sparse_mlps(model))
 
 
 def test_another_default_device() -> None:

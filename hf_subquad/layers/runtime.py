@@ -40,7 +40,7 @@ class Runtime:
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
         seen_calls: number of sparse forward passes of all MLPs at the last check for them.
-        idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did.
+        idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did or cannot.
         last_report: what the latest sync measured, for logs.
         plan: the plan that the budgets come from, if any; updated when they change.
         sharded: FSDP2 shards the weights.

@@ -236,6 +236,7 @@ class SparseMLP:
         """Whether hooks on the modules between the projections would see compact activations."""
         watched = any(module._forward_hooks or module._forward_pre_hooks for module in self.between)
         if watched:
+            self.runtime.idle_steps = None  # that no MLP runs sparse has a reason then
             logger.warning_once(
                 f"{self.name} runs dense, as forward hooks on its activation expect its input's shape: remove them to "
                 "make it sparse"
