@@ -238,8 +238,8 @@ class SparseMLP:
         if watched:
             self.runtime.idle_steps = None  # that no MLP runs sparse has a reason then
             logger.warning_once(
-                f"{self.name} runs dense, as forward hooks on its activation expect its input's shape: remove them to "
-                "make it sparse"
+                f"{type(self.parent).__name__} runs dense, as forward hooks on its activation expect its input's shape"
+                ": remove them to make it sparse"
             )
         return watched
 

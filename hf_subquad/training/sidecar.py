@@ -53,7 +53,7 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     for mlp in mlps:
         with mlp.index.gathered():
             if mlp.index.sketch_is_approximate:  # a resumed run builds it anew: go on from the same one
-                with suppress(WeightsError):
+                with suppress(WeightsError):  # a run that has diverged is saved as it is
                     mlp.index.build()
             for name, projection in named_projections([mlp]):
                 update = projection.update
