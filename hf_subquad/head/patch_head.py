@@ -1,6 +1,7 @@
 """Limits a model's head to the labelled positions, and undoes that."""
 
-from typing import TypeVar
+from types import MethodType
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -64,7 +65,7 @@ def unpatch_head(model: ModelT) -> ModelT:
         raise NotPatchedError(f"the head of {type(model).__name__} is not patched: call patch_head(model) first")
     forward.active = False  # if something wraps it by now, it hands calls through
     attributes, before = forward.model.__dict__, forward.replaced
-    if attributes.get("forward") is forward:
+    if _function(attributes.get("forward")) is forward:
         if before is None:
             del attributes["forward"]
         else:
@@ -72,12 +73,24 @@ def unpatch_head(model: ModelT) -> ModelT:
     return model
 
 
+def unpatch_automatic_head(model: nn.Module) -> None:
+    """`unpatch_head`, if `SubquadCallback` patched it, and not the user."""
+    forward = labelled_forward(model)
+    if forward is not None and forward.automatic:
+        unpatch_head(model)
+
+
 def labelled_forward(model: nn.Module) -> LabelledForward | None:
     """The forward that `patch_head` installed in a model, or None."""
     root = language_model(model)
     if root is None:
         return None
-    found = root.__dict__.get("forward")
+    found = _function(root.__dict__.get("forward"))
     while found is not None and not isinstance(found, LabelledForward):  # accelerate wraps it for mixed precision
-        found = getattr(found, "__wrapped__", None)
+        found = _function(getattr(found, "__wrapped__", None))
     return found if found is not None and found.active else None
+
+
+def _function(forward: Any) -> Any:
+    """The function of a method, as which accelerate leaves a forward whose mixed precision it undoes."""
+    return forward.__func__ if isinstance(forward, MethodType) else forward

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ..ops.attention import attend_by_sequence
+from ..ops.attention import MAY_SKIP, attend_by_sequence
 from .peft_and_checkpointing import language_model
 
 _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
@@ -53,7 +53,11 @@ def attend_by_sequences(model: nn.Module) -> bool:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type != "cpu":
         return False
-    return _rename(model, _STOCK, _OURS)
+    renamed = _rename(model, _STOCK, _OURS)
+    if renamed:
+        for module in model.modules():
+            setattr(module, MAY_SKIP, True)
+    return renamed
 
 
 def attends_by_sequences(model: nn.Module) -> bool:
@@ -64,6 +68,8 @@ def attends_by_sequences(model: nn.Module) -> bool:
 
 def attend_as_before(model: nn.Module) -> bool:
     """Undo `attend_by_sequences`; returns whether there was something to undo."""
+    for module in model.modules():
+        vars(module).pop(MAY_SKIP, None)
     return _rename(model, _OURS, _STOCK)
 
 

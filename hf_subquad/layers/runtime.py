@@ -39,12 +39,13 @@ class Runtime:
         folded: updates were folded into the base weights, so the original base model is no longer available.
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
-        seen_calls: number of sparse forward passes of all MLPs at the last check for them.
+        calls_before: number of sparse forward passes of all MLPs when training started.
         idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did or cannot.
         last_report: what the latest sync measured, for logs.
         plan: the plan that the budgets come from, if any; updated when they change.
         sharded: FSDP2 shards the weights.
         whole_rows: the loss is not the model's own, so it may depend on tokens after the last label of a row.
+        without_labels: in training the model is called without labels, so planning may not see classes by them either.
         padding: whether padding may be skipped.
         passes: the model's forward passes.
     """
@@ -57,12 +58,13 @@ class Runtime:
     folded: bool = False
     sync_seconds: float = 0.0
     synced_step: int | None = None
-    seen_calls: int = 0
+    calls_before: int = 0
     idle_steps: int | None = 0
     last_report: Any = field(default=None, repr=False)
     plan: Plan | None = None
     sharded: bool = False
     whole_rows: bool = False
+    without_labels: bool = False
     padding: Padding = field(default_factory=Padding)
     passes: Passes = field(default_factory=Passes, repr=False)
     _trying: bool = field(default=False, repr=False)
@@ -139,6 +141,8 @@ class Runtime:
             self.passes.end()
 
     def _classify(self, model: nn.Module, inputs: Mapping[str, Any], whole_rows: bool = False) -> BatchClasses:
+        if self.without_labels:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
         return classify(model, inputs, whole_rows=self.whole_rows or whole_rows or _continues(inputs))
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
+MAY_SKIP = "_subquad_skips_padding"  # set on modules with this attention: another model may have the same config
+
 _WORTHWHILE = 0.9  # of all scores: if more are needed, they are computed together
 
 
@@ -85,7 +87,8 @@ def attend_by_sequence(
         in its row, if all of a row is one sequence: queries may be of another text then (cross-attention).
     """
     found = None
-    if not (attention_mask is None or dropout or torch.compiler.is_compiling() or query.device.type != "cpu"):
+    here = query.device.type == "cpu" and not torch.compiler.is_compiling() and MAY_SKIP in vars(module)
+    if here and attention_mask is not None and not dropout:
         plain = query.shape[2] == key.shape[2] and all(kwargs.get(name) is None for name in _NOT_HERE)
         found = _worthwhile(attention_mask) if plain else None
     if found is None:

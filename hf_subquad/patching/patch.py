@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..config import SubquadConfig
 from ..errors import AlreadyPatchedError, PlanError
+from ..head.patch_head import unpatch_automatic_head
 from ..index.choose_neurons import ActivationIndex
 from ..layers.attention_patch import attend_as_before
 from ..layers.batch_hook import unwatch_batches, watch_batches
@@ -141,6 +142,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         _restore(mlp)
     unwatch_batches(model)
     attend_as_before(model)
+    unpatch_automatic_head(model)  # of a training that was broken off
     return model
 
 

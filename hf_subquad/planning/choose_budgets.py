@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..layers.budget import Budget, TokenClass
 from ..logs import get_logger
 from .allocation import Option, allocate, undominated
@@ -52,15 +54,19 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     def run(budgets: Sequence[Budget]) -> Fidelity:
         for one, budget in zip(measured, budgets, strict=True):
             one.run_with(replace(budget, gradient=1.0))
-        return reference.fidelity()
+        changed = next((i for i, budget in enumerate(budgets) if not _all_neurons(budget)), len(measured))
+        # Each layer after the first one that changes adds about as much.
+        return reference.fidelity().beyond(rounding, 1 - changed / len(measured))
 
     def spent(budgets: Sequence[Budget]) -> float:
         return limits.spent(run(budgets))
 
     share, noise = _gradient_share(measured, reference, limits.noise)
+    rounding = _rounding(measured, reference)
+    noticeable = max(_NOTICEABLE, limits.spent(rounding) / 2)
     options = [
         undominated([Option(budget, one.ms(budget), price * one.forward_cost(budget)) for budget in one.budgets(share)])
-        for one, price in zip(measured, _forward_prices(measured, spent), strict=True)
+        for one, price in zip(measured, _forward_prices(measured, spent, noticeable), strict=True)
     ]
     best = exact = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
     best_found, allowance = EXACT, 1.0
@@ -108,16 +114,25 @@ def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:
     Args:
         options: the undominated ones; their costs are shares of what may be lost.
     """
-    if not _all_neurons(chosen):
+    if not _all_neurons(chosen.budget):
         return ""
-    fewer = [option.cost for option in options if not _all_neurons(option)]
+    fewer = [option.cost for option in options if not _all_neurons(option.budget)]
     if not fewer:
         return NOT_FASTER
     return TOO_INEXACT if min(fewer) > 1 else otherwise
 
 
-def _all_neurons(option: Option) -> bool:
-    return option.budget.predicted is None and option.budget.context is None
+def _all_neurons(budget: Budget) -> bool:
+    return budget.predicted is None and budget.context is None
+
+
+def _rounding(measured: Sequence[MeasuredMLP], reference: DenseReference) -> Fidelity:
+    """What rounding adds to the effect of a change of the first MLP; in float32, nothing to speak of."""
+    if getattr(torch, measured[0].dtype).itemsize >= 4:
+        return EXACT
+    for one in measured:
+        one.run_with(Budget())
+    return reference.rounding(measured[0].mlp.output)
 
 
 def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, most: float) -> tuple[float, float]:
@@ -150,7 +165,9 @@ def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | N
     return low * (high / low) ** (math.log(_AIM / little) / math.log(much / little))
 
 
-def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float]) -> list[float]:
+def _forward_prices(
+    measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float], noticeable: float
+) -> list[float]:
     """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
     with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
     prices = [0.0] * len(measured)
@@ -161,7 +178,7 @@ def _forward_prices(measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[B
         for probe_of in _PROBES:
             probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
             total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
-            if total > 0 and (lost := spent(probe)) > _NOTICEABLE:
+            if total > 0 and (lost := spent(probe)) > noticeable:
                 price = lost / total
                 break
         for i in band:

@@ -61,6 +61,12 @@ class Predictions:
             raise CalibrationError("the model's predictions hold NaN or infinite values")
         return self._scale * max(divergence, 0.0)  # rounding can bring it below
 
+    def confidence(self, logits: Tensor) -> Tensor:
+        """Mean log-probability of the most likely classes, or mean value: a stand-in for the loss, where labels that
+        are not here have no part in it."""
+        scores = self._scores(self._classes_last(logits))
+        return scores.mean() if self._kind == "values" else scores.amax(-1).mean()
+
     def _classes_last(self, logits: Tensor) -> Tensor:
         return logits.movedim(1, -1) if self._channels_first else logits
 

@@ -32,7 +32,14 @@ class Fidelity:
     @property
     def lost(self) -> float:
         """Share of the squared gradient that points elsewhere, 1 - cosine^2."""
-        return max(0.0, 1 - self.cosine**2)
+        return max(0.0, 1 - max(0.0, self.cosine) ** 2)
+
+    def beyond(self, rounding: "Fidelity", share: float) -> "Fidelity":
+        """Without this share of the effects of rounding. Independent errors add as squares, and so do divergences."""
+        lost = max(0.0, self.lost - share * rounding.lost)
+        error = max(0.0, self.gradient_error**2 - share * rounding.gradient_error**2)
+        cosine = self.cosine if self.cosine <= 0 else math.sqrt(1 - lost)
+        return Fidelity(max(0.0, self.divergence - share * rounding.divergence), cosine, math.sqrt(error))
 
 
 class DenseReference:
@@ -40,7 +47,7 @@ class DenseReference:
 
     Args:
         batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
-            of the log-probability of the most likely class.
+            of the log-probability of the most likely class, at all tokens but padding.
 
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
@@ -51,11 +58,11 @@ class DenseReference:
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
-        logits, self._gradient = self.step()
+        self._predictions: Predictions | None = None
+        _, self._gradient = self.step()
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
-        self._predictions = None if logits is None else Predictions(model, batch, logits)
 
     def fidelity(self) -> Fidelity:
         """Fidelity of the model with its current budgets.
@@ -75,6 +82,20 @@ class DenseReference:
         cosine = sum(torch.sum(a.double() * b.double()).item() for a, b in pairs) / (norm * self._norm)
         return Fidelity(divergence, min(cosine, 1.0), error / self._norm)
 
+    def rounding(self, first: nn.Module) -> Fidelity:
+        """Fidelity of the model if the output of `first`, an output projection, is rounded otherwise: in bf16 and
+        float16, what any change adds to its own effect, as all that follows is rounded otherwise, too."""
+
+        def rounded_otherwise(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            last_place = torch.finfo(y.dtype).eps * (torch.rand_like(y, dtype=torch.float32) - 0.5)
+            return (y * (1 + last_place)).to(y.dtype)
+
+        handle = first.register_forward_hook(rounded_otherwise)
+        try:
+            return self.fidelity()
+        finally:
+            handle.remove()
+
     @torch.enable_grad()
     def step(self) -> tuple[Tensor | None, list[Tensor]]:
         """Logits, if there are any, and gradient of the model with its current budgets."""
@@ -91,9 +112,11 @@ class DenseReference:
             if not has_loss:
                 raise
             logits = None
+        if logits is not None and self._predictions is None:
+            self._predictions = Predictions(self._model, self._batch, logits.detach())
         target: Any = loss
-        if not has_loss and logits is not None:
-            target = logits.float().log_softmax(-1).amax(-1).mean() if logits.shape[-1] > 1 else logits.float().mean()
+        if not has_loss and self._predictions is not None and logits is not None:
+            target = self._predictions.confidence(logits)
         found = torch.autograd.grad(target.sum(), self._trained, allow_unused=True)
         return None if logits is None else logits.detach(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)

@@ -13,22 +13,19 @@ NOISE_PER_TOLERANCE = 50.0  # of the squared gradient: sampled rows change it in
 class Limits:
     """Attributes:
     divergence: at most, of the predictions, in nats per predicted token.
-    cosine: at least, of the gradient with all its rows.
+    lost: at most, the share of the squared gradient that points elsewhere, 1 - cosine^2, with all its rows.
     noise: at most, the expected squared error by sampled rows, as a share of the squared gradient.
     """
 
     divergence: float
-    cosine: float
+    lost: float
     noise: float
 
     @classmethod
     def of(cls, tolerance: float) -> "Limits":
-        return cls(
-            DIVERGENCE_PER_TOLERANCE * tolerance,
-            max(0.0, 1 - COSINE_PER_TOLERANCE * tolerance),
-            NOISE_PER_TOLERANCE * tolerance,
-        )
+        angle = min(1.0, COSINE_PER_TOLERANCE * tolerance)  # 1 - cosine
+        return cls(DIVERGENCE_PER_TOLERANCE * tolerance, angle * (2 - angle), NOISE_PER_TOLERANCE * tolerance)
 
     def spent(self, found: Fidelity) -> float:
         """Share of the limits that is used; above 1, a limit is exceeded."""
-        return max(found.divergence / self.divergence, found.lost / (1 - self.cosine**2))
+        return max(found.divergence / self.divergence, found.lost / self.lost)

@@ -9,14 +9,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..head.patch_head import unpatch_automatic_head
 from ..layers.patched_mlps import patched_parts, runtime_of
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..logs import get_logger
 from .caller_frames import calling_handler, current_trainer, resumed_from, run_folder
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
-from .sync_model import check_active, check_running, frozen_updates, raise_idle, sync_model, sync_parts, train_updates
-from .trainer_head import own_loss, start_labelled_head, stop_labelled_head
+from .sync_model import check_active, check_running, frozen_updates, sync_model, sync_parts, train_updates
+from .trainer_head import keeps_labels, own_loss, start_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2
 
@@ -54,6 +55,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         trainer = current_trainer()
         # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
         if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
+            runtime.without_labels = keeps_labels(trainer) is not None
             with preserve_mode_and_rng(model):
                 dataloader = trainer.get_train_dataloader() if trainer.train_dataset is not None else ()
             fit_on_training_data(model, dataloader, args.train_batch_size, args)
@@ -69,7 +71,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             resume(model, checkpoint, state.global_step, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
-        stop_labelled_head(model)  # of a training that was broken off
+        unpatch_automatic_head(model)  # of a training that was broken off
         self._move_first()
         runtime, mlps = patched_parts(model)
         runtime.exact_forward = compares_with_reference(args)
@@ -81,6 +83,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             )
         trainer = current_trainer()
         runtime.whole_rows = trainer is None or own_loss(trainer) is not None
+        runtime.without_labels = trainer is not None and keeps_labels(trainer) is not None
         start_labelled_head(model, trainer, runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
@@ -90,7 +93,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
             )
         elif not uses_fsdp2():
             fit_on_training_data(model, train_dataloader, rows, args)
-        runtime.idle_steps, runtime.seen_calls = 0, sum(mlp.calls for mlp in mlps)  # planning is no training step
+        runtime.idle_steps, runtime.calls_before = 0, sum(mlp.calls for mlp in mlps)
         if runtime.plan is not None and state.is_world_process_zero:
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
@@ -140,10 +143,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        stop_labelled_head(model)
-        runtime = runtime_of(model)
-        if runtime.idle_steps:
-            raise_idle(runtime.idle_steps)
+        unpatch_automatic_head(model)
         # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
         if not hasattr(model, "peft_config"):
             return

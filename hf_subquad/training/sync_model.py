@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -182,29 +182,18 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
 
 
 def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
-    """After a training step: check that sparse MLPs take part in training.
-
-    A single step may run none of them (LayerDrop, a skipped batch), but not the first several steps.
-
-    Raises:
-        InactivePatchError: they never ran.
-    """
-    calls = sum(mlp.calls for mlp in mlps)
-    if calls != runtime.seen_calls:
-        runtime.seen_calls, runtime.idle_steps = calls, None
+    """After a training step: warn if no MLP ran sparse in any of the first steps, as then nothing is saved."""
+    if runtime.idle_steps is None:
+        return
+    if sum(mlp.calls for mlp in mlps) > runtime.calls_before:
+        runtime.idle_steps = None
     elif runtime.mode(training=True) == "sparse" and not all(mlp.dense for mlp in mlps):
-        if runtime.idle_steps is None:
-            logger.warning_once("a training step ran no patched MLP (LayerDrop? a skipped batch?)")
-            return
         runtime.idle_steps += 1
-        if runtime.idle_steps >= _IDLE_STEPS:
-            raise_idle(runtime.idle_steps)
-
-
-def raise_idle(steps: int) -> NoReturn:
-    raise InactivePatchError(
-        f"{steps} training steps ran, but no patched MLP did: is the Trainer training the model that was patched?"
-    )
+        if runtime.idle_steps == _IDLE_STEPS:
+            logger.warning_once(
+                f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so nothing was saved: is the "
+                "Trainer training the model that was patched, in training mode, on inputs that reach the patched layers?"
+            )
 
 
 def train_updates(model: nn.Module) -> None:
@@ -230,10 +219,13 @@ def named_projections(mlps: Sequence[SparseMLP]) -> Iterator[tuple[str, NeuronPr
 
 def _restart_stale_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
     """Reset the optimizer's state, step counts included, for updates that a fold or other weights have restarted."""
+    inner: Any = optimizer
+    for name in ("optimizer", "optim"):  # inside accelerate's wrapper, and of ZeroRedundancyOptimizer this rank's part
+        inner = getattr(inner, name, inner)
     for _, projection in named_projections(mlps):
         if projection.moments_are_stale:
             for factor in projection.update.parameters():
-                optimizer.state.pop(factor, None)
+                inner.state.pop(factor, None)
             projection.moments_are_stale = False
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
 from ..errors import UnsupportedModuleError
-from ..head.patch_head import labelled_forward, patch_head, unpatch_head
+from ..head.patch_head import labelled_forward, patch_head
 from ..layers.batch_hook import BatchHook
 from ..layers.peft_and_checkpointing import language_model
 
@@ -42,13 +42,6 @@ def start_labelled_head(model: nn.Module, trainer: Trainer | None, megabytes: in
         logger.warning(text)
 
 
-def stop_labelled_head(model: nn.Module) -> None:
-    """Undo `start_labelled_head`; a head that the user patched stays patched."""
-    forward = labelled_forward(model)
-    if forward is not None and forward.automatic:
-        unpatch_head(model)
-
-
 def own_loss(trainer: Trainer) -> str | None:
     """What a kind of Trainer replaces in computing the loss of a step; None if that is the model's own."""
     kind = type(trainer)
@@ -59,17 +52,20 @@ def own_loss(trainer: Trainer) -> str | None:
     return None
 
 
+def keeps_labels(trainer: Trainer) -> str | None:
+    """Why a Trainer calls the model without labels, and computes the loss itself; None if it does not."""
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func is given"
+    return "label_smoothing_factor is set" if trainer.label_smoother is not None else None
+
+
 def reader_of_logits(trainer: Trainer | None) -> str | None:
     """What may read the logits of a training step, or replaces its forward pass; None if nothing does."""
     if trainer is None:
         return "the Trainer was not found"
-    if reason := own_loss(trainer):
+    if reason := own_loss(trainer) or keeps_labels(trainer):
         return reason
     args = trainer.args
-    if trainer.compute_loss_func is not None:
-        return "compute_loss_func is given"
-    if trainer.label_smoother is not None:
-        return "label_smoothing_factor is set"
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
         return "Liger's fused_linear_cross_entropy is on"
     if args.torch_compile or isinstance(trainer.model, torch._dynamo.OptimizedModule):
