@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from helpers.models import opt, tokens
 from helpers.training import Texts, factors, patched_opt, steps_through_accelerate
 from torch import nn
 
-from hf_subquad import check_active, dense_forward, load_sidecar, save_sidecar, sparse_mlps, sync_model
+from hf_subquad import (
+    check_active,
+    dense_forward,
+    load_sidecar,
+    patch_head,
+    save_sidecar,
+    sparse_mlps,
+    sync_model,
+    unpatch_head,
+)
+from hf_subquad.head.patch_head import labelled_forward
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +89,18 @@ def test_what_is_saved_is_plain(way: str, tmp_path: Path) -> None:
         plain = type(plain).from_pretrained(tmp_path)
     with dense_forward(model):
         torch.testing.assert_close(plain.eval()(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_forward_whose_mixed_precision_was_undone(precision: str) -> None:
+    """Accelerate makes a method of it."""
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    model = accelerator.unwrap_model(accelerator.prepare(patch_head(opt())), keep_fp32_wrapper=False)
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    assert isinstance(model.forward, MethodType) == (precision == "bf16")
+    assert labelled_forward(model) is not None and model.train()(**batch).logits is None
+    unpatch_head(model)
+    assert labelled_forward(model) is None and model(**batch).logits is not None
 
 
 def test_optimizer_that_knows_nothing_of_the_updates() -> None:

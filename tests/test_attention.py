@@ -4,7 +4,6 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +20,12 @@ from hf_subquad.ops.attention import attend_by_sequence, segments_of
 
 SIZE, HEADS, GROUPS, WIDTH = 9, 4, 2, 8
 EXACT = SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0, "layers_to_transform": "all"})
+
+
+def attention_module(groups: int = 1, skips: bool = True) -> nn.Module:
+    module = nn.Module()
+    vars(module).update({"num_key_value_groups": groups, **({attention.MAY_SKIP: True} if skips else {})})
+    return module
 
 
 def mask_of(sequences: list[list[int]], causal: bool) -> Tensor:
@@ -48,7 +53,7 @@ def test_outputs_and_gradients_equal_pytorchs(sequences: list[list[int]], causal
         for heads in (HEADS, GROUPS, GROUPS)
     )
     upstream = torch.randn(3, SIZE, HEADS, WIDTH, generator=generator, dtype=torch.float64) * real[..., None, None]
-    module: Any = SimpleNamespace(num_key_value_groups=HEADS // GROUPS)
+    module = attention_module(HEADS // GROUPS)
     ours, nothing = attend_by_sequence(module, q, k, v, mask, scaling=scaling)
     stock, _ = sdpa_attention_forward(module, q, k, v, mask | ~real[:, None, :, None], scaling=scaling)
     assert nothing is None and ours.shape == stock.shape and ours.is_contiguous()
@@ -67,7 +72,7 @@ def test_queries_of_another_text_get_their_outputs_too(lengths: list[int], expan
     mask = keys.expand(-1, -1, SIZE, -1) if expanded else keys
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(3, HEADS, SIZE, WIDTH, generator=generator, dtype=torch.float64) for _ in range(3))
-    module: Any = SimpleNamespace(num_key_value_groups=1)
+    module = attention_module()
     eps = 64 * SIZE * torch.finfo(torch.float64).eps
     ours, stock = attend_by_sequence(module, q, k, v, mask)[0], sdpa_attention_forward(module, q, k, v, mask)[0]
     torch.testing.assert_close(ours, stock, rtol=eps, atol=eps)
@@ -76,9 +81,9 @@ def test_queries_of_another_text_get_their_outputs_too(lengths: list[int], expan
 def test_a_mask_may_be_filled_again() -> None:
     mask, other = mask_of(RIGHT, causal=True).clone(), mask_of(PACKED, causal=True)
     q = torch.randn(3, HEADS, SIZE, WIDTH, dtype=torch.float64)
-    attend_by_sequence(nn.Module(), q, q, q, mask)
+    attend_by_sequence(attention_module(), q, q, q, mask)
     mask.copy_(other)
-    ours, fresh = (attend_by_sequence(nn.Module(), q, q, q, each)[0] for each in (mask, other))
+    ours, fresh = (attend_by_sequence(attention_module(), q, q, q, each)[0] for each in (mask, other))
     assert torch.equal(ours, fresh)
 
 
@@ -124,11 +129,12 @@ def test_what_saves_little_or_changes_scores_is_left_to_pytorch(monkeypatch: pyt
     for mask, given in (
         (None, {}), (full, {}), (padded, {"dropout": 0.1}), (padded, {"position_bias": torch.zeros(1)}),
     ):  # fmt: skip
-        attend_by_sequence(nn.Module(), q, q, q, mask, **given)
-    attend_by_sequence(nn.Module(), q[:, :, -1:], q, q, padded[:, :, -1:])
-    assert len(stock) == 5
-    attend_by_sequence(nn.Module(), q, q, q, padded, position_bias=None)
-    assert len(stock) == 5
+        attend_by_sequence(attention_module(), q, q, q, mask, **given)
+    attend_by_sequence(attention_module(), q[:, :, -1:], q, q, padded[:, :, -1:])
+    attend_by_sequence(attention_module(skips=False), q, q, q, padded)
+    assert len(stock) == 6
+    attend_by_sequence(attention_module(), q, q, q, padded, position_bias=None)
+    assert len(stock) == 6
 
 
 def padded_batch(side: str) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Do two processes train as one would, agree on all they must, and refuse what cannot work?"""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from accelerate.utils import DistributedType
 from distributed_worker import work
 from helpers.distributed import SCENARIOS, found, loads_as_the_trainer_asks, run_scenario
 from helpers.models import assert_same as assert_unchanged
-from helpers.models import opt, snapshot
+from helpers.models import fill_updates, opt, snapshot, tokens
 from helpers.processes import assert_same, two_forks
-from helpers.training import TRAIN, Texts, arguments, patched_opt
+from helpers.training import TRAIN, Texts, arguments, factors, patched_opt
 from packaging.version import Version
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from hf_subquad import ParallelismError, SubquadCallback, UnsupportedModuleError, patch_model, sparse_mlps
+from hf_subquad import ParallelismError, SubquadCallback, UnsupportedModuleError, patch_model, sparse_mlps, sync_model
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,38 @@ def test_data_parallel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         replicate = sys.modules["torch.nn.parallel.replicate"]
         monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda values, *_, **__: [list(values)])
         replicate.replicate(model, [torch.device("cuda", 0)])
+
+
+@pytest.fixture
+def lone_process() -> Iterator[None]:
+    """A process group of one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_state_through_pytorchs_distributed_checkpoint(lone_process: None, wrapped: bool) -> None:
+    """What it gets is plain, and setting it restores the updates that it was made with."""
+    model = patched_opt()
+    fill_updates(model)
+    whole = DistributedDataParallel(model) if wrapped else model
+    state, before = get_model_state_dict(whole), factors(model)
+    assert set(state) == set(opt().state_dict())
+    state = {name: value.clone() for name, value in state.items()}
+    fill_updates(model, seed=7)
+    assert not set_model_state_dict(whole, state).missing_keys
+    assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
+def test_a_fold_resets_moments_in_a_sharded_optimizer(lone_process: None) -> None:
+    model = patched_opt(fold_steps=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)
+    updates = [p for name, p in model.named_parameters() if ".update." in name]
+    sync_model(model, 0)
+    for step in (1, 2):
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        sync_model(model, step, optimizer)
+        assert all((factor in optimizer.optim.state) == (step == 1) for factor in updates)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import CONFIG, fill_updates, opt, trained
+from helpers.models import CONFIG, build, fill_updates, opt, tokens, trained
 from helpers.planning import text_batches
 from torch import Tensor, nn
 
@@ -80,6 +80,41 @@ def test_context_of_the_last_layer_needs_no_mlp() -> None:
     assert found.divergence < 1e-6 and found.cosine == pytest.approx(1, abs=1e-6) and found.gradient_error < 1e-4
     before = measured(model_with(Budget(None, 0), Budget()), BATCH)
     assert before.cosine < 0.9999 and before.gradient_error > 1e-3
+
+
+def test_without_labels_padding_has_no_part_in_the_gradient() -> None:
+    """Of the stand-in for the loss: with more padding it is the same."""
+    model = trained("opt", size=0.1).eval()
+    ids = tokens(0, (3, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {name: nn.functional.pad(value, (0, 4)) for name, value in batch.items()}
+    with dense_forward(model):
+        (_, found), (_, expected) = DenseReference(model, padded).step(), DenseReference(model, batch).step()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_in_its_last_place(dtype: torch.dtype) -> None:
+    """Its effect is of the size of the dtype's rounding, and that of later layers is less."""
+    model = patch_model(build("opt", dtype), CONFIG).eval()
+    with dense_forward(model):
+        reference = DenseReference(model, BATCH)
+        first, last = (reference.rounding(mlp.output) for mlp in (sparse_mlps(model)[0], sparse_mlps(model)[-1]))
+        assert reference.fidelity() == Fidelity(0.0, pytest.approx(1, abs=1e-9), 0.0)  # the hook is gone
+    eps = torch.finfo(dtype).eps
+    assert eps / 100 < last.gradient_error and first.gradient_error < 100 * eps
+
+
+def test_what_is_beyond_rounding() -> None:
+    found, rounding = Fidelity(0.5, 0.6, 0.8), Fidelity(0.2, 0.8, 0.6)  # of which 0.64 and 0.36 are lost
+    assert found.beyond(rounding, 0) == found
+    assert found.beyond(rounding, 0.5) == Fidelity(
+        pytest.approx(0.4), pytest.approx((1 - 0.64 + 0.18) ** 0.5), pytest.approx((0.64 - 0.18) ** 0.5)
+    )
+    assert rounding.beyond(found, 1) == Fidelity(0.0, 1.0, 0.0)
+    opposite = Fidelity(0.5, -0.9, 2.0)
+    assert opposite.lost == 1 and opposite.beyond(rounding, 1).cosine == -0.9
 
 
 class Head(nn.Module):

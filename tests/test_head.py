@@ -33,6 +33,7 @@ from hf_subquad import (
     patch_head,
     patch_model,
     unpatch_head,
+    unpatch_model,
 )
 from hf_subquad.head import chunked_loss, head_on_labelled_rows
 from hf_subquad.head.patch_head import labelled_forward
@@ -682,6 +683,22 @@ def test_what_the_user_patched_stays(tmp_path: Path) -> None:
     model = patch_head(subquad(), 5)
     run(model, tmp_path)
     assert labelled_forward(model).megabytes == 5
+
+
+class Interrupted(transformers.TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_unpatching_after_a_training_that_was_interrupted(tmp_path: Path) -> None:
+    model = subquad()
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=Answers(),
+                      callbacks=[SubquadCallback(), Interrupted()])  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert model.train()(**labelled_batch()).logits is None
+    unpatch_model(model)
+    assert model(**labelled_batch()).logits is not None and labelled_forward(model) is None
 
 
 def test_trainer_without_sparse_mlps(tmp_path: Path, four_rows: None) -> None:

@@ -52,8 +52,9 @@ from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.layers.token_classes import TokenClasses
 from hf_subquad.planning import mlp_timing
+from hf_subquad.planning.choose_budgets import EXACT
 from hf_subquad.planning.class_measurements import MLPCall, neuron_counts
-from hf_subquad.planning.fidelity import DenseReference
+from hf_subquad.planning.fidelity import DenseReference, Fidelity
 from hf_subquad.planning.make_plan import plan_and_fit
 from hf_subquad.planning.measured_mlp import measure_mlps
 
@@ -171,6 +172,21 @@ def test_no_more_rounds_than_can_gain_something(
 )
 def test_the_plan_says_why_all_neurons_are_computed(tolerance: float, why: set[str]) -> None:
     assert {layer.why_all for layer in calibrate(llama(), TEXTS, PLANNED, tolerance).layers} == why
+
+
+def test_a_tolerance_below_rounding_gives_the_exact_plan() -> None:
+    assert all(map(is_dense, calibrate(opt(), TEXTS, PLANNED, tolerance=1e-30).layers))
+
+
+@pytest.mark.parametrize("judged", ["beyond rounding", "with it"])
+def test_in_low_precision_rounding_is_not_held_against_budgets(judged: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here rounding alone is as large as the tolerance allows, and budgets change ten times less than it."""
+    rounding = Fidelity(0.01, 0.99, 0.1)
+    monkeypatch.setattr(DenseReference, "rounding", lambda *_: rounding if judged == "beyond rounding" else EXACT)
+    monkeypatch.setattr(DenseReference, "fidelity", lambda _: Fidelity(0.011, 0.989, 0.105))
+    plan = calibrate(build("opt", torch.bfloat16), TEXTS, PLANNED, tolerance=0.001)
+    assert all(map(is_dense, plan.layers)) == (judged == "with it")
+    assert plan.loss_increase == pytest.approx(0.001 if judged == "beyond rounding" else 0.0)
 
 
 def test_what_is_promised_is_what_the_fitted_model_does() -> None:

@@ -21,6 +21,7 @@ from helpers.training import (
     Watch,
     arguments,
     factors,
+    listening,
     losses,
     patched_opt,
     trainer,
@@ -32,7 +33,6 @@ from transformers.utils import logging
 
 from hf_subquad import (
     CalibrationError,
-    InactivePatchError,
     Plan,
     SidecarError,
     SubquadCallback,
@@ -307,7 +307,7 @@ def test_the_warning_says_what_runs(tmp_path: Path, warnings: pytest.LogCaptureF
     assert "MLPs keep the budgets that they were given" in warnings.text
 
 
-def test_a_bypass_is_found_after_planning_too(tmp_path: Path) -> None:
+def test_a_bypass_is_found_after_planning_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What calibration ran sparse does not count as a training step."""
     model, other = to_plan(), opt()
     forward = model.forward
@@ -316,9 +316,23 @@ def test_a_bypass_is_found_after_planning_too(tmp_path: Path) -> None:
         return (forward if not model.training else other)(input_ids=input_ids, labels=labels)
 
     model.forward = bypassed_in_training
-    run = trainer(model, tmp_path, max_steps=1)
-    with pytest.raises(InactivePatchError, match="no patched MLP did"):
+    said = listening(monkeypatch, "training.sync_model")
+    trainer(model, tmp_path, max_steps=6).train()
+    assert len(said) == 1 and "no patched MLP ran sparse" in said[0]
+
+
+def test_a_trainer_that_keeps_labels_plans_without_them(tmp_path: Path) -> None:
+    """It calls the model without labels, which then treats all tokens as predicted."""
+    shares = []
+    for smoothing in (0.0, 0.1):
+        model = to_plan()
+        data = [{**row, "labels": torch.where(torch.arange(len(row["labels"])) < 3, -100, row["labels"])} for row in
+                map(Texts().__getitem__, range(8))]  # fmt: skip
+        run = Trainer(model=model, args=arguments(tmp_path, max_steps=1, label_smoothing_factor=smoothing),
+                      train_dataset=data, callbacks=[SubquadCallback()])  # fmt: skip
         run.train()
+        shares.append(runtime_of(model).plan.context_share)
+    assert shares[0] > 0.2 and shares[1] == 0
 
 
 # During training

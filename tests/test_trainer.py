@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import opt, tokens
-from helpers.training import TRAIN, Texts, Watch, arguments, factors, losses, patched_opt, trainer
+from helpers.training import TRAIN, Texts, Watch, arguments, factors, listening, losses, patched_opt, trainer
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer
@@ -317,23 +317,15 @@ def test_optimizer_made_before_the_patch_is_an_error(tmp_path: Path) -> None:
     assert run.state.global_step == 0
 
 
-def test_patch_that_is_bypassed_in_training_is_an_error(tmp_path: Path) -> None:
-    """Nothing was rebound, yet no patched MLP ran: found after the first steps."""
+def test_a_patch_that_is_bypassed_in_training_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was rebound, yet no patched MLP runs. Calls of an earlier run do not count."""
+    said = listening(monkeypatch, "training.sync_model")
     model = patched_opt()
+    trainer(model, tmp_path, max_steps=6).train()
+    assert not said
     bypass(model)
-    run = trainer(model, tmp_path)
-    with pytest.raises(InactivePatchError, match="no patched MLP did"):
-        run.train()
-    assert run.state.global_step <= 5
-
-
-def test_second_training_is_checked_as_the_first(tmp_path: Path) -> None:
-    """Calls of an earlier run do not count."""
-    model = patched_opt()
-    trainer(model, tmp_path, max_steps=1).train()
-    bypass(model)
-    with pytest.raises(InactivePatchError):
-        trainer(model, tmp_path, max_steps=2).train()
+    trainer(model, tmp_path, max_steps=6).train()
+    assert len(said) == 1 and "no patched MLP ran sparse" in said[0]
 
 
 # PEFT beside the patch

@@ -191,8 +191,8 @@ def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
         runtime.idle_steps += 1
         if runtime.idle_steps == _IDLE_STEPS:
             logger.warning_once(
-                f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so nothing was saved: is the "
-                "Trainer training the model that was patched, in training mode, on inputs that reach the patched layers?"
+                f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so they saved nothing: does the "
+                "Trainer train the model that was patched, in training mode, on inputs that reach the patched layers?"
             )
 
 
