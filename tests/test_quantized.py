@@ -32,6 +32,7 @@ from hf_subquad import (
     unpatch_model,
 )
 from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.weights.quantized import dequantized, is_4bit, quant_state
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -98,6 +99,18 @@ def train_a_little(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_our_own_evaluations_leave_weights_as_they_are() -> None:
+    """In evaluation mode, on some CPUs, bitsandbytes would pack them for good."""
+    model = in_4bit(plain("llama"))
+    before = [module.weight.clone() for module in model.modules() if is_4bit(module)]
+    with preserve_mode_and_rng(model):
+        assert not model.training and all(module.training == is_4bit(module) for module in model.modules())
+        model(**labelled_batch())
+    layers = [module for module in model.modules() if is_4bit(module)]
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
 
 
 def labelled_batch() -> dict[str, Tensor]:

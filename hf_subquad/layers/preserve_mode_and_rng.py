@@ -8,12 +8,18 @@ import numpy
 import torch
 from torch import nn
 
+from ..weights.quantized import is_4bit
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; on exit, modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        # In evaluation on some CPUs (AVX512_BF16), bitsandbytes rounds scales and packs the weight for good, and then
+        # gives no gradients in training either.
+        module.training = is_4bit(module)
     try:
         yield
     finally:
