@@ -1,14 +1,16 @@
 """Does the custom loop work through accelerate: prepared, saved, loaded again and unwrapped?"""
 
+import copy
+import inspect
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from helpers.models import opt, tokens
+from helpers.models import VOCABULARY, opt, tokens
 from helpers.training import Texts, factors, patched_opt, steps_through_accelerate
 from torch import nn
 
@@ -91,16 +93,31 @@ def test_what_is_saved_is_plain(way: str, tmp_path: Path) -> None:
         torch.testing.assert_close(plain.eval()(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_a_forward_whose_mixed_precision_was_undone(precision: str) -> None:
-    """Accelerate makes a method of it."""
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    model = accelerator.unwrap_model(accelerator.prepare(patch_head(opt())), keep_fp32_wrapper=False)
+@pytest.mark.parametrize("undone", [None, False, True])
+def test_a_patched_head_in_mixed_precision(undone: bool | None) -> None:
+    """Accelerate wraps its forward, and makes a method of it where the wrapping is undone. A copy is a model by itself,
+    and the head can be restored and patched again, before and after that."""
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    model = accelerator.prepare(patch_head(opt()))
+    if undone is not None:
+        model = accelerator.unwrap_model(model, keep_fp32_wrapper=not undone)
+    if undone:
+        assert list(inspect.signature(model.forward).parameters) == list(inspect.signature(opt().forward).parameters)
     batch = {"input_ids": tokens(), "labels": tokens()}
-    assert isinstance(model.forward, MethodType) == (precision == "bf16")
-    assert labelled_forward(model) is not None and model.train()(**batch).logits is None
-    unpatch_head(model)
-    assert labelled_forward(model) is None and model(**batch).logits is not None
+    for again in (False, True):
+        assert labelled_forward(model) is not None
+        found = model.train()(tokens(), labels=tokens())
+        assert found.logits is None
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert other(**batch).logits is None and other(**batch).loss.item() == pytest.approx(math.log(VOCABULARY), 1e-3)
+        torch.testing.assert_close(model(**batch).loss, found.loss)
+        unpatch_head(model)
+        assert labelled_forward(model) is None and model(**batch).logits is not None
+        if not again:
+            patch_head(model)
 
 
 def test_optimizer_that_knows_nothing_of_the_updates() -> None:

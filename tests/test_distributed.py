@@ -1,5 +1,6 @@
 """Do two processes train as one would, agree on all they must, and refuse what cannot work?"""
 
+import copy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,12 @@ from helpers.models import fill_updates, opt, snapshot, tokens
 from helpers.processes import assert_same, two_forks
 from helpers.training import TRAIN, Texts, arguments, factors, patched_opt
 from packaging.version import Version
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
@@ -147,22 +153,31 @@ def lone_process() -> Iterator[None]:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_state_through_pytorchs_distributed_checkpoint(lone_process: None, wrapped: bool) -> None:
-    """What it gets is plain, and setting it restores the updates that it was made with."""
+    """What it gets is plain; setting it restores the updates that it was made with, and the optimizer's moments."""
     model = patched_opt()
     fill_updates(model)
     whole = DistributedDataParallel(model) if wrapped else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     state, before = get_model_state_dict(whole), factors(model)
     assert set(state) == set(opt().state_dict())
     state = {name: value.clone() for name, value in state.items()}
     fill_updates(model, seed=7)
-    assert not set_model_state_dict(whole, state).missing_keys
+    assert not set_model_state_dict(model, state).missing_keys
     assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
+    model(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    moments = [state["exp_avg"].clone() for state in optimizer.state.values()]
+    saved = copy.deepcopy(get_optimizer_state_dict(whole, optimizer))
+    optimizer.step()
+    set_optimizer_state_dict(whole, optimizer, saved)
+    assert all(map(torch.equal, moments, (state["exp_avg"] for state in optimizer.state.values())))
 
 
 def test_a_fold_resets_moments_in_a_sharded_optimizer(lone_process: None) -> None:
     model = patched_opt(fold_steps=2)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)
+    optimizer.optimizer = "AdamW"  # as some wrappers name theirs
     updates = [p for name, p in model.named_parameters() if ".update." in name]
     sync_model(model, 0)
     for step in (1, 2):

@@ -36,7 +36,7 @@ class Skipping(Trainer):
 
 @pytest.mark.parametrize("skipped", [(0,), (3,), (0, 1, 2, 3), (2, 3, 4, 5)], ids=str)
 def test_skipped_batches(skipped: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = listening(monkeypatch, "training.sync_model")
+    said = listening(monkeypatch, "training.sync_model", "warning")
     model = patched_opt(refresh_steps=2)
     run = Skipping(model=model, args=arguments(tmp_path, max_steps=6), train_dataset=Texts(),
                    callbacks=[SubquadCallback()])  # fmt: skip
@@ -58,7 +58,7 @@ class Evaluating(Trainer):
 @pytest.mark.parametrize(("kind", "steps"), [(Skipping, 4), (Skipping, 6), (Evaluating, 7)])
 def test_no_patched_mlp_ever(kind: type[Trainer], steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is saved then, but nothing is wrong either."""
-    said = listening(monkeypatch, "training.sync_model")
+    said = listening(monkeypatch, "training.sync_model", "warning")
     run = kind(model=patched_opt(), args=arguments(tmp_path, max_steps=steps), train_dataset=Texts(),
                callbacks=[SubquadCallback()])  # fmt: skip
     run.skipped = tuple(range(steps))
@@ -68,7 +68,7 @@ def test_no_patched_mlp_ever(kind: type[Trainer], steps: int, tmp_path: Path, mo
 
 
 def test_hooks_that_make_mlps_dense_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = listening(monkeypatch, "training.sync_model")
+    said = listening(monkeypatch, "training.sync_model", "warning")
     model = patched_opt()
     for mlp in sparse_mlps(model):
         for module in mlp.between:

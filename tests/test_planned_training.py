@@ -316,7 +316,7 @@ def test_a_bypass_is_found_after_planning_too(tmp_path: Path, monkeypatch: pytes
         return (forward if not model.training else other)(input_ids=input_ids, labels=labels)
 
     model.forward = bypassed_in_training
-    said = listening(monkeypatch, "training.sync_model")
+    said = listening(monkeypatch, "training.sync_model", "warning")
     trainer(model, tmp_path, max_steps=6).train()
     assert len(said) == 1 and "no patched MLP ran sparse" in said[0]
 

@@ -1,6 +1,7 @@
 """Replaces a model's forward in training: logits at the labelled positions only, and no padding."""
 
 import inspect
+from functools import lru_cache
 from types import MethodType
 from typing import Any
 
@@ -16,8 +17,13 @@ from .padding_free import announce, keeps_sequences_apart, longest_row, shows_ro
 logger = logging.get_logger(__name__)
 
 
+ATTRIBUTE = "_labelled_forward"  # of the model
+
+
 class LabelledForward:
     """Replaces `model.forward` on this model instance only; survives `deepcopy` and `pickle`.
+
+    It is also an attribute of the model, where what wraps the forward finds that of a copy of the model.
 
     Attributes:
         model: the model whose forward it is.
@@ -45,12 +51,15 @@ class LabelledForward:
         return type(self.model).forward(self.model, *args, **kwargs)
 
     @property
+    def __func__(self) -> Any:
+        """By which accelerate knows a method: it wraps this function, and binds it to the model again."""
+        return _as_function(type(self.model))
+
+    @property
     def __signature__(self) -> inspect.Signature:  # by which the Trainer chooses columns of the data
         return inspect.signature(self.replaced or MethodType(type(self.model).forward, self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.model:  # accelerate makes a method of it when it undoes its mixed precision
-            args = args[1:]
         if torch.compiler.is_compiling() or not self.active or not self.model.training or not torch.is_grad_enabled():
             return self.stock(*args, **kwargs)
         try:
@@ -91,3 +100,14 @@ class LabelledForward:
             self._found_for, self.method = now, None
             self.method = choose_method(self.model, self.stock)
         return self.method
+
+
+@lru_cache(maxsize=64)
+def _as_function(kind: type[PreTrainedModel]) -> Any:
+    """A forward of models of this class that calls their `LabelledForward`."""
+
+    def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return vars(model)[ATTRIBUTE](*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
+    return forward

@@ -1,14 +1,13 @@
 """Limits a model's head to the labelled positions, and undoes that."""
 
-from types import MethodType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
 from ..errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError
 from ..layers.peft_and_checkpointing import language_model
 from .head_on_labelled_rows import NotHereError
-from .labelled_forward import LabelledForward
+from .labelled_forward import ATTRIBUTE, LabelledForward
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -44,13 +43,18 @@ def patch_head(model: ModelT, megabytes: int = 256) -> ModelT:
     if root is None:
         raise UnsupportedModuleError(f"{type(model).__name__} contains no transformers model")
     forward = LabelledForward(root, megabytes)
+    wrapped = vars(root).get(ATTRIBUTE)  # an earlier one, by something that calls whichever is there
+    if wrapped is not None:
+        forward.replaced = wrapped.replaced
     try:
         forward.choose_method()
     except NotHereError as reason:
         raise UnsupportedModuleError(
             f"the head of {type(root).__name__} cannot be limited to labelled positions: {reason}"
         ) from reason
-    root.forward = forward
+    setattr(root, ATTRIBUTE, forward)
+    if wrapped is None:
+        root.forward = forward
     return model
 
 
@@ -64,11 +68,11 @@ def unpatch_head(model: ModelT) -> ModelT:
     if forward is None:
         raise NotPatchedError(f"the head of {type(model).__name__} is not patched: call patch_head(model) first")
     forward.active = False  # if something wraps it by now, it hands calls through
-    attributes, before = forward.model.__dict__, forward.replaced
-    if _function(attributes.get("forward")) is forward:
-        if before is None:
-            del attributes["forward"]
-        else:
+    attributes, before = vars(forward.model), forward.replaced
+    current = attributes.get("forward")
+    if current is forward or getattr(current, "__func__", None) is forward.__func__:
+        del attributes[ATTRIBUTE], attributes["forward"]
+        if before is not None:
             attributes["forward"] = before
     return model
 
@@ -85,12 +89,5 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
     root = language_model(model)
     if root is None:
         return None
-    found = _function(root.__dict__.get("forward"))
-    while found is not None and not isinstance(found, LabelledForward):  # accelerate wraps it for mixed precision
-        found = _function(getattr(found, "__wrapped__", None))
+    found = vars(root).get(ATTRIBUTE)
     return found if found is not None and found.active else None
-
-
-def _function(forward: Any) -> Any:
-    """The function of a method, as which accelerate leaves a forward whose mixed precision it undoes."""
-    return forward.__func__ if isinstance(forward, MethodType) else forward

@@ -53,17 +53,22 @@ def attend_by_sequences(model: nn.Module) -> bool:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type != "cpu":
         return False
-    renamed = _rename(model, _STOCK, _OURS)
-    if renamed:
-        for module in model.modules():
-            setattr(module, MAY_SKIP, True)
-    return renamed
+    _rename(model, _STOCK, _OURS)
+    if not _using(model, _OURS):
+        return False
+    for module in model.modules():
+        setattr(module, MAY_SKIP, True)
+    return True
 
 
 def attends_by_sequences(model: nn.Module) -> bool:
     """Whether `attend_by_sequences` is in effect for the text."""
     root = language_model(model)  # runs in every step, so not all modules are asked
-    return root is not None and root.config.get_text_config(decoder=True)._attn_implementation == _OURS
+    return (
+        root is not None
+        and MAY_SKIP in vars(root)
+        and root.config.get_text_config(decoder=True)._attn_implementation == _OURS
+    )
 
 
 def attend_as_before(model: nn.Module) -> bool:
@@ -84,9 +89,14 @@ def stock_attention(model: nn.Module) -> Iterator[None]:
             attend_by_sequences(model)
 
 
-def _rename(model: nn.Module, before: str, after: str) -> bool:
+def _using(model: nn.Module, attention: str) -> list[Any]:
+    """The configs in a model that name this attention function; other models may have them, too."""
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
-    found = [config for config in configs.values() if getattr(config, "_attn_implementation", None) == before]
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) == attention]
+
+
+def _rename(model: nn.Module, before: str, after: str) -> bool:
+    found = _using(model, before)
     for config in found:
         config._attn_implementation = {"": after}  # not of the configs inside, which may have others
     return bool(found)

@@ -45,7 +45,7 @@ class Runtime:
         plan: the plan that the budgets come from, if any; updated when they change.
         sharded: FSDP2 shards the weights.
         whole_rows: the loss is not the model's own, so it may depend on tokens after the last label of a row.
-        without_labels: in training the model is called without labels, so planning may not see classes by them either.
+        without_labels: take no notice of labels, as the calls that are planned for will have none.
         padding: whether padding may be skipped.
         passes: the model's forward passes.
     """

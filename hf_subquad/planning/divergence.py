@@ -37,8 +37,8 @@ class Predictions:
         self._channels_first = _channels_first(logits, labels)
         self._kind = _kind(model, logits, labels)
         logits = self._classes_last(logits)
-        counted = _counted(model, logits, batch)
-        self._positions = counted[:: -(-len(counted) // _JUDGED)]
+        self._counted = _counted(model, logits, batch)
+        self._positions = self._counted[:: -(-len(self._counted) // _JUDGED)]
         self._before = self._scores(logits)
         self._scale = max(1.0, 1 / max(self._information(), _LEAST))
 
@@ -64,16 +64,17 @@ class Predictions:
     def confidence(self, logits: Tensor) -> Tensor:
         """Mean log-probability of the most likely classes, or mean value: a stand-in for the loss, where labels that
         are not here have no part in it."""
-        scores = self._scores(self._classes_last(logits))
+        scores = self._scores(self._classes_last(logits), self._counted)
         return scores.mean() if self._kind == "values" else scores.amax(-1).mean()
 
     def _classes_last(self, logits: Tensor) -> Tensor:
         return logits.movedim(1, -1) if self._channels_first else logits
 
-    def _scores(self, logits: Tensor) -> Tensor:
+    def _scores(self, logits: Tensor, positions: Tensor | None = None) -> Tensor:
         """float32: log-probabilities of classes [positions, classes], or of each label [positions, labels, 2]; or
         values [positions, n]."""
-        rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)[self._positions].float()
+        rows = logits.reshape(-1, logits.shape[-1] if logits.dim() > 1 else 1)
+        rows = rows[self._positions if positions is None else positions].float()
         if self._kind == "labels":
             return torch.stack([nn.functional.logsigmoid(rows), nn.functional.logsigmoid(-rows)], -1)
         return rows.log_softmax(-1) if self._kind == "classes" else rows
@@ -139,7 +140,8 @@ def _kind(model: nn.Module, logits: Tensor, labels: Any) -> Literal["classes", "
 def _counted(model: nn.Module, logits: Tensor, batch: Batch) -> Tensor:
     """Row numbers of the predictions that count for the loss."""
     shape = logits.shape[:-1] if logits.dim() > 1 else logits.shape
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # then labels are the decoder's
+    labels, mask = batch.get("labels"), batch.get("decoder_attention_mask" if encodes else "attention_mask")
     if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
         counted = labels != -100
         if labels.dim() == 2 and predicts_next_token(model) is not False:

@@ -55,10 +55,9 @@ class SubquadCallback(TrainerCallback, ExportableState):
         trainer = current_trainer()
         # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
         if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
-            runtime.without_labels = keeps_labels(trainer) is not None
             with preserve_mode_and_rng(model):
                 dataloader = trainer.get_train_dataloader() if trainer.train_dataset is not None else ()
-            fit_on_training_data(model, dataloader, args.train_batch_size, args)
+            fit_on_training_data(model, dataloader, args.train_batch_size, args, keeps_labels(trainer) is not None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
@@ -83,7 +82,6 @@ class SubquadCallback(TrainerCallback, ExportableState):
             )
         trainer = current_trainer()
         runtime.whole_rows = trainer is None or own_loss(trainer) is not None
-        runtime.without_labels = trainer is not None and keeps_labels(trainer) is not None
         start_labelled_head(model, trainer, runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
         if runtime.exact_forward:
@@ -92,7 +90,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 "model: so that the two agree, MLPs compute all neurons; their low-rank updates still train"
             )
         elif not uses_fsdp2():
-            fit_on_training_data(model, train_dataloader, rows, args)
+            without_labels = trainer is not None and keeps_labels(trainer) is not None
+            fit_on_training_data(model, train_dataloader, rows, args, without_labels)
         runtime.idle_steps, runtime.calls_before = 0, sum(mlp.calls for mlp in mlps)
         if runtime.plan is not None and state.is_world_process_zero:
             logger.info(f"the plan:\n{runtime.plan.table()}")

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -190,7 +189,7 @@ def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
     elif runtime.mode(training=True) == "sparse" and not all(mlp.dense for mlp in mlps):
         runtime.idle_steps += 1
         if runtime.idle_steps == _IDLE_STEPS:
-            logger.warning_once(
+            logger.warning(
                 f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so they saved nothing: does the "
                 "Trainer train the model that was patched, in training mode, on inputs that reach the patched layers?"
             )
@@ -219,13 +218,13 @@ def named_projections(mlps: Sequence[SparseMLP]) -> Iterator[tuple[str, NeuronPr
 
 def _restart_stale_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
     """Reset the optimizer's state, step counts included, for updates that a fold or other weights have restarted."""
-    inner: Any = optimizer
     for name in ("optimizer", "optim"):  # inside accelerate's wrapper, and of ZeroRedundancyOptimizer this rank's part
-        inner = getattr(inner, name, inner)
+        inner = getattr(optimizer, name, None)
+        optimizer = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
     for _, projection in named_projections(mlps):
         if projection.moments_are_stale:
             for factor in projection.update.parameters():
-                inner.state.pop(factor, None)
+                optimizer.state.pop(factor, None)
             projection.moments_are_stale = False
 
 

@@ -53,7 +53,9 @@ def own_loss(trainer: Trainer) -> str | None:
 
 
 def keeps_labels(trainer: Trainer) -> str | None:
-    """Why a Trainer calls the model without labels, and computes the loss itself; None if it does not."""
+    """Why the Trainer calls the model without labels, and computes the loss itself; None if it does not."""
+    if own_loss(trainer):
+        return None
     if trainer.compute_loss_func is not None:
         return "compute_loss_func is given"
     return "label_smoothing_factor is set" if trainer.label_smoother is not None else None

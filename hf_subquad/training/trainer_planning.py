@@ -25,8 +25,12 @@ _BATCHES = 3
 logger = get_logger(__name__)
 
 
-def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments) -> None:
+def fit_on_training_data(
+    model: nn.Module, dataloader: Any, rows: int, args: TrainingArguments, without_labels: bool = False
+) -> None:
     """Plan budgets and fit indices and corrections on batches of `rows` rows, unless that is done already.
+
+    With `without_labels` the model will be called without them, so that token classes will not be known.
 
     Only rank 0 does it, and all ranks use its result, because each would measure different times and may draw different
     batches. Any failure becomes a warning and does not stop training: MLPs then run dense, or with the budgets that
@@ -38,7 +42,11 @@ def fit_on_training_data(model: nn.Module, dataloader: Any, rows: int, args: Tra
         return
     shared: list[Any] = [None]
     if args.process_index == 0:
-        shared = [_planned_and_fitted(model, mlps, dataloader, rows, args.device, plans)]
+        runtime.without_labels = without_labels
+        try:
+            shared = [_planned_and_fitted(model, mlps, dataloader, rows, args.device, plans)]
+        finally:
+            runtime.without_labels = False
     broadcast_object_list(shared)
     if isinstance(shared[0], str):
         consequence = "MLPs keep the budgets that they were given, and are less accurate than with a fitted index"

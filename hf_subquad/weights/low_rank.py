@@ -37,8 +37,6 @@ class LowRankUpdate(nn.Module):
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.U = nn.Parameter(torch.zeros(neurons, rank, dtype=dtype, device=like.device))
         self.V = nn.Parameter(torch.zeros(rank, width, dtype=dtype, device=like.device))
-        # By which torch.distributed.checkpoint knows what is not in state dicts; it looks at parameters, too.
-        self._non_persistent_buffers_set = {"U", "V"}
         self.scale = scale
         self.zero = zero
         self.seed = seed

@@ -118,10 +118,10 @@ def factors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def listening(monkeypatch: pytest.MonkeyPatch, module: str) -> list[str]:
-    """Collects what a module of the library warns of once, in place of its logger."""
+def listening(monkeypatch: pytest.MonkeyPatch, module: str, method: str = "warning_once") -> list[str]:
+    """Collects what a module of the library warns of, in place of its logger."""
     said: list[str] = []
-    monkeypatch.setattr(logging.get_logger(f"hf_subquad.{module}"), "warning_once", said.append)
+    monkeypatch.setattr(logging.get_logger(f"hf_subquad.{module}"), method, said.append)
     return said
 
 
