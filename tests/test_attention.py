@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, unpatch_model
-from hf_subquad.layers.attention_patch import stock_attention
+from hf_subquad.layers.attention_patch import attends_by_sequences, stock_attention
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.ops import attention
 from hf_subquad.ops.attention import attend_by_sequence, segments_of
@@ -204,6 +204,20 @@ def test_it_goes_with_copies_and_ends_with_the_patch() -> None:
     step(copy.deepcopy(model), batch)
     unpatch_model(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_models_that_share_a_config() -> None:
+    """One is patched, and attends by sequence; the other does not until it is patched, too."""
+    first, batch = patch_model(llama(), EXACT), padded_batch("right")
+    step(first, batch)
+    second = type(first)(first.config)
+    assert second.config is first.config and first.config._attn_implementation == "subquad_sdpa"
+    found = second(**batch).logits
+    with stock_attention(first):
+        assert torch.equal(found, second(**batch).logits)  # at padding, too
+    assert attends_by_sequences(first) and not attends_by_sequences(second)
+    step(patch_model(second, EXACT), batch)
+    assert attends_by_sequences(first) and attends_by_sequences(second)
 
 
 def test_a_loss_of_ones_own_gets_padding_as_it_was() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_subquad import CalibrationError, SubquadConfig, dense_forward, patch_model, sparse_forward, sparse_mlps
 from hf_subquad.layers.budget import Budget
+from hf_subquad.planning import divergence
 from hf_subquad.planning.fidelity import DenseReference, Fidelity
 
 BATCH = text_batches(0, shape=(6, 9), prompt=4)[0]
@@ -90,6 +91,28 @@ def test_without_labels_padding_has_no_part_in_the_gradient() -> None:
     padded = {name: nn.functional.pad(value, (0, 4)) for name, value in batch.items()}
     with dense_forward(model):
         (_, found), (_, expected) = DenseReference(model, padded).step(), DenseReference(model, batch).step()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+def test_without_labels_all_tokens_have_a_part_in_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those at which predictions are not compared, where there are many."""
+    model, batch = trained("opt", size=0.1).eval(), {"input_ids": tokens(0, (3, 7))}
+    with dense_forward(model):
+        _, expected = DenseReference(model, batch).step()
+        monkeypatch.setattr(divergence, "_JUDGED", 4)
+        _, found = DenseReference(model, batch).step()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_without_labels_a_decoder_has_its_own_padding() -> None:
+    model = patch_model(build("bart"), CONFIG).eval()
+    ids, mask = tokens(0, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    real = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids, "decoder_attention_mask": real}
+    other = {**batch, "decoder_input_ids": torch.where(real == 1, ids, 5)}
+    with dense_forward(model):
+        (_, found), (_, expected) = (DenseReference(model, each).step() for each in (batch, other))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
 

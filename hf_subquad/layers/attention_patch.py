@@ -64,11 +64,9 @@ def attend_by_sequences(model: nn.Module) -> bool:
 def attends_by_sequences(model: nn.Module) -> bool:
     """Whether `attend_by_sequences` is in effect for the text."""
     root = language_model(model)  # runs in every step, so not all modules are asked
-    return (
-        root is not None
-        and MAY_SKIP in vars(root)
-        and root.config.get_text_config(decoder=True)._attn_implementation == _OURS
-    )
+    if root is None or MAY_SKIP not in vars(root):
+        return False
+    return root.config.get_text_config(decoder=True)._attn_implementation == _OURS
 
 
 def attend_as_before(model: nn.Module) -> bool:
