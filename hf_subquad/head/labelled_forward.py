@@ -53,7 +53,8 @@ class LabelledForward:
     @property
     def __func__(self) -> Any:
         """By which accelerate knows a method: it wraps this function, and binds it to the model again."""
-        return _as_function(type(self.model))
+        kind: Any = type(self.model)
+        return _as_function(kind)
 
     @property
     def __signature__(self) -> inspect.Signature:  # by which the Trainer chooses columns of the data
