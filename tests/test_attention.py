@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, unpatch_model
-from hf_subquad.layers.attention_patch import attends_by_sequences, stock_attention
+from hf_subquad.layers.attention_patch import attend_as_before, attends_by_sequences, stock_attention
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.ops import attention
 from hf_subquad.ops.attention import attend_by_sequence, segments_of
@@ -215,6 +215,7 @@ def test_models_that_share_a_config() -> None:
     found = second(**batch).logits
     with stock_attention(first):
         assert torch.equal(found, second(**batch).logits)  # at padding, too
+    assert not attend_as_before(second)
     assert attends_by_sequences(first) and not attends_by_sequences(second)
     step(patch_model(second, EXACT), batch)
     assert attends_by_sequences(first) and attends_by_sequences(second)
