@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from data import DataError
 from methods import plain_model
 from settings import Settings, SettingsError
@@ -71,7 +72,9 @@ def check_max_length(settings: Settings, config: Any) -> None:
 
 def training_arguments(settings: Settings, **more: Any) -> TrainingArguments:
     """TrainingArguments of the settings. `more` is what the script itself has to say."""
-    values = TRAINING_DEFAULTS | _checkpointing(settings) | more | settings.training
+    # transformers refuses bf16 on a processor unless use_cpu says so, and does not read accelerate's config for it.
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    values = TRAINING_DEFAULTS | {"use_cpu": use_cpu} | _checkpointing(settings) | more | settings.training
     return TrainingArguments(output_dir=settings.output_dir, seed=settings.seed, **values)
 
 

@@ -177,13 +177,15 @@ def test_every_model_has_its_three_recipes() -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_recipe_is_accepted(config: Path) -> None:
+def test_recipe_is_accepted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as `accelerate launch` does, given accelerate/cpu.yaml
     cls = ClassifierSettings if "classifier" in config.read_text() else LmSettings
     settings = recipe_settings.settings_from_mapping(cls, recipe_settings.read_yaml(config))
     name, _, method = config.stem.rpartition("-")
     assert settings.method == method
     assert settings.output_dir == f"out/{name}-{method}"
-    arguments = training.training_arguments(settings, use_cpu=True)
+    arguments = training.training_arguments(settings)
+    assert arguments.use_cpu and arguments.bf16 == settings.training["bf16"]
     assert arguments.optim == "adamw_torch_fused"
     assert arguments.learning_rate == settings.training["learning_rate"]
 
