@@ -284,6 +284,38 @@ def test_what_is_saved_outside_of_the_mlps_is_counted_in() -> None:
     assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
 
 
+@pytest.mark.parametrize("family", ["llama", "t5", "masked"])
+def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family: str) -> None:
+    """Only the step that is timed and the one that MLPs are timed on compute all logits."""
+    plans, rows = [], []
+    for change in (lambda model: model, patch_head):
+        torch.manual_seed(0)
+        model, batches = (llama(), TEXTS) if family == "llama" else t5("t5") if family == "t5" else text_model("bert")
+        batches = [
+            {**batch, "labels": batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) < 4, -100)}
+            for batch in batches
+        ]
+        head, seen = model.get_output_embeddings(), []
+
+        def forward(hidden: Tensor, head: nn.Module = head, seen: list[int] = seen) -> Tensor:
+            seen.append(hidden[..., 0].numel())
+            return nn.functional.linear(hidden, head.weight, head.bias)
+
+        head.forward = forward
+        model = change(patch_model(model, PLANNED))
+        seen.clear()
+        plans.append(calibrate(model, batches, tolerance=0.003))
+        rows.append(seen)
+    stock, patched = plans
+    assert neurons_of(patched) == neurons_of(stock)
+    assert patched.loss_increase == pytest.approx(stock.loss_increase, rel=1e-3, abs=1e-6)
+    assert patched.gradient_cosine == pytest.approx(stock.gradient_cosine, abs=1e-5)
+    assert (patched.padding_share, patched.context_share) == (stock.padding_share, stock.context_share)
+    everywhere = batches[0]["labels"].numel()
+    assert set(rows[0]) == {everywhere}
+    assert rows[1].count(everywhere) < 0.4 * len(rows[0])
+
+
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder's MLPs, which see more tokens than the decoder's."""
     slow = lambda call: 3.0 if len(call.tokens) == 4 * 11 else 0.2  # noqa: E731

@@ -32,9 +32,14 @@ class ReadsLogitsError(NotHereError):
 
 
 def run_on_labelled_rows(
-    model: PreTrainedModel, stock: Callable[..., Any], inputs: dict[str, Any], method: Method, megabytes: int
+    model: PreTrainedModel,
+    stock: Callable[..., Any],
+    inputs: dict[str, Any],
+    method: Method,
+    megabytes: int,
+    keep_logits: bool = False,
 ) -> Any:
-    """The outputs of the stock forward, with `logits` None.
+    """The outputs of the stock forward; `logits` are None, or those of the labelled rows [1, n, vocabulary].
 
     Raises:
         NotHereError: these inputs, or this model, need the stock forward.
@@ -42,7 +47,7 @@ def run_on_labelled_rows(
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
         raise NotHereError
-    call = _Call(model, labels, megabytes, method)
+    call = _Call(model, labels, megabytes, "rows" if keep_logits and method == "chunks" else method)
     if not call.targets.numel():  # the loss of no labels is what the stock forward makes of it
         raise NotHereError
     if method == "labels":
@@ -56,7 +61,7 @@ def run_on_labelled_rows(
             raise
     if not call.head_calls or (method != "labels" and not call.loss_calls):
         raise NotHereError("its forward does not call its head and its loss function")
-    return dataclasses.replace(outputs, logits=None)
+    return outputs if keep_logits else dataclasses.replace(outputs, logits=None)
 
 
 def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:

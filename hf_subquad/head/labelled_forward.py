@@ -1,6 +1,8 @@
 """Replaces a model's forward in training: logits at the labelled positions only, and no padding."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -43,6 +45,7 @@ class LabelledForward:
         self.method: Method | None = None
         self.takes_rows: bool | None = None
         self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `method` was found for
+        self._always = self._keeps_logits = False
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that this one replaces."""
@@ -61,19 +64,36 @@ class LabelledForward:
         return inspect.signature(self.replaced or MethodType(type(self.model).forward, self.model))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.active or not self.model.training or not torch.is_grad_enabled():
+        trains = self._always or (self.model.training and torch.is_grad_enabled())
+        if torch.compiler.is_compiling() or not self.active or not trains:
             return self.stock(*args, **kwargs)
         try:
             method = self.choose_method()
             if method is not None:
                 inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
                 inputs = self._without_padding(inputs)
-                return run_on_labelled_rows(self.model, self.stock, inputs, method, self.megabytes)
+                return run_on_labelled_rows(
+                    self.model, self.stock, inputs, method, self.megabytes, self._keeps_logits
+                )
         except NotHereError as reason:
             if str(reason):
                 self.method = None
                 logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
         return self.stock(*args, **kwargs)
+
+    @contextmanager
+    def as_in_training(self, keep_logits: bool = False) -> Iterator[None]:
+        """Context manager: inside, calls in evaluation mode or without gradients are like those in training.
+
+        Args:
+            keep_logits: outputs hold the logits of the labelled rows, [1, n, vocabulary].
+        """
+        before = self._always, self._keeps_logits
+        self._always, self._keeps_logits = True, keep_logits
+        try:
+            yield
+        finally:
+            self._always, self._keeps_logits = before
 
     def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as one row without padding, if they are padded, the model can have them so, nobody sees it, and

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..head.labelled_forward import LabelledForward
 from ..layers.patched_mlps import runtime_of
 from ..layers.runtime import loss_of
 from .divergence import Batch, Predictions, logits_of
@@ -48,18 +50,21 @@ class DenseReference:
     Args:
         batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
             of the log-probability of the most likely class, at all tokens but padding.
+        head: the model's head, if it is patched: all comparisons are of what it does in training, which takes less time
+            and memory. Otherwise they are of all logits.
 
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, head: LabelledForward | None = None) -> None:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
+        self._head = head
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
         self._predictions: Predictions | None = None
-        _, self._gradient = self.step()
+        _, self._gradient = self._compared_step()
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
@@ -70,7 +75,7 @@ class DenseReference:
         Raises:
             CalibrationError: predictions or gradients are not finite.
         """
-        logits, gradient = self.step()
+        logits, gradient = self._compared_step()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         norm = _norm(gradient)
         if not math.isfinite(norm):
@@ -96,9 +101,13 @@ class DenseReference:
         finally:
             handle.remove()
 
+    def _compared_step(self) -> tuple[Tensor | None, list[Tensor]]:
+        with nullcontext() if self._head is None else self._head.as_in_training(keep_logits=True):
+            return self.step()
+
     @torch.enable_grad()
     def step(self) -> tuple[Tensor | None, list[Tensor]]:
-        """Logits, if there are any, and gradient of the model with its current budgets."""
+        """Logits, if there are any, and gradient of the model with its current budgets, in evaluation mode."""
         with self._surroundings.checkpointing():  # without which activations may not fit
             return self._step()
 

@@ -1,5 +1,7 @@
 """How much time a training step saves outside of the MLPs: no padding, and logits at labelled positions only."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -31,12 +33,6 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
         target = logits_of(model, outputs).float() if loss is None else loss
         torch.autograd.grad(target.sum(), trained, allow_unused=True)
 
-    before = head.model.training if head else False
-    try:
-        if head:
-            head.model.training = True  # of this module alone, so that dropout stays off
-        with sparse_forward(model), runtime_of(model).surroundings.checkpointing():
-            return max(0.0, expected_seconds - timed(step, trained[0].device))
-    finally:
-        if head:
-            head.model.training = before
+    in_training = nullcontext() if head is None else head.as_in_training()
+    with in_training, sparse_forward(model), runtime_of(model).surroundings.checkpointing():
+        return max(0.0, expected_seconds - timed(step, trained[0].device))
