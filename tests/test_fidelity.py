@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.models import CONFIG, build, fill_updates, opt, tokens, trained
 from helpers.planning import text_batches
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ def measured(model: nn.Module, batch: dict[str, Tensor]) -> Fidelity:
         return reference.fidelity()
 
 
-def gradient_by_hand(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def gradient_by_hand(model: nn.Module, batch: dict[str, Tensor], without: str = "no prefix") -> Tensor:
     model.zero_grad()
     model(**batch).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(without)]
     found = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
     model.zero_grad()
     return found.double()
@@ -59,20 +60,47 @@ BUDGETS = [Budget(16, 0), Budget(None, 8), Budget(None, None, 0.8), Budget(24, 2
 
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_cosine_and_error_are_those_of_gradients_by_hand(budget: Budget) -> None:
-    """Of all that is trained, the layers that are not patched included."""
+    """Of all that is trained before the last MLP, the layers that are not patched included."""
+    after = "model.decoder.final_layer_norm"
     model = model_with(budget, budget)
     torch.manual_seed(0)  # of the rows that are sampled
     found = measured(model, BATCH)
     with dense_forward(model):
-        exact = gradient_by_hand(model, BATCH)
+        exact = gradient_by_hand(model, BATCH, after)
     torch.manual_seed(0)
     with sparse_forward(model):
-        approximate = gradient_by_hand(model, BATCH)
+        approximate = gradient_by_hand(model, BATCH, after)
     cosine = (exact @ approximate / exact.norm() / approximate.norm()).item()
     assert found.cosine == pytest.approx(cosine, abs=1e-6) and cosine < 0.9999
     assert found.gradient_error == pytest.approx(((exact - approximate).norm() / exact.norm()).item(), rel=1e-3)
     assert found.lost == pytest.approx(1 - cosine**2, abs=1e-5)
     assert (found.divergence > 1e-6) == (budget.gradient == 1 or budget.predicted is not None)
+
+
+def test_a_new_head_hides_no_error_of_what_is_below_it() -> None:
+    """Its own gradient is exact, and at first nearly all of the whole one."""
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = patch_model(transformers.BertForSequenceClassification(config), CONFIG).eval()
+    fill_updates(model, size=0.1)
+    with torch.no_grad():
+        model.classifier.weight.mul_(1e-3)
+    model.bert.requires_grad_(False)
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget(None, None, 0.5))
+        for projection in mlp.projections:
+            projection.update.requires_grad_(True)
+    batch = {"input_ids": tokens(0, (6, 9)), "labels": torch.arange(6) % 2}
+    torch.manual_seed(0)  # of the rows that are sampled
+    found = measured(model, batch)
+    with dense_forward(model):
+        exact = gradient_by_hand(model, batch)
+    torch.manual_seed(0)
+    with sparse_forward(model):
+        approximate = gradient_by_hand(model, batch)
+    assert (exact - approximate).norm() / exact.norm() < 0.01
+    assert found.gradient_error > 0.1 and found.cosine < 0.99
 
 
 def test_context_of_the_last_layer_needs_no_mlp() -> None:

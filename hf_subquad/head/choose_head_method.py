@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
+from ..layers.autograd_graph import leaves_behind
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from .head_on_labelled_rows import IGNORED, Method, NotHereError, ReadsLogitsError, run_on_labelled_rows
 
@@ -119,23 +120,9 @@ def _check_parameters(model: PreTrainedModel, head: nn.Module) -> None:
         raise NotHereError(f"the head is a {type(head).__name__}, not a linear layer")
     with torch.enable_grad():
         hidden = torch.zeros(1, width, dtype=model.dtype, device=model.device, requires_grad=True)
-        found = _leaves(head.forward(hidden))
+        found = leaves_behind([head.forward(hidden)])
     if found - {id(parameter) for parameter in head.parameters()} - {id(hidden)}:
         raise NotHereError("the head depends on trainable parameters that are not its own")
-
-
-def _leaves(value: Tensor) -> set[int]:
-    """Ids of the tensors that a value depends on and that take gradients."""
-    found, waiting, seen = set(), [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        waiting.extend(following for following, _ in node.next_functions)
-    return found
 
 
 def same_loss(loss: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

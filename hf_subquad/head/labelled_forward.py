@@ -72,9 +72,7 @@ class LabelledForward:
             if method is not None:
                 inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
                 inputs = self._without_padding(inputs)
-                return run_on_labelled_rows(
-                    self.model, self.stock, inputs, method, self.megabytes, self._keeps_logits
-                )
+                return run_on_labelled_rows(self.model, self.stock, inputs, method, self.megabytes, self._keeps_logits)
         except NotHereError as reason:
             if str(reason):
                 self.method = None

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError
 from ..head.labelled_forward import LabelledForward
-from ..layers.patched_mlps import runtime_of
+from ..layers.autograd_graph import leaves_behind
+from ..layers.patched_mlps import runtime_of, sparse_mlps
 from ..layers.runtime import loss_of
 from .divergence import Batch, Predictions, logits_of
 
@@ -23,7 +25,9 @@ class Fidelity:
     Attributes:
         divergence: mean Kullback-Leibler divergence of its predictions, in nats per prediction; 0 where the outputs
             have no logits.
-        cosine: of the gradient of all trained parameters with the exact one.
+        cosine: of the gradient with the exact one. A gradient here is that of all trained parameters but those that no
+            gradient of an MLP reaches: a new classification head has nearly all of the whole gradient at first, and its
+            own is exact.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
     """
 
@@ -64,7 +68,20 @@ class DenseReference:
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
         self._predictions: Predictions | None = None
-        _, self._gradient = self._compared_step()
+        outputs: list[Tensor] = []  # of MLPs
+        handles = [
+            mlp.output.register_forward_hook(lambda module, args, y: outputs.append(y)) for mlp in sparse_mlps(model)
+        ]
+        try:
+            _, gradient = self._compared_step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        reached = leaves_behind(outputs)
+        self._compared = [id(parameter) in reached for parameter in self._trained]
+        if not any(self._compared):
+            self._compared = [True] * len(self._trained)
+        self._gradient = list(compress(gradient, self._compared))
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
             raise CalibrationError("the gradient holds NaN or infinite values: the model has diverged")
@@ -77,6 +94,7 @@ class DenseReference:
         """
         logits, gradient = self._compared_step()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
+        gradient = list(compress(gradient, self._compared))
         norm = _norm(gradient)
         if not math.isfinite(norm):
             raise CalibrationError("the gradient of the sparse model holds NaN or infinite values")
