@@ -1,5 +1,6 @@
 """Limits a model's head to the labelled positions, and undoes that."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from torch import nn
@@ -91,3 +92,9 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
         return None
     found = vars(root).get(ATTRIBUTE)
     return found if found is not None and found.active else None
+
+
+def head_as_in_training(model: nn.Module, keep_logits: bool = False) -> AbstractContextManager[None]:
+    """Context manager: `LabelledForward.as_in_training`, or nothing if the head is not patched."""
+    forward = labelled_forward(model)
+    return nullcontext() if forward is None else forward.as_in_training(keep_logits)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..head.labelled_forward import LabelledForward
+from ..head.patch_head import head_as_in_training
 from ..layers.autograd_graph import leaves_behind
 from ..layers.patched_mlps import runtime_of, sparse_mlps
 from ..layers.runtime import loss_of
@@ -54,16 +53,16 @@ class DenseReference:
     Args:
         batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
             of the log-probability of the most likely class, at all tokens but padding.
-        head: the model's head, if it is patched: all comparisons are of what it does in training, which takes less time
-            and memory. Otherwise they are of all logits.
+        as_in_training: compare what a patched head computes in training, which takes less time and memory than all
+            logits.
 
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, head: LabelledForward | None = None) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, as_in_training: bool = False) -> None:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
-        self._head = head
+        self._as_in_training = as_in_training
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
@@ -120,7 +119,9 @@ class DenseReference:
             handle.remove()
 
     def _compared_step(self) -> tuple[Tensor | None, list[Tensor]]:
-        with nullcontext() if self._head is None else self._head.as_in_training(keep_logits=True):
+        if not self._as_in_training:
+            return self.step()
+        with head_as_in_training(self._model, keep_logits=True):
             return self.step()
 
     @torch.enable_grad()

@@ -2,14 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..head.patch_head import labelled_forward
+from ..head.patch_head import head_as_in_training, labelled_forward
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.dense_or_sparse import dense_forward
@@ -143,11 +142,11 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    head, reference = None if runtime.without_labels else labelled_forward(model), None
-    if head is not None:
+    reference = None
+    if labelled_forward(model) is not None and not runtime.without_labels:
         with dense_forward(model):
-            reference = DenseReference(model, batches[-1], head)
-    with recording(model, mlps) as judged:  # with padding, which MLPs have before the patch
+            reference = DenseReference(model, batches[-1], as_in_training=True)
+    with recording(model, mlps) as judged:  # last, and with padding, which MLPs have before the patch and plans report
         if reference is None:
             reference = DenseReference(model, batches[-1])
         else:
@@ -176,8 +175,7 @@ def recorded(model: nn.Module, mlps: Sequence[SparseMLP], batches: Sequence[Batc
     """Every MLP's inputs on some batches, in dense passes without gradients."""
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
-    head = labelled_forward(model)
-    with recording(model, mlps) as seen, nullcontext() if head is None else head.as_in_training(keep_logits=True):
+    with recording(model, mlps) as seen, head_as_in_training(model, keep_logits=True):
         for batch in batches:
             model(**batch)
     return dict(seen)

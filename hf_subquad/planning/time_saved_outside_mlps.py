@@ -1,11 +1,9 @@
 """How much time a training step saves outside of the MLPs: no padding, and logits at labelled positions only."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import nn
 
-from ..head.patch_head import labelled_forward
+from ..head.patch_head import head_as_in_training, labelled_forward
 from ..layers.attention_patch import attends_by_sequences
 from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import runtime_of
@@ -22,8 +20,7 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
     Args:
         expected_seconds: of a dense step, less what the budgets save in the MLPs.
     """
-    head = labelled_forward(model)
-    if "labels" not in batch or (head is None and not attends_by_sequences(model)):
+    if "labels" not in batch or (labelled_forward(model) is None and not attends_by_sequences(model)):
         return 0.0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -33,6 +30,5 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
         target = logits_of(model, outputs).float() if loss is None else loss
         torch.autograd.grad(target.sum(), trained, allow_unused=True)
 
-    in_training = nullcontext() if head is None else head.as_in_training()
-    with in_training, sparse_forward(model), runtime_of(model).surroundings.checkpointing():
+    with head_as_in_training(model), sparse_forward(model), runtime_of(model).surroundings.checkpointing():
         return max(0.0, expected_seconds - timed(step, trained[0].device))
