@@ -396,6 +396,22 @@ def test_a_first_batch_without_a_label_decides_nothing(caplog: pytest.LogCapture
     assert runtime_of(model).padding.may_skip and "depends on padding" not in caplog.text
 
 
+@pytest.mark.parametrize("takes_few", [True, False])
+def test_finding_out_takes_two_rows_or_if_these_tell_nothing_all(takes_few: bool) -> None:
+    model, batch, seen = made("llama"), padded("right", rows=5), []
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(len(args[0]))
+        if len(args[0]) < 5 and not takes_few:
+            raise ValueError("I was made for batches of 5")
+
+    model.get_input_embeddings().register_forward_pre_hook(note)
+    assert_equal(gradients(model, batch), dense_gradients(model, batch))
+    assert runtime_of(model).padding.may_skip
+    trial, attention = ([2, 2], [2, 2]) if takes_few else ([2, 5, 5], [2])
+    assert seen[: len(trial) + len(attention) + 1] == [*trial, *attention, 5]
+
+
 def test_finding_out_leaves_the_model_alone() -> None:
     """Its mode, its gradients and the random numbers of its dropout."""
     model = made("opt")

@@ -1,6 +1,6 @@
 """Whether a model's padding may be skipped: a trial before the first batch that has some, and a check of each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +33,25 @@ class Padding:
     _met: bool = False  # some MLP was given classes with padding
     _reached: Tensor | None = field(default=None, repr=False)  # whether padding had gradients, on its device
 
-    def try_skipping(self, model: nn.Module, loss: Callable[[], Tensor | None]) -> None:
+    def try_skipping(self, model: nn.Module, losses: Sequence[Callable[[], Tensor | None]]) -> None:
         """Find out whether the loss of a batch with padding stays the same if MLPs return extreme values for it.
 
         Args:
             model: for messages.
-            loss: runs the model on the batch, with MLPs that skip padding, and returns its loss.
+            losses: each runs the model, with MLPs that skip padding, and returns its loss: on a few rows and, in case
+                that tells nothing, on the batch.
         """
-        self.may_skip = self._is_out_of_reach(loss)
+        for loss in losses:
+            try:
+                failure, self.may_skip = None, self._is_out_of_reach(loss)
+            except Exception as error:  # a model that trains need not run in evaluation mode
+                failure = error
+            if self.may_skip is not None:
+                break
+        if failure is not None:
+            logger.warning(
+                f"padding is computed like other tokens: testing whether it can be skipped failed ({failure})"
+            )
         if self.may_skip is None:  # the trial failed, or no MLP saw this batch's tokens (prompt tuning adds some)
             self._vain_trials += 1
             self.may_skip = None if self._vain_trials < _VAIN_TRIALS else False
@@ -87,9 +98,6 @@ class Padding:
             poisoned = loss()
             self.elsewhere = 0.0
             plain = loss()
-        except Exception as error:  # a model that trains need not run in evaluation mode
-            logger.warning(f"padding is computed like other tokens: testing whether it can be skipped failed ({error})")
-            return None
         finally:
             self.may_skip, self.elsewhere = None, 0.0
         if not self._met:
@@ -103,6 +111,21 @@ class Padding:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_reached": None}
+
+
+def most_and_least_padded(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The batch's rows with the most and the least padding; None without a mask by row and token."""
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    tokens = mask.count_nonzero(1)
+    rows = torch.stack([tokens.argmin(), tokens.argmax()])
+
+    def of_rows(value: Any) -> Any:
+        by_row = isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(mask)
+        return value[rows.to(value.device)] if by_row else value
+
+    return {name: of_rows(value) for name, value in inputs.items()}
 
 
 def _reaches_padding(gradient: Tensor, classes: TokenClasses) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from ..errors import InactivePatchError
 from ..plan import Plan
 from ..weights.shards import is_fsdp
 from .attention_patch import attend_as_before, skip_padding_in_attention
-from .padding import Padding
+from .padding import Padding, most_and_least_padded
 from .passes import Passes, computed_again
 from .peft_and_checkpointing import Surroundings
 from .preserve_mode_and_rng import preserve_mode_and_rng
@@ -151,15 +152,16 @@ class Runtime:
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return False
 
-        def loss() -> Tensor | None:
-            with self.set_aside("exact", classes):
+        def loss(inputs: Mapping[str, Any]) -> Tensor | None:
+            with self.set_aside("exact", self._classify(model, inputs)):
                 return loss_of(model(**inputs))
 
+        few = most_and_least_padded(inputs)
         with preserve_mode_and_rng(model):
-            self.padding.try_skipping(model, loss)
-            if self.padding.may_skip:
+            self.padding.try_skipping(model, [partial(loss, each) for each in (few, inputs) if each is not None])
+            if self.padding.may_skip and few is not None:
                 with self.set_aside("dense"):
-                    skip_padding_in_attention(model, inputs)
+                    skip_padding_in_attention(model, few)
         return True
 
     def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:

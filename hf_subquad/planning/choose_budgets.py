@@ -10,7 +10,7 @@ from ..layers.budget import Budget, TokenClass
 from ..logs import get_logger
 from .allocation import Option, allocate, undominated
 from .fidelity import DenseReference, Fidelity
-from .measured_mlp import GRADIENT_SHARES, PROBED_SHARE, MeasuredMLP, only
+from .measured_mlp import GRADIENT_SHARES, MeasuredMLP, only
 from .tolerance import Limits
 
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
@@ -19,6 +19,7 @@ _AIM = 0.95  # of what may be lost, to be used
 _CLOSE_ENOUGH = 0.85  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs more than it could still gain
+_USUAL_NOISE = 0.8  # of sampled rows, on SmolLM2-135M, by the share of the gradient that is left out
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 
@@ -144,11 +145,13 @@ def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, 
             one.run_with(Budget(gradient=share))
         return reference.fidelity().gradient_error ** 2
 
-    probed = noise(PROBED_SHARE)
-    for share in sorted(GRADIENT_SHARES):
-        if probed * (1 - share) / (1 - PROBED_SHARE) > most:  # it is about in proportion to 1 - share
+    shares = sorted(GRADIENT_SHARES)
+    likely = next((share for share in shares if _USUAL_NOISE * (1 - share) <= most), shares[-1])
+    probed = noise(likely)
+    for share in shares:
+        if probed * (1 - share) / (1 - likely) > most:  # it is about in proportion to 1 - share
             continue
-        found = probed if share == PROBED_SHARE else noise(share)
+        found = probed if share == likely else noise(share)
         if found <= most:
             return share, found
     return 1.0, 0.0

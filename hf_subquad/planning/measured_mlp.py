@@ -26,7 +26,7 @@ from .fidelity import DenseReference
 from .mlp_timing import MLPTiming, time_mlp
 
 GRADIENT_SHARES = (0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5)
-PROBED_SHARE = 0.9  # of the gradient
+_TIMED_SHARE = 0.9  # of the gradient
 
 _LEAST_TIME = 0.05  # of the exact one
 _WORTH_SAMPLING = 0.97  # of it: above, rows are not worth their noise
@@ -43,7 +43,7 @@ class MeasuredMLP:
         timing: times of some budgets, of an MLP of this shape.
         dropped: by class and gradient share, the rows that are expected to pass no gradient, as a share of all rows
             that have some.
-        timed_dropped: the same for all classes in the pass that was timed, at `PROBED_SHARE`.
+        timed_dropped: the same for all classes in the pass that was timed, at `_TIMED_SHARE`.
         tokens, dtype: of the call that it was measured on.
     """
 
@@ -81,7 +81,7 @@ class MeasuredMLP:
                 total += self._ms_of(name, k) - exact
         if budget.gradient < 1:
             # A tile's products take all of its rows, whether they pass gradients or not.
-            saved = exact - self.timing.budgets[Budget(gradient=PROBED_SHARE)]
+            saved = exact - self.timing.budgets[Budget(gradient=_TIMED_SHARE)]
             dense = [name for name in self.classes if budget.neurons(name) is None]
             dropped = sum(self.dropped[name][budget.gradient] for name in dense)
             total -= max(0.0, saved) * dropped / max(self.timed_dropped, 1e-6)
@@ -206,12 +206,12 @@ def _timed_counts(mlp: SparseMLP, token_class: TokenClass) -> list[int]:
 
 def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements]) -> tuple[MLPTiming, float]:
     """Times of an MLP, and the share of the rows with gradients that did not pass them in the timed pass."""
-    budgets = [Budget(), Budget(gradient=PROBED_SHARE)]
+    budgets = [Budget(), Budget(gradient=_TIMED_SHARE)]
     budgets += [only(name, k) for name in classes for k in _timed_counts(mlp, name)]
     autocast = mlp.output.quantization is None and call.x.dtype != mlp.output.dtype  # 4 bits compute in any dtype
     mlp.corrections = {name: next(iter(measured.corrections.values())) for name, measured in classes.items()}
     with torch.autocast(call.x.device.type, dtype=call.x.dtype, enabled=autocast):
-        return time_mlp(mlp, call, budgets), sum(shares[PROBED_SHARE] for shares in _dropped([call]).values())
+        return time_mlp(mlp, call, budgets), sum(shares[_TIMED_SHARE] for shares in _dropped([call]).values())
 
 
 def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
