@@ -29,7 +29,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "label_names": ["labels"],  # the Trainer cannot see them through a PeftModel
     "ddp_find_unused_parameters": False,  # every trained weight is used in every step
-    "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 
 
@@ -74,7 +73,8 @@ def training_arguments(settings: Settings, **more: Any) -> TrainingArguments:
     """TrainingArguments of the settings. `more` is what the script itself has to say."""
     # transformers refuses bf16 on a processor unless use_cpu says so, and does not read accelerate's config for it.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    values = TRAINING_DEFAULTS | {"use_cpu": use_cpu} | _checkpointing(settings) | more | settings.training
+    on_cpu = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu}
+    values = TRAINING_DEFAULTS | on_cpu | _checkpointing(settings) | more | settings.training
     return TrainingArguments(output_dir=settings.output_dir, seed=settings.seed, **values)
 
 

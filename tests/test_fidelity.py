@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_subquad import CalibrationError, SubquadConfig, dense_forward, patch_model, sparse_forward, sparse_mlps
 from hf_subquad.layers.budget import Budget
-from hf_subquad.planning import divergence
+from hf_subquad.planning import divergence, fidelity
 from hf_subquad.planning.fidelity import DenseReference, Fidelity
 
 BATCH = text_batches(0, shape=(6, 9), prompt=4)[0]
@@ -31,7 +31,7 @@ def measured(model: nn.Module, batch: dict[str, Tensor]) -> Fidelity:
         return reference.fidelity()
 
 
-def gradient_by_hand(model: nn.Module, batch: dict[str, Tensor], without: str = "no prefix") -> Tensor:
+def gradient_by_hand(model: nn.Module, batch: dict[str, Tensor], without: tuple[str, ...] = ()) -> Tensor:
     model.zero_grad()
     model(**batch).loss.backward()
     trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(without)]
@@ -61,7 +61,7 @@ BUDGETS = [Budget(16, 0), Budget(None, 8), Budget(None, None, 0.8), Budget(24, 2
 @pytest.mark.parametrize("budget", BUDGETS, ids=str)
 def test_cosine_and_error_are_those_of_gradients_by_hand(budget: Budget) -> None:
     """Of all that is trained before the last MLP, the layers that are not patched included."""
-    after = "model.decoder.final_layer_norm"
+    after = ("model.decoder.final_layer_norm",)
     model = model_with(budget, budget)
     torch.manual_seed(0)  # of the rows that are sampled
     found = measured(model, BATCH)
@@ -101,6 +101,32 @@ def test_a_new_head_hides_no_error_of_what_is_below_it() -> None:
         approximate = gradient_by_hand(model, batch)
     assert (exact - approximate).norm() / exact.norm() < 0.01
     assert found.gradient_error > 0.1 and found.cosine < 0.99
+
+
+@pytest.mark.parametrize("size", [0.0, 1.0])
+def test_a_head_of_zeros_lets_no_gradient_through(size: float) -> None:
+    """Then all parameters are compared, because the others tell nothing."""
+    model = trained("opt", size=0.1).eval()
+    with torch.no_grad():
+        model.lm_head.weight = nn.Parameter(size * model.lm_head.weight)  # no longer that of the embeddings
+    for mlp in sparse_mlps(model):
+        mlp.set_budget(Budget(8, 8))
+    with dense_forward(model):
+        reference = DenseReference(model, BATCH)
+    with sparse_forward(model):
+        assert reference.fidelity().cosine < 0.9999
+    assert reference.blind == (size == 0)
+
+
+def test_layers_that_checkpointing_repeats_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the graph of every layer, with its activations, would be kept."""
+    seen = []
+    monkeypatch.setattr(fidelity, "leaves_behind", lambda values: seen.extend(values) or set())
+    model = patch_model(build("bert"), CONFIG)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with dense_forward(model.eval()):
+        DenseReference(model, {"input_ids": tokens(0, (2, 9)), "labels": tokens(1, (2, 9))})
+    assert len(seen) == len(sparse_mlps(model))
 
 
 def test_context_of_the_last_layer_needs_no_mlp() -> None:

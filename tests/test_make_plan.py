@@ -51,7 +51,7 @@ from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.layers.token_classes import TokenClasses
-from hf_subquad.planning import mlp_timing
+from hf_subquad.planning import class_measurements, measured_mlp, mlp_timing
 from hf_subquad.planning.choose_budgets import EXACT
 from hf_subquad.planning.class_measurements import MLPCall, neuron_counts
 from hf_subquad.planning.fidelity import DenseReference, Fidelity
@@ -290,11 +290,12 @@ def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family
     plans, rows = [], []
     for change in (lambda model: model, patch_head):
         torch.manual_seed(0)
-        model, batches = (llama(), TEXTS) if family == "llama" else t5("t5") if family == "t5" else text_model("bert")
-        batches = [
-            {**batch, "labels": batch["labels"].masked_fill(torch.arange(batch["labels"].shape[1]) < 4, -100)}
-            for batch in batches
-        ]
+        if family == "llama":
+            model, batches = llama(), text_batches(0, 1, 2, shape=(4, 9))
+        else:
+            model, batches = t5("t5") if family == "t5" else text_model("bert")
+        for batch in batches:
+            batch["labels"][:, :4] = -100
         head, seen = model.get_output_embeddings(), []
 
         def forward(hidden: Tensor, head: nn.Module = head, seen: list[int] = seen) -> Tensor:
@@ -308,12 +309,42 @@ def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family
         rows.append(seen)
     stock, patched = plans
     assert neurons_of(patched) == neurons_of(stock)
+    for ours, theirs in zip(patched.layers, stock.layers, strict=True):
+        assert (ours.error, ours.context_error) == pytest.approx((theirs.error, theirs.context_error), rel=1e-3)
     assert patched.loss_increase == pytest.approx(stock.loss_increase, rel=1e-3, abs=1e-6)
     assert patched.gradient_cosine == pytest.approx(stock.gradient_cosine, abs=1e-5)
     assert (patched.padding_share, patched.context_share) == (stock.padding_share, stock.context_share)
     everywhere = batches[0]["labels"].numel()
     assert set(rows[0]) == {everywhere}
     assert rows[1].count(everywhere) < 0.4 * len(rows[0])
+
+
+def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the model takes a row without padding, which is tried on tokens that are not the data's."""
+    seen = []
+
+    def tokens_by_class(calls: list[MLPCall]) -> dict[Any, Tensor]:
+        seen.append([tuple(call.x.shape) for call in calls])
+        return class_measurements.tokens_by_class(calls)
+
+    monkeypatch.setattr(measured_mlp, "tokens_by_class", tokens_by_class)
+    batches = text_batches(0, 1, 2, shape=(4, 9))
+    for batch in batches:
+        batch["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [6], [7], [8]])).long()
+        batch["labels"][batch["attention_mask"] == 0] = -100
+    model = patch_head(patch_model(llama(), PLANNED))
+    calibrate(model, batches)
+    assert seen == [[(1, 30, WIDTH)] * 2] * len(sparse_mlps(model))
+
+
+def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
+    for size in (0.0, 1.0):
+        model, batches = bert_classifier(3)
+        with torch.no_grad():
+            model.classifier.weight.mul_(size)
+        plan = calibrate(model, batches, PLANNED, tolerance=0.01)
+        assert any(layer.gradient < 1 for layer in plan.layers) == (size > 0)
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:

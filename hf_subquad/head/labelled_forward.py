@@ -37,6 +37,8 @@ class LabelledForward:
         takes_rows: whether the model takes a batch as one row without padding; None: not tried yet.
     """
 
+    _always = _keeps_logits = False  # of the class, for models that were pickled without them
+
     def __init__(self, model: PreTrainedModel, megabytes: int) -> None:
         self.model, self.megabytes = model, megabytes
         self.automatic = False
@@ -45,7 +47,6 @@ class LabelledForward:
         self.method: Method | None = None
         self.takes_rows: bool | None = None
         self._found_for: tuple[Any, Any] | None = None  # the head and the loss function that `method` was found for
-        self._always = self._keeps_logits = False
 
     def stock(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that this one replaces."""
@@ -74,9 +75,7 @@ class LabelledForward:
                 inputs = self._without_padding(inputs)
                 return run_on_labelled_rows(self.model, self.stock, inputs, method, self.megabytes, self._keeps_logits)
         except NotHereError as reason:
-            if str(reason):
-                self.method = None
-                logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
+            self._give_up(reason)
         return self.stock(*args, **kwargs)
 
     @contextmanager
@@ -86,6 +85,7 @@ class LabelledForward:
         Args:
             keep_logits: outputs hold the logits of the labelled rows, [1, n, vocabulary].
         """
+        self._settle()
         before = self._always, self._keeps_logits
         self._always, self._keeps_logits = True, keep_logits
         try:
@@ -93,17 +93,31 @@ class LabelledForward:
         finally:
             self._always, self._keeps_logits = before
 
+    def _settle(self) -> None:
+        """Try now what the first call would try, so that hooks which record calls do not see the trials."""
+        try:
+            if self.choose_method() is not None and attends_by_sequences(self.model) and not shows_rows(self.model):
+                self._try_rows()
+        except NotHereError as reason:
+            self._give_up(reason)
+
+    def _try_rows(self) -> bool:
+        if self.takes_rows is None:
+            self.takes_rows = keeps_sequences_apart(self.model, self.stock)
+        return self.takes_rows
+
+    def _give_up(self, reason: NotHereError) -> None:
+        if str(reason):
+            self.method = None
+            logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
+
     def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as one row without padding, if they are padded, the model can have them so, nobody sees it, and
         attention goes by sequence: else a long row would be slow."""
         if self.takes_rows is False or not attends_by_sequences(self.model) or shows_rows(self.model):
             return inputs
         row = without_padding(inputs, longest_row(self.model))
-        if row is None:
-            return inputs
-        if self.takes_rows is None:
-            self.takes_rows = keeps_sequences_apart(self.model, self.stock)
-        if not self.takes_rows:
+        if row is None or not self._try_rows():
             return inputs
         announce(self.model, row)
         return row

@@ -84,7 +84,7 @@ def shows_rows(model: PreTrainedModel) -> bool:
 
 def _is_harmless(hook: Any) -> bool:
     library = (getattr(hook, "__module__", None) or "").partition(".")[0]
-    if library == "hf_subquad":
+    if library == "hf_subquad":  # they follow the tokens that the model runs on
         return True
     return library in ("transformers", "peft") and getattr(hook, "__name__", None) in _HARMLESS
 

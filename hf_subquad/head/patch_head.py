@@ -6,6 +6,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..errors import AlreadyPatchedError, ConfigError, NotPatchedError, UnsupportedModuleError
+from ..layers.patched_mlps import runtime_of
 from ..layers.peft_and_checkpointing import language_model
 from .head_on_labelled_rows import NotHereError
 from .labelled_forward import ATTRIBUTE, LabelledForward
@@ -95,6 +96,12 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
 
 
 def head_as_in_training(model: nn.Module, keep_logits: bool = False) -> AbstractContextManager[None]:
-    """Context manager: `LabelledForward.as_in_training`, or nothing if the head is not patched."""
-    forward = labelled_forward(model)
+    """Context manager: `LabelledForward.as_in_training`; nothing if the head is not patched, or training will not use
+    it."""
+    forward = head_in_training(model)
     return nullcontext() if forward is None else forward.as_in_training(keep_logits)
+
+
+def head_in_training(model: nn.Module) -> LabelledForward | None:
+    """`labelled_forward`, unless a model with sparse MLPs will be trained without labels in the call."""
+    return None if runtime_of(model).without_labels else labelled_forward(model)

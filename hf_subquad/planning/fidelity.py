@@ -1,7 +1,8 @@
 """How close a model with sparse MLPs is to the dense one, in its predictions and in the gradient of what is trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..head.patch_head import head_as_in_training
 from ..layers.autograd_graph import leaves_behind
+from ..layers.passes import computed_again
 from ..layers.patched_mlps import runtime_of, sparse_mlps
 from ..layers.runtime import loss_of
 from .divergence import Batch, Predictions, logits_of
@@ -24,9 +26,9 @@ class Fidelity:
     Attributes:
         divergence: mean Kullback-Leibler divergence of its predictions, in nats per prediction; 0 where the outputs
             have no logits.
-        cosine: of the gradient with the exact one. A gradient here is that of all trained parameters but those that no
-            gradient of an MLP reaches: a new classification head has nearly all of the whole gradient at first, and its
-            own is exact.
+        cosine: of the gradient with the exact one. A gradient here is that of the trained parameters that some MLP's
+            output depends on: a new classification head has nearly all of the whole gradient at first, and hardly an
+            error of its own.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
     """
 
@@ -56,6 +58,10 @@ class DenseReference:
         as_in_training: compare what a patched head computes in training, which takes less time and memory than all
             logits.
 
+    Attributes:
+        blind: no gradient reaches what is below an MLP's output yet (a new head may be zero), so that errors of
+            gradients cannot be seen; all parameters are compared.
+
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
@@ -67,19 +73,11 @@ class DenseReference:
         if not self._trained:
             raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
         self._predictions: Predictions | None = None
-        outputs: list[Tensor] = []  # of MLPs
-        handles = [
-            mlp.output.register_forward_hook(lambda module, args, y: outputs.append(y)) for mlp in sparse_mlps(model)
-        ]
-        try:
+        with _reached(model) as reached:
             _, gradient = self._compared_step()
-        finally:
-            for handle in handles:
-                handle.remove()
-        reached = leaves_behind(outputs)
-        self._compared = [id(parameter) in reached for parameter in self._trained]
-        if not any(self._compared):
-            self._compared = [True] * len(self._trained)
+        below = [id(parameter) in reached for parameter in self._trained]
+        self.blind = not _norm(list(compress(gradient, below)))
+        self._compared = [True] * len(below) if self.blind else below
         self._gradient = list(compress(gradient, self._compared))
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
@@ -149,6 +147,23 @@ class DenseReference:
         return None if logits is None else logits.detach(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)
         ]
+
+
+@contextmanager
+def _reached(model: nn.Module) -> Iterator[set[int]]:
+    """Context manager: collects the ids of the parameters that the outputs of MLPs depend on."""
+    found: set[int] = set()
+
+    def note(module: nn.Module, args: Any, y: Tensor) -> None:
+        if not computed_again():  # then the graph of the layer would be kept
+            found.update(leaves_behind([y]))
+
+    handles = [mlp.output.register_forward_hook(note) for mlp in sparse_mlps(model)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

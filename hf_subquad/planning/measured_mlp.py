@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..head.patch_head import head_as_in_training, labelled_forward
+from ..head.patch_head import head_as_in_training, head_in_training
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.dense_or_sparse import dense_forward
@@ -142,15 +142,17 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    reference = None
-    if labelled_forward(model) is not None and not runtime.without_labels:
+    as_in_training = head_in_training(model) is not None
+    if as_in_training:
         with dense_forward(model):
-            reference = DenseReference(model, batches[-1], as_in_training=True)
-    with recording(model, mlps) as judged:  # last, and with padding, which MLPs have before the patch and plans report
-        if reference is None:
-            reference = DenseReference(model, batches[-1])
-        else:
+            reference = DenseReference(model, batches[-1], as_in_training)
+    # This step is as before the patch, with padding: MLPs are timed on what they see in it. It comes last, because the
+    # plan reports the token classes of the last one.
+    with recording(model, mlps) as judged:
+        if as_in_training:
             reference.step()
+        else:
+            reference = DenseReference(model, batches[-1])
     with no_autocast(mlps):
         for mlp in mlps:
             classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name])
@@ -175,7 +177,7 @@ def recorded(model: nn.Module, mlps: Sequence[SparseMLP], batches: Sequence[Batc
     """Every MLP's inputs on some batches, in dense passes without gradients."""
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
-    with recording(model, mlps) as seen, head_as_in_training(model, keep_logits=True):
+    with head_as_in_training(model, keep_logits=True), recording(model, mlps) as seen:
         for batch in batches:
             model(**batch)
     return dict(seen)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..head.patch_head import head_as_in_training, labelled_forward
+from ..head.patch_head import head_as_in_training, head_in_training
 from ..layers.attention_patch import attends_by_sequences
 from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import runtime_of
@@ -20,7 +20,7 @@ def saved_outside_mlps(model: nn.Module, batch: Batch, expected_seconds: float) 
     Args:
         expected_seconds: of a dense step, less what the budgets save in the MLPs.
     """
-    if "labels" not in batch or (labelled_forward(model) is None and not attends_by_sequences(model)):
+    if "labels" not in batch or (head_in_training(model) is None and not attends_by_sequences(model)):
         return 0.0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
