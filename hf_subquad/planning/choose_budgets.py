@@ -145,8 +145,6 @@ def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, 
             one.run_with(Budget(gradient=share))
         return reference.fidelity().gradient_error ** 2
 
-    if reference.blind:
-        return 1.0, 0.0
     shares = sorted(GRADIENT_SHARES)
     likely = next((share for share in shares if _USUAL_NOISE * (1 - share) <= most), shares[-1])
     probed = noise(likely)

@@ -58,10 +58,6 @@ class DenseReference:
         as_in_training: compare what a patched head computes in training, which takes less time and memory than all
             logits.
 
-    Attributes:
-        blind: no gradient reaches what is below an MLP's output yet (a new head may be zero), so that errors of
-            gradients cannot be seen; all parameters are compared.
-
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
@@ -76,8 +72,8 @@ class DenseReference:
         with _reached(model) as reached:
             _, gradient = self._compared_step()
         below = [id(parameter) in reached for parameter in self._trained]
-        self.blind = not _norm(list(compress(gradient, below)))
-        self._compared = [True] * len(below) if self.blind else below
+        # While a new head is zero, no gradient gets below it, and only its own can be compared.
+        self._compared = below if _norm(list(compress(gradient, below))) else [True] * len(below)
         self._gradient = list(compress(gradient, self._compared))
         self._norm = _norm(self._gradient)
         if not math.isfinite(self._norm):
