@@ -71,7 +71,7 @@ def check_max_length(settings: Settings, config: Any) -> None:
 
 def training_arguments(settings: Settings, **more: Any) -> TrainingArguments:
     """TrainingArguments of the settings. `more` is what the script itself has to say."""
-    # transformers refuses bf16 on a processor unless use_cpu says so, and does not read accelerate's config for it.
+    # transformers refuses bf16 on a processor unless use_cpu is set, and does not read that from accelerate's config.
     use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     on_cpu = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu}
     values = TRAINING_DEFAULTS | on_cpu | _checkpointing(settings) | more | settings.training

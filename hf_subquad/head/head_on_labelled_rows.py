@@ -39,7 +39,8 @@ def run_on_labelled_rows(
     megabytes: int,
     keep_logits: bool = False,
 ) -> Any:
-    """The outputs of the stock forward; `logits` are None, or those of the labelled rows [1, n, vocabulary].
+    """The outputs of the stock forward; `logits` are None or, with `keep_logits`, those of the labelled rows
+    [1, n, vocabulary].
 
     Raises:
         NotHereError: these inputs, or this model, need the stock forward.

@@ -96,8 +96,8 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
 
 
 def head_as_in_training(model: nn.Module, keep_logits: bool = False) -> AbstractContextManager[None]:
-    """Context manager: `LabelledForward.as_in_training`; nothing if the head is not patched, or training will not use
-    it."""
+    """Context manager: `LabelledForward.as_in_training`; does nothing if the head is not patched, or training will not
+    use the patch."""
     forward = head_in_training(model)
     return nullcontext() if forward is None else forward.as_in_training(keep_logits)
 

@@ -17,7 +17,7 @@ _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
 AttentionInterface.register(_OURS, attend_by_sequence)
 AttentionMaskInterface.register(_OURS, sdpa_mask)
 
-_SAME = 1e-4  # relative difference of the losses of a row: rounding, by the dtype at least this
+_SAME = 1e-4  # relative difference of the losses that rounding may cause, at least
 
 
 def skip_padding_in_attention(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors with gradients others were computed from."""
+"""Finds the leaf tensors, mostly parameters, that other tensors were computed from."""
 
 from collections.abc import Iterable
 

@@ -38,8 +38,8 @@ class Padding:
 
         Args:
             model: for messages.
-            losses: each runs the model, with MLPs that skip padding, and returns its loss: on a few rows and, in case
-                that tells nothing, on the batch.
+            losses: each runs the model, with MLPs that skip padding, and returns its loss: the first on a few rows; the
+                second, if that tells nothing, on the whole batch.
         """
         for loss in losses:
             try:

@@ -19,7 +19,7 @@ _AIM = 0.95  # of what may be lost, to be used
 _CLOSE_ENOUGH = 0.85  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs more than it could still gain
-_USUAL_NOISE = 0.8  # of sampled rows, on SmolLM2-135M, by the share of the gradient that is left out
+_USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
 

@@ -72,7 +72,7 @@ class DenseReference:
         with _reached(model) as reached:
             _, gradient = self._compared_step()
         below = [id(parameter) in reached for parameter in self._trained]
-        # While a new head is zero, no gradient gets below it, and only its own can be compared.
+        # While a new head is zero, no gradient gets below it: then the gradient of all trained parameters is compared.
         self._compared = below if _norm(list(compress(gradient, below))) else [True] * len(below)
         self._gradient = list(compress(gradient, self._compared))
         self._norm = _norm(self._gradient)
@@ -151,7 +151,7 @@ def _reached(model: nn.Module) -> Iterator[set[int]]:
     found: set[int] = set()
 
     def note(module: nn.Module, args: Any, y: Tensor) -> None:
-        if not computed_again():  # then the graph of the layer would be kept
+        if not computed_again():  # walking the graph of a repeated layer would keep it
             found.update(leaves_behind([y]))
 
     handles = [mlp.output.register_forward_hook(note) for mlp in sparse_mlps(model)]

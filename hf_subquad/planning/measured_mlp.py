@@ -147,7 +147,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
         with dense_forward(model):
             reference = DenseReference(model, batches[-1], as_in_training)
     # This step is as before the patch, with padding: MLPs are timed on what they see in it. It comes last, because the
-    # plan reports the token classes of the last one.
+    # plan reports the token classes of the last step that ran.
     with recording(model, mlps) as judged:
         if as_in_training:
             reference.step()
