@@ -60,8 +60,8 @@ class Plan:
         loss_increase: mean Kullback-Leibler divergence of the sparse model's predictions from the dense model's, in
             nats per predicted token, measured with all budgets together. It is the expected increase of the loss of a
             model whose predictions fit the data.
-        gradient_cosine: cosine with the exact gradient, of the trained parameters that some MLP's output depends on, with
-            all budgets together and no rows left out.
+        gradient_cosine: cosine with the exact gradient of the trained parameters that some MLP's output depends on,
+            with all budgets together and no rows left out.
         step_ms: forward and backward of the whole model with every MLP dense (`dense_ms`).
         planning_seconds: time that planning took.
         padding_share, context_share: shares of the tokens of the last batch, on which times were measured.
