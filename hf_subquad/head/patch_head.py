@@ -96,12 +96,12 @@ def labelled_forward(model: nn.Module) -> LabelledForward | None:
 
 
 def head_as_in_training(model: nn.Module, keep_logits: bool = False) -> AbstractContextManager[None]:
-    """Context manager: `LabelledForward.as_in_training`; does nothing if the head is not patched, or training will not
-    use the patch."""
+    """Context manager: `LabelledForward.as_in_training` of a model with sparse MLPs; does nothing if its head is not
+    patched, or training will not use the patch."""
     forward = head_in_training(model)
     return nullcontext() if forward is None else forward.as_in_training(keep_logits)
 
 
 def head_in_training(model: nn.Module) -> LabelledForward | None:
-    """`labelled_forward`, unless a model with sparse MLPs will be trained without labels in the call."""
+    """`labelled_forward` of a model with sparse MLPs; None if it will be trained without labels in the call."""
     return None if runtime_of(model).without_labels else labelled_forward(model)

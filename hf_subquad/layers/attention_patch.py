@@ -21,7 +21,7 @@ _SAME = 1e-4  # relative difference of the losses that rounding may cause, at le
 
 
 def skip_padding_in_attention(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """`attend_by_sequences`, if the loss of a few rows stays the same up to rounding.
+    """`attend_by_sequences`, if the loss of these inputs, a few rows, stays the same up to rounding.
 
     A model may look at the name of its attention function, and do something else.
     """
