@@ -1,19 +1,15 @@
-"""Does a plan keep its promise, does measuring leave no trace, and is what cannot be planned refused?"""
+"""Does a plan keep its promise, and is what cannot be planned refused?"""
 
 import dataclasses
-import functools
 import logging
-import math
 import random
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import transformers
 from helpers.mlps import Plain
 from helpers.models import (
-    CONFIG,
     LAYERS,
     LENGTH,
     NEURONS,
@@ -21,14 +17,25 @@ from helpers.models import (
     WIDTH,
     assert_same,
     build,
-    checkpoint_activations,
     fill_updates,
     llama,
     opt,
     snapshot,
     tokens,
 )
-from helpers.planning import STEP_MS, budgets_of, hand_plan, is_dense, set_times, text_batches, trained_head
+from helpers.planning import (
+    PLANNED,
+    STEP_MS,
+    bert_classifier,
+    budgets_of,
+    is_dense,
+    neurons_of,
+    set_times,
+    t5,
+    text_batches,
+    text_model,
+    trained_head,
+)
 from torch import Tensor, nn
 
 from hf_subquad import (
@@ -39,9 +46,7 @@ from hf_subquad import (
     SubquadConfig,
     apply_plan,
     calibrate,
-    compensate,
     dense_forward,
-    patch_head,
     patch_model,
     sparse_forward,
     sparse_mlps,
@@ -49,43 +54,13 @@ from hf_subquad import (
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
-from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.layers.token_classes import TokenClasses
-from hf_subquad.planning import class_measurements, measured_mlp, mlp_timing
 from hf_subquad.planning.choose_budgets import EXACT
-from hf_subquad.planning.class_measurements import MLPCall, neuron_counts
+from hf_subquad.planning.class_measurements import neuron_counts
 from hf_subquad.planning.fidelity import DenseReference, Fidelity
 from hf_subquad.planning.make_plan import plan_and_fit
 from hf_subquad.planning.measured_mlp import measure_mlps
 
-PLANNED = SubquadConfig(**{**CONFIG.to_dict(), "active": None})
 TEXTS = text_batches(0, 1, 2)
-
-
-def text_model(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    return build(family), text_batches(0, 1, 2, shape=(4, 9))
-
-
-def bert_classifier(num_labels: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Padded rows; labels are classes, or numbers for a regression."""
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=3, num_labels=num_labels,
-        num_attention_heads=2, max_position_embeddings=32,
-    )  # fmt: skip
-    model = transformers.BertForSequenceClassification(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.8 / parameter.shape[-1] ** 0.5)
-    mask = torch.ones(9, 11, dtype=torch.long)
-    mask[1, 3:] = 0
-    labels = torch.linspace(-1, 2, 9) if num_labels == 1 else torch.arange(9) % num_labels
-    return model, [{"input_ids": tokens(seed, (9, 11)), "attention_mask": mask, "labels": labels} for seed in range(3)]
-
-
-def t5(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
-    """Fewer tokens in the decoder than in the encoder."""
-    return build(family), [{"input_ids": tokens(s, (4, 11)), "labels": tokens(s + 9, (4, 7))} for s in range(3)]
 
 
 def vit() -> tuple[nn.Module, list[dict[str, Tensor]]]:
@@ -114,10 +89,6 @@ def _times(monkeypatch: pytest.MonkeyPatch) -> None:
 def faithful(plan: Plan) -> bool:
     """What a plan promises: a tenth of what may be lost is the tolerance."""
     return 0 <= plan.loss_increase <= 10 * plan.tolerance and plan.gradient_cosine >= 1 - 10 * plan.tolerance
-
-
-def neurons_of(plan: Plan) -> list[tuple[int, int]]:
-    return [(layer.predicted, layer.context) for layer in plan.layers]
 
 
 # What a plan says
@@ -272,79 +243,6 @@ def test_where_sparse_is_slower_mlps_stay_exact(monkeypatch: pytest.MonkeyPatch,
         packed.step_speedup_over_dense == pytest.approx(1)
         and "Nothing is gained here" in packed.table().splitlines()[-1]
     )
-
-
-def test_what_is_saved_outside_of_the_mlps_is_counted_in() -> None:
-    model = patch_model(llama(vocab_size=20_000), PLANNED)
-    texts = text_batches(0, 1, shape=(8, 25), prompt=23)
-    assert calibrate(model, texts).saved_elsewhere_ms == 0
-    plan = calibrate(patch_head(model), texts)
-    assert 0 < plan.saved_elsewhere_ms < plan.step_ms and "logits at labelled positions only" in plan.table()
-    assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
-    assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
-
-
-@pytest.mark.parametrize("family", ["llama", "t5", "masked"])
-def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family: str) -> None:
-    """Only the step that is timed and the one that MLPs are timed on compute all logits."""
-    plans, rows = [], []
-    for change in (lambda model: model, patch_head):
-        torch.manual_seed(0)
-        if family == "llama":
-            model, batches = llama(), text_batches(0, 1, 2, shape=(4, 9))
-        else:
-            model, batches = t5("t5") if family == "t5" else text_model("bert")
-        for batch in batches:
-            batch["labels"][:, :4] = -100
-        head, seen = model.get_output_embeddings(), []
-
-        def forward(hidden: Tensor, head: nn.Module = head, seen: list[int] = seen) -> Tensor:
-            seen.append(hidden[..., 0].numel())
-            return nn.functional.linear(hidden, head.weight, head.bias)
-
-        head.forward = forward
-        model = change(patch_model(model, PLANNED))
-        seen.clear()
-        plans.append(calibrate(model, batches, tolerance=0.003))
-        rows.append(seen)
-    stock, patched = plans
-    assert neurons_of(patched) == neurons_of(stock)
-    for ours, theirs in zip(patched.layers, stock.layers, strict=True):
-        assert (ours.error, ours.context_error) == pytest.approx((theirs.error, theirs.context_error), rel=1e-3)
-    assert patched.loss_increase == pytest.approx(stock.loss_increase, rel=1e-3, abs=1e-6)
-    assert patched.gradient_cosine == pytest.approx(stock.gradient_cosine, abs=1e-5)
-    assert (patched.padding_share, patched.context_share) == (stock.padding_share, stock.context_share)
-    everywhere = batches[0]["labels"].numel()
-    assert set(rows[0]) == {everywhere}
-    assert rows[1].count(everywhere) < 0.4 * len(rows[0])
-
-
-def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the model takes a row without padding, which is tried on tokens that are not the data's."""
-    seen = []
-
-    def tokens_by_class(calls: list[MLPCall]) -> dict[Any, Tensor]:
-        seen.append([tuple(call.x.shape) for call in calls])
-        return class_measurements.tokens_by_class(calls)
-
-    monkeypatch.setattr(measured_mlp, "tokens_by_class", tokens_by_class)
-    batches = text_batches(0, 1, 2, shape=(4, 9))
-    for batch in batches:
-        batch["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [6], [7], [8]])).long()
-        batch["labels"][batch["attention_mask"] == 0] = -100
-    model = patch_head(patch_model(llama(), PLANNED))
-    calibrate(model, batches)
-    assert seen == [[(1, 30, WIDTH)] * 2] * len(sparse_mlps(model))
-
-
-def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
-    for size in (0.0, 1.0):
-        model, batches = bert_classifier(3)
-        with torch.no_grad():
-            model.classifier.weight.mul_(size)
-        plan = calibrate(model, batches, PLANNED, tolerance=0.01)
-        assert any(layer.gradient < 1 for layer in plan.layers) == (size > 0)
 
 
 def test_only_those_where_it_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,187 +421,6 @@ def test_one_shared_layer_is_planned() -> None:
     batches = [{"input_ids": tokens(seed, (9, 7)), "labels": torch.arange(9) % 3} for seed in range(3)]
     plan = calibrate(model, batches, SubquadConfig(rank=3, tile_size=5, sketch_rank=12))
     assert len(plan.layers) == 1 and faithful(plan)
-
-
-# Real times, of which only what does not hang on the machine is asserted
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["opt", "phi3"])
-def test_real_times(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    monkeypatch.undo()
-    model = patch_model(build(name, dtype), PLANNED)
-    fill_updates(model)
-    plan = calibrate(model, text_batches(0, 1, 2, prompt=2))
-    times = [getattr(layer, name) for layer in plan.layers for name in ("full_ms", "dense_ms", "sparse_ms")]
-    assert all(0 < ms < math.inf for ms in (*times, plan.step_ms, plan.step_speedup, plan.mlp_speedup_over_dense))
-    assert len({layer.full_ms for layer in plan.layers}) == 1  # one shape is timed once
-    assert plan.planning_seconds > plan.step_ms / 1000
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_budgets_are_timed_on_the_classes_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing runs around the MLP from which it could learn them."""
-    mlp = sparse_mlps(patch_model(opt(), PLANNED))[0]
-    mlp.runtime.padding.may_skip = True
-    open_call, seen = SparseMLP._open, {}
-
-    def noted(self: SparseMLP, x: Tensor, training: bool) -> Any:
-        call = open_call(self, x, training)
-        if call.parts is not None:
-            seen[self.budget] = [(part.tokens, part.idle) for part in call.parts]
-        return call
-
-    monkeypatch.setattr(SparseMLP, "_open", noted)
-    classes = TokenClasses((3, 5), torch.arange(4), torch.arange(4, 10))
-    call = MLPCall(torch.randn(3, 5, WIDTH), classes, torch.rand(15))
-    mlp_timing.time_mlp(mlp, call, [Budget(), Budget(context=0)])
-    assert seen == {Budget(): [(10, False)], Budget(context=0): [(4, False), (6, True)]}
-    assert mlp.runtime.passes.latest is None
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])
-def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
-    """The least time counts; the first round's is seldom that. Two digits of it are kept."""
-    calls: list[Any] = []
-
-    def timed(work: Any, device: torch.device) -> float:
-        calls.append(work)
-        return 1.001 * seconds * (3 if len(calls) <= 4 else 1)
-
-    monkeypatch.setattr(mlp_timing, "timed", timed)
-    (mlp, _) = sparse_mlps(patch_model(opt(), PLANNED))
-    budgets = [Budget(8, 8), Budget(None, 0, 0.9)]
-    found = mlp_timing.time_mlp(mlp, MLPCall(torch.randn(15, WIDTH), None, torch.rand(15)), budgets)
-    assert len(calls) == 4 * rounds
-    assert found == mlp_timing.MLPTiming(1000 * seconds, 1000 * seconds, dict.fromkeys(budgets, 1000 * seconds))
-
-
-# What measuring leaves behind
-
-
-def noisy(model: nn.Module) -> nn.Module:
-    """Every forward pass draws from all random states."""
-
-    def draw(*_: object) -> None:
-        random.random(), numpy.random.rand(), torch.rand(1)
-
-    model.register_forward_pre_hook(draw)
-    return model
-
-
-def random_states() -> tuple[Any, ...]:
-    return random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-
-
-def gradients(model: nn.Module) -> dict[str, Any]:
-    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
-
-
-@pytest.mark.parametrize("family", ["opt", "llama", "gpt2", "phi3"])
-def test_an_unpatched_model_is_left_to_the_bit(family: str) -> None:
-    model = noisy(build(family))
-    model.get_submodule(next(name for name, _ in model.named_modules() if name.count(".") == 2)).eval()
-    model.get_input_embeddings().weight.requires_grad_(False)
-    before, states = snapshot(model), random_states()
-    calibrate(model, TEXTS, PLANNED)
-    assert_same(before, snapshot(model))
-    assert random_states() == states
-    assert not sparse_mlps(model) and not any(p.grad is not None for p in model.parameters())
-    with pytest.raises(CalibrationError, match="at least one batch"):
-        calibrate(model, [], PLANNED)
-    assert_same(before, snapshot(model))
-
-
-def test_a_patched_model_is_left_as_it_was() -> None:
-    model = noisy(patch_model(opt(dropout=0.5), PLANNED))
-    fill_updates(model)
-    compensate(model, TEXTS[:1])
-    first, second = sparse_mlps(model)
-    first.set_budget(Budget())
-    second.set_budget(Budget(24, 0, 0.9))
-    runtime_of(model).plan = plan = hand_plan(model, [NEURONS, 24])
-    model.get_submodule("model.decoder.layers.1").eval()
-    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    attributes = ("budget", "corrections", "auditing", "audited", "selection_override", "calls")
-    kept = [[getattr(mlp, name) for name in attributes] for mlp in (first, second)]
-    indices = [dict(vars(mlp.index)) for mlp in (first, second)]
-    before, states, grads = snapshot(model), random_states(), gradients(model)
-    calibrate(model, TEXTS)
-    assert_same(before, snapshot(model))
-    assert random_states() == states
-    assert [[getattr(mlp, name) for name in attributes] for mlp in (first, second)] == kept
-    for mlp, index in zip((first, second), indices, strict=True):
-        for name in ("sketch", "summary", "output_norms", "sketch_is_approximate"):
-            assert vars(mlp.index)[name] is index[name], name
-    assert runtime_of(model).plan is plan and runtime_of(model).forward == "auto"
-    assert all(
-        (value is None) == (grads[name] is None) and (value is None or torch.equal(value, grads[name]))
-        for name, value in gradients(model).items()
-    )
-
-
-@pytest.mark.parametrize("padded", range(3))
-def test_padding_of_any_batch_is_noticed(padded: int) -> None:
-    batches = text_batches(0, 1, 2, shape=(4, 9))
-    for batch in batches:
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batches[padded]["attention_mask"][1, 5:] = 0
-    batches[padded]["labels"][1, 5:] = -100
-    model = patch_model(llama(), PLANNED)
-    calibrate(model, batches)
-    assert runtime_of(model).padding.may_skip is True
-
-
-def test_planning_checkpoints_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else activations may not fit that do in training. The plan is the same."""
-    batches = text_batches(0, 1, 2, shape=(6, 9), prompt=4)
-    expected = calibrate(llama(), batches, PLANNED)
-    model, repeated = llama(), []
-    checkpoint_activations(model, reentrant=False)
-    layer = model.model.layers[0]
-    checkpoint = layer._gradient_checkpointing_func
-
-    def counted(*args: Any, use_reentrant: bool) -> Any:
-        repeated.append(1)
-        return checkpoint(*args)
-
-    layer._gradient_checkpointing_func = functools.partial(counted, use_reentrant=False)
-    set_times(monkeypatch)
-    assert calibrate(model, batches, PLANNED) == expected
-    assert repeated and model.training and all(module.training for module in model.modules())
-
-
-def test_budgets_before_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor do corrections, a fitted index, dropout, or the mode."""
-    plain = patch_model(opt(dropout=0.5), PLANNED)
-    other = patch_model(opt(dropout=0.5), PLANNED)
-    compensate(other, TEXTS[:1])
-    for mlp, k in zip(sparse_mlps(other), (NEURONS, 8), strict=True):
-        mlp.set_budget(Budget(k, k))
-    plan = calibrate(plain, TEXTS)
-    set_times(monkeypatch)
-    assert calibrate(other.eval(), TEXTS) == plan
-
-
-def test_an_unpatched_model_gets_the_plan_of_a_patched_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = calibrate(llama(), TEXTS, PLANNED)
-    set_times(monkeypatch)
-    assert calibrate(patch_model(llama(), PLANNED), TEXTS) == plan
-
-
-def test_a_plan_that_fails_changes_nothing() -> None:
-    """`plan_and_fit`, in the middle of it."""
-    model = patch_model(opt(), PLANNED)
-    compensate(model, TEXTS[:1])
-    before, kept = snapshot(model), [(mlp.budget, mlp.corrections, mlp.index.sketch) for mlp in sparse_mlps(model)]
-    spoiled = [*TEXTS[:2], {**TEXTS[2], "labels": torch.full((3, LENGTH), -100)}]
-    with pytest.raises(CalibrationError):
-        plan_and_fit(model, spoiled)
-    assert_same(before, snapshot(model))
-    assert runtime_of(model).plan is None and runtime_of(model).forward == "auto"
-    for mlp, (budget, corrections, sketch) in zip(sparse_mlps(model), kept, strict=True):
-        assert mlp.budget == budget and mlp.corrections is corrections and mlp.index.sketch is sketch
 
 
 # Errors

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-from hf_subquad import LayerPlan, Plan, sparse_mlps
+from hf_subquad import LayerPlan, Plan, SubquadConfig, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.row_sampling import keep_probabilities
@@ -19,9 +20,10 @@ from hf_subquad.planning.class_measurements import MLPCall
 from hf_subquad.planning.divergence import Predictions
 from hf_subquad.planning.mlp_timing import MLPTiming
 
-from .models import tokens
+from .models import CONFIG, NEURONS, VOCABULARY, WIDTH, build, tokens
 
 STEP_MS = 1000.0
+PLANNED = SubquadConfig(**{**CONFIG.to_dict(), "active": None})
 
 
 def set_times(
@@ -106,3 +108,33 @@ def budgets_of(model: nn.Module) -> list[int]:
 def trained_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take predictions of small random models for those of a trained head, whose divergence is not scaled up."""
     monkeypatch.setattr(Predictions, "_information", lambda self: 1.0)
+
+
+def text_model(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    return build(family), text_batches(0, 1, 2, shape=(4, 9))
+
+
+def bert_classifier(num_labels: int) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Padded rows; labels are classes, or numbers for a regression."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=NEURONS, num_hidden_layers=3, num_labels=num_labels,
+        num_attention_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.8 / parameter.shape[-1] ** 0.5)
+    mask = torch.ones(9, 11, dtype=torch.long)
+    mask[1, 3:] = 0
+    labels = torch.linspace(-1, 2, 9) if num_labels == 1 else torch.arange(9) % num_labels
+    return model, [{"input_ids": tokens(seed, (9, 11)), "attention_mask": mask, "labels": labels} for seed in range(3)]
+
+
+def t5(family: str) -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """Fewer tokens in the decoder than in the encoder."""
+    return build(family), [{"input_ids": tokens(s, (4, 11)), "labels": tokens(s + 9, (4, 7))} for s in range(3)]
+
+
+def neurons_of(plan: Plan) -> list[tuple[int, int]]:
+    return [(layer.predicted, layer.context) for layer in plan.layers]

@@ -1,0 +1,94 @@
+"""A patched head while a model is planned: the same plan at less cost, and what it saves is counted in."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from helpers.models import WIDTH, llama, tokens
+from helpers.planning import PLANNED, bert_classifier, neurons_of, set_times, t5, text_batches, text_model, trained_head
+from torch import Tensor, nn
+
+from hf_subquad import calibrate, patch_head, patch_model, sparse_mlps
+from hf_subquad.planning import class_measurements, measured_mlp
+from hf_subquad.planning.class_measurements import MLPCall
+
+
+@pytest.fixture(autouse=True)
+def _times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse is always faster, the more so the fewer neurons; tests choose other times."""
+    set_times(monkeypatch)
+    trained_head(monkeypatch)
+
+
+def test_what_is_saved_outside_of_the_mlps_is_counted_in() -> None:
+    model = patch_model(llama(vocab_size=20_000), PLANNED)
+    texts = text_batches(0, 1, shape=(8, 25), prompt=23)
+    assert calibrate(model, texts).saved_elsewhere_ms == 0
+    plan = calibrate(patch_head(model), texts)
+    assert 0 < plan.saved_elsewhere_ms < plan.step_ms and "logits at labelled positions only" in plan.table()
+    assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
+    assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "masked"])
+def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family: str) -> None:
+    """Only the step that is timed and the one that MLPs are timed on compute all logits."""
+    plans, rows = [], []
+    for change in (lambda model: model, patch_head):
+        torch.manual_seed(0)
+        if family == "llama":
+            model, batches = llama(), text_batches(0, 1, 2, shape=(4, 9))
+        else:
+            model, batches = t5("t5") if family == "t5" else text_model("bert")
+        for batch in batches:
+            batch["labels"][:, :4] = -100
+        head, seen = model.get_output_embeddings(), []
+
+        def forward(hidden: Tensor, head: nn.Module = head, seen: list[int] = seen) -> Tensor:
+            seen.append(hidden[..., 0].numel())
+            return nn.functional.linear(hidden, head.weight, head.bias)
+
+        head.forward = forward
+        model = change(patch_model(model, PLANNED))
+        seen.clear()
+        plans.append(calibrate(model, batches, tolerance=0.003))
+        rows.append(seen)
+    stock, patched = plans
+    assert neurons_of(patched) == neurons_of(stock)
+    for ours, theirs in zip(patched.layers, stock.layers, strict=True):
+        assert (ours.error, ours.context_error) == pytest.approx((theirs.error, theirs.context_error), rel=1e-3)
+    assert patched.loss_increase == pytest.approx(stock.loss_increase, rel=1e-3, abs=1e-6)
+    assert patched.gradient_cosine == pytest.approx(stock.gradient_cosine, abs=1e-5)
+    assert (patched.padding_share, patched.context_share) == (stock.padding_share, stock.context_share)
+    everywhere = batches[0]["labels"].numel()
+    assert set(rows[0]) == {everywhere}
+    assert rows[1].count(everywhere) < 0.4 * len(rows[0])
+
+
+def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the model takes a row without padding, which is tried on tokens that are not the data's."""
+    seen = []
+
+    def tokens_by_class(calls: list[MLPCall]) -> dict[Any, Tensor]:
+        seen.append([tuple(call.x.shape) for call in calls])
+        return class_measurements.tokens_by_class(calls)
+
+    monkeypatch.setattr(measured_mlp, "tokens_by_class", tokens_by_class)
+    batches = text_batches(0, 1, 2, shape=(4, 9))
+    for batch in batches:
+        batch["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [6], [7], [8]])).long()
+        batch["labels"][batch["attention_mask"] == 0] = -100
+    model = patch_head(patch_model(llama(), PLANNED))
+    calibrate(model, batches)
+    assert seen == [[(1, 30, WIDTH)] * 2] * len(sparse_mlps(model))
+
+
+def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times(monkeypatch, overhead=3.0, idle=3.0, backward=0.6)
+    for size in (0.0, 1.0):
+        model, batches = bert_classifier(3)
+        with torch.no_grad():
+            model.classifier.weight.mul_(size)
+        plan = calibrate(model, batches, PLANNED, tolerance=0.01)
+        assert any(layer.gradient < 1 for layer in plan.layers) == (size > 0)
