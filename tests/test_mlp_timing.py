@@ -65,3 +65,19 @@ def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds:
     found = mlp_timing.time_mlp(mlp, MLPCall(torch.randn(15, WIDTH), None, torch.rand(15)), budgets)
     assert len(calls) == 4 * rounds
     assert found == mlp_timing.MLPTiming(1000 * seconds, 1000 * seconds, dict.fromkeys(budgets, 1000 * seconds))
+
+
+def test_padding_is_timed_where_it_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the patch and with all neurons; the call may be of a row without it."""
+    (mlp, _) = sparse_mlps(patch_model(opt(), PLANNED))
+    seen: list[tuple[str, int]] = []
+    for name in ("_full", "_patched"):
+
+        def noted(mlp: SparseMLP, x: Tensor, gradient: Tensor, *budget: Budget | None, name: str = name) -> None:
+            assert gradient.shape == x.shape and x.requires_grad
+            kind = "budget" if budget and budget[0] is not None else name
+            seen.append((kind, x[..., 0].numel()))
+
+        monkeypatch.setattr(mlp_timing, name, noted)
+    mlp_timing.time_mlp(mlp, MLPCall(torch.randn(1, 15, WIDTH), None, torch.rand(15)), [Budget(8, 8)], padding=6)
+    assert set(seen) == {("_full", 21), ("_patched", 21), ("budget", 15)}

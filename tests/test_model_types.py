@@ -79,7 +79,10 @@ def test_others_are_where_the_page_says(model_type: str, section: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", model_types())
 def test_page_says_what_the_sweep_finds(model_type: str) -> None:
-    assert verdict(model_type).row == ROWS[model_type]
+    found = verdict(model_type)
+    if "ModuleNotFoundError" in found.row:
+        pytest.skip(found.row)
+    assert found.row == ROWS[model_type]
 
 
 @same_version

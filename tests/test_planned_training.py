@@ -334,7 +334,7 @@ def test_a_trainer_that_keeps_labels_plans_without_them(tmp_path: Path) -> None:
         runtime = runtime_of(model)
         shares.append(runtime.plan.context_share)
         runtime.begin(model, {"input_ids": tokens(), "labels": tokens()})
-        assert runtime.latest_classes  # by the labels of calls of another kind
+        assert runtime.passes.latest.stacks  # by the labels of calls of another kind
         runtime.end()
     assert shares[0] > 0.2 and shares[1] == 0
 

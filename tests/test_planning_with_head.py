@@ -10,7 +10,7 @@ from helpers.planning import PLANNED, bert_classifier, neurons_of, set_times, t5
 from torch import Tensor, nn
 
 from hf_subquad import calibrate, patch_head, patch_model, sparse_mlps
-from hf_subquad.planning import class_measurements, measured_mlp
+from hf_subquad.planning import class_measurements, make_plan, measured_mlp
 from hf_subquad.planning.class_measurements import MLPCall
 
 
@@ -66,6 +66,15 @@ def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family
     assert rows[1].count(everywhere) < 0.4 * len(rows[0])
 
 
+def padded_batches() -> list[dict[str, Tensor]]:
+    """Rows of 9, 6, 7 and 8 tokens."""
+    batches = text_batches(0, 1, 2, shape=(4, 9))
+    for batch in batches:
+        batch["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [6], [7], [8]])).long()
+        batch["labels"][batch["attention_mask"] == 0] = -100
+    return batches
+
+
 def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the model takes a row without padding, which is tried on tokens that are not the data's."""
     seen = []
@@ -75,13 +84,33 @@ def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pyt
         return class_measurements.tokens_by_class(calls)
 
     monkeypatch.setattr(measured_mlp, "tokens_by_class", tokens_by_class)
-    batches = text_batches(0, 1, 2, shape=(4, 9))
-    for batch in batches:
-        batch["attention_mask"] = (torch.arange(9) < torch.tensor([[9], [6], [7], [8]])).long()
-        batch["labels"][batch["attention_mask"] == 0] = -100
+    batches = padded_batches()
     model = patch_head(patch_model(llama(), PLANNED))
     calibrate(model, batches)
     assert seen == [[(1, 30, WIDTH)] * 2] * len(sparse_mlps(model))
+
+
+def test_padding_that_the_model_does_not_see_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shares, and in the time before the patch."""
+    timed_with: list[tuple[int, int]] = []
+    formula = measured_mlp.time_mlp
+
+    def time_mlp(mlp: Any, call: MLPCall, budgets: Any, padding: int) -> Any:
+        timed_with.append((len(call.tokens), padding))
+        return formula(mlp, call, budgets, padding)
+
+    monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
+    stock = calibrate(patch_model(llama(), PLANNED), padded_batches())
+    patched = calibrate(patch_head(patch_model(llama(), PLANNED)), padded_batches())
+    assert timed_with == [(36, 0), (30, 6)]
+    assert patched.padding_share == stock.padding_share == pytest.approx(10 / 36)  # last tokens predict nothing
+    assert (patched.context_share, patched.tokens) == (stock.context_share, 36)
+
+
+def test_the_first_dense_step_which_allocates_memory_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([1.3, 1.0])
+    monkeypatch.setattr(make_plan, "timed", lambda work, device: next(seconds))
+    assert calibrate(patch_head(patch_model(llama(), PLANNED)), text_batches(0, 1)).step_ms == 1000
 
 
 def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

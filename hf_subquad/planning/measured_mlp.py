@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..head.patch_head import head_as_in_training, head_in_training
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
-from ..layers.dense_or_sparse import dense_forward
 from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
+from ..layers.token_classes import BatchClasses
 from ..logs import get_logger
 from ..ops.mlp_products import WORTH_GATHERING
 from ..ops.row_sampling import keep_probabilities
@@ -121,12 +121,12 @@ class MeasuredMLP:
         return max(0.0, low_ms + max(0.0, high_ms - low_ms) / max(1, high - low) * (k - low))
 
 
-def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference]:
+def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[MeasuredMLP], DenseReference, BatchClasses]:
     """Measure every MLP of a patched model. Indices stay fitted, and corrections are overwritten.
 
     Returns:
-        The MLPs, and predictions and gradient of the dense model on the last batch, on which what is fitted to the
-        others is evaluated.
+        The MLPs; predictions and gradient of the dense model on the last batch, on which what is fitted to the others
+        is evaluated; and the classes of that batch's tokens.
     """
     runtime, mlps = patched_parts(model)
     find_classes(model, runtime, batches)
@@ -143,16 +143,11 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
     as_in_training = head_in_training(model) is not None
-    if as_in_training:
-        with dense_forward(model):
-            reference = DenseReference(model, batches[-1], as_in_training)
-    # This step is as before the patch, with padding: MLPs are timed on what they see in it. It comes last, because the
-    # plan reports the token classes of the last step that ran.
     with recording(model, mlps) as judged:
-        if as_in_training:
-            reference.step()
-        else:
-            reference = DenseReference(model, batches[-1])
+        reference = DenseReference(model, batches[-1], as_in_training)
+    ran = batch = runtime.passes.latest or BatchClasses({})
+    if as_in_training:  # the pass may have left padding out
+        batch = runtime.classify(model, batches[-1])
     with no_autocast(mlps):
         for mlp in mlps:
             classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name])
@@ -160,17 +155,18 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     measured_mlps = []
     for mlp in mlps:
         call = judged[mlp.name][0]
+        left_out = _left_out(ran, batch, mlp.name)
         shapes = tuple((p.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
-        key = (shapes, call.x.shape, call.x.dtype, *classes[mlp.name])
+        key = (shapes, call.x.shape, call.x.dtype, left_out, *classes[mlp.name])
         if key not in timings:
-            timings[key] = _timed(mlp, call, classes[mlp.name])
+            timings[key] = _timed(mlp, call, classes[mlp.name], left_out)
         measured_mlps.append(
             MeasuredMLP(
                 mlp, classes[mlp.name], timings[key][0], _dropped(judged[mlp.name]), timings[key][1],
                 len(call.tokens), str(call.x.dtype).removeprefix("torch."),
             )
         )  # fmt: skip
-    return measured_mlps, reference
+    return measured_mlps, reference, batch
 
 
 def recorded(model: nn.Module, mlps: Sequence[SparseMLP], batches: Sequence[Batch]) -> dict[str, list[MLPCall]]:
@@ -206,14 +202,22 @@ def _timed_counts(mlp: SparseMLP, token_class: TokenClass) -> list[int]:
     return ([0] if token_class == "context" else []) + [counts[len(counts) // 4], counts[-2 if len(counts) > 2 else -1]]
 
 
-def _timed(mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements]) -> tuple[MLPTiming, float]:
+def _left_out(ran: BatchClasses, batch: BatchClasses, name: str) -> int:
+    """Tokens of padding in a batch that an MLP did not see, because the model ran without padding."""
+    seen, whole = ran.of_stack(name), batch.of_stack(name)
+    return 0 if seen is None or whole is None else max(0, whole.tokens - seen.tokens)
+
+
+def _timed(
+    mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements], left_out: int
+) -> tuple[MLPTiming, float]:
     """Times of an MLP, and the share of the rows with gradients that did not pass them in the timed pass."""
     budgets = [Budget(), Budget(gradient=_TIMED_SHARE)]
     budgets += [only(name, k) for name in classes for k in _timed_counts(mlp, name)]
     autocast = mlp.output.quantization is None and call.x.dtype != mlp.output.dtype  # 4 bits compute in any dtype
     mlp.corrections = {name: next(iter(measured.corrections.values())) for name, measured in classes.items()}
     with torch.autocast(call.x.device.type, dtype=call.x.dtype, enabled=autocast):
-        return time_mlp(mlp, call, budgets), sum(shares[_TIMED_SHARE] for shares in _dropped([call]).values())
+        return time_mlp(mlp, call, budgets, left_out), sum(shares[_TIMED_SHARE] for shares in _dropped([call]).values())
 
 
 def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:

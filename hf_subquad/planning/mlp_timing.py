@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..layers.budget import Budget
@@ -26,7 +26,7 @@ class MLPTiming:
 
     Attributes:
         full: the projections as they were before the patch, with gradients for weights that were trainable.
-        dense: the patched MLP with all its neurons, for all tokens.
+        dense: the patched MLP with all its neurons, for all tokens, padding included.
         budgets: by budget.
     """
 
@@ -36,19 +36,27 @@ class MLPTiming:
 
 
 @torch.enable_grad()
-def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
+def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget], padding: int = 0) -> MLPTiming:
     """Time an MLP on the tokens of a call, in their dtype or, under autocast, autocast's.
 
     Only the projections and the activation are run, without the model around them. Gradients have the same relative
     norms by token as in the call.
+
+    Args:
+        padding: number of tokens that are not in the call, but that the MLP sees before the patch.
     """
     x = call.x.detach().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(call.tokens.shape, generator=generator, device="cpu").to(x)
     gradient = (noise * call.energy.sqrt()[:, None].to(x)).view_as(x)
+    padded_x, padded_gradient = (
+        nn.functional.pad(values.detach().flatten(0, -2), (0, 0, 0, padding)) if padding else values
+        for values in (x, gradient)
+    )
+    padded_x.requires_grad_(True)
     ways: dict[Any, Callable[[], object]] = {
-        "full": lambda: _full(mlp, x, gradient),
-        "dense": lambda: _patched(mlp, x, gradient, None),
+        "full": lambda: _full(mlp, padded_x, padded_gradient),
+        "dense": lambda: _patched(mlp, padded_x, padded_gradient, None),
     }
     for budget in budgets:
         ways[budget] = lambda budget=budget: _patched(mlp, x, gradient, budget)  # type: ignore[misc]

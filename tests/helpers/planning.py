@@ -39,7 +39,7 @@ def set_times(
     `backward` of the time of what is dense. An `overhead` that is a function gets what the MLP saw.
     """
 
-    def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget]) -> MLPTiming:
+    def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget], padding: int = 0) -> MLPTiming:
         m = mlp.index.neurons
         fixed = (overhead if isinstance(overhead, float) else overhead(call)) * m
         real = call.energy > 0
