@@ -20,6 +20,11 @@ from hf_subquad import SubquadCallback, SubquadConfig, calibrate, patch_head, pa
 from hf_subquad.head.patch_head import labelled_forward
 
 
+@pytest.fixture
+def four_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    four_rows_a_chunk(monkeypatch)
+
+
 class Answers(Texts):
     """Texts with a prompt that has no labels, of another length in each row, and a column that no model knows."""
 
@@ -189,9 +194,7 @@ def test_unpatching_after_a_training_that_was_interrupted(tmp_path: Path) -> Non
     assert model(**labelled_batch()).logits is not None and labelled_forward(model) is None
 
 
-def test_trainer_without_sparse_mlps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    four_rows_a_chunk(monkeypatch)
-
+def test_trainer_without_sparse_mlps(tmp_path: Path, four_rows: None) -> None:
     def trained(model: nn.Module, folder: Path) -> Trainer:
         trainer = Trainer(model=model, args=arguments(folder), train_dataset=Answers())
         trainer.train()

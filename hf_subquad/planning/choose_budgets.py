@@ -16,6 +16,7 @@ from .tolerance import Limits
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
 _AIM = 0.95  # of what may be lost, to be used
+_AIM_FROM_BEYOND = 0.8  # budgets move in steps: a round that is beyond again costs more than what stays unused
 _CLOSE_ENOUGH = 0.85  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.02  # times what a plan beyond the limits takes: a round costs more than it could still gain
@@ -164,7 +165,7 @@ def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | N
         return low * (min(_GROWTH, _AIM / little) if little else _GROWTH)
     high, much = beyond
     if little < _NOTICEABLE:
-        return max(high * max(1 / _SHRINKING, _AIM / much), math.sqrt(low * high))
+        return max(high * max(1 / _SHRINKING, _AIM_FROM_BEYOND / much), math.sqrt(low * high))
     return low * (high / low) ** (math.log(_AIM / little) / math.log(much / little))
 
 
