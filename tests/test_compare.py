@@ -23,27 +23,25 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 pytest.importorskip("yaml")
 
+import compare_vanilla as script
+import comparison.report as reports
+import reporting
+from apart_workers import die, double
+from comparison.apart import WorkerError, run_apart
+from comparison.mlp_time import MlpTimer
+from comparison.random_rows import GSM8K, random_rows
+from comparison.settings import RunSettings, Shape
+from comparison.timed_trainer import TimedTrainer
+from helpers.models import tokens
+from helpers.training import Watch, patched_opt
+from transformers import default_data_collator
+
+from hf_subquad import SubquadCallback
+from hf_subquad.head.patch_head import labelled_forward
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = REPOSITORY / "scripts"
 DEMO_MODEL = SCRIPTS / "demo_model"
-sys.path[:0] = [str(SCRIPTS), str(REPOSITORY / "tests")]
-
-import compare_vanilla as script  # noqa: E402
-import comparison.report as reports  # noqa: E402
-import reporting  # noqa: E402
-from apart_workers import die, double  # noqa: E402
-from comparison.apart import WorkerError, run_apart  # noqa: E402
-from comparison.mlp_time import MlpTimer  # noqa: E402
-from comparison.random_rows import GSM8K, random_rows  # noqa: E402
-from comparison.settings import RunSettings, Shape  # noqa: E402
-from comparison.timed_trainer import TimedTrainer  # noqa: E402
-from helpers.models import tokens  # noqa: E402
-from helpers.training import Watch, patched_opt  # noqa: E402
-from transformers import default_data_collator  # noqa: E402
-
-from hf_subquad import SubquadCallback  # noqa: E402
-from hf_subquad.head.patch_head import labelled_forward  # noqa: E402
-
 METHODS = ("vanilla", "lora", "subquad")
 TEXT = "the quick brown fox jumps over the lazy dog while {} people watch it from a distance of {} metres\n"
 

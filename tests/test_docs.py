@@ -30,8 +30,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SETTINGS = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "recipes")]
-
 
 def blocks(*languages: str) -> Iterator[Any]:
     for page in PAGES:

@@ -13,11 +13,10 @@ import torch
 
 pytest.importorskip("triton", minversion="3.3")
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
+import gpu_check
+from gpu.report import COLUMNS, markdown, problems
 
-import gpu_check  # noqa: E402
-from gpu.report import COLUMNS, markdown, problems  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 
 def call(folder: Path, *options: str, interpret: bool = True) -> subprocess.CompletedProcess[str]:

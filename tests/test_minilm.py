@@ -26,12 +26,10 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 pytest.importorskip("yaml")
 
+import finetune_classifier
+import stdlib_functions
+
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(REPOSITORY / "scripts"), str(REPOSITORY / "recipes")]
-
-import finetune_classifier  # noqa: E402
-import stdlib_functions  # noqa: E402
-
 MODEL = str(minilm.get_model_path())
 LENGTH = 64
 STEPS = 20

@@ -4,21 +4,16 @@ By default one type or more of every row of the table of families; all types wit
 """
 
 import copy
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
+import list_models
 import pytest
 import torch
 import transformers
-from transformers.utils import logging
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tools"))
-
-import list_models
 from helpers.proof import NotComparedError, prove
 from helpers.tiny_models import class_name, model_types, tiny_batch, tiny_model
 from list_models import PAGE, SECTIONS, Verdict, page, verdict
+from transformers.utils import logging
 
 from hf_subquad.layers.sparse_mlp import OutputProjection
 from hf_subquad.ops.backends.torch_backend import TorchBackend

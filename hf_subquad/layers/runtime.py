@@ -120,7 +120,7 @@ class Runtime:
         if self._trying:
             return
         evaluates = self.forward == "auto" and not model.training  # then all logits may be read
-        batch = self.classify(model, inputs, whole_rows=evaluates)
+        batch = self._classify(model, inputs, whole_rows=evaluates)
         padded = any(of_stack.padding for of_stack in batch.stacks.values())
         sharded = self.sharded or is_fsdp(type(model))  # then other ranks would have to come along
         tries = not sharded and not _continues(inputs) and (model.training or self.forward in ("exact", "sparse"))
@@ -134,27 +134,26 @@ class Runtime:
     def sees(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Called within a forward pass if the model runs on other inputs than it was called with."""
         if not self._trying:
-            self.passes.replace(self.classify(model, inputs))
+            self.passes.replace(self._classify(model, inputs))
 
     def end(self) -> None:
         """Called at the end of each forward pass of the model, also after an error."""
         if not self._trying:
             self.passes.end()
 
-    def classify(self, model: nn.Module, inputs: Mapping[str, Any], whole_rows: bool = False) -> BatchClasses:
-        """The token classes of a batch, as `token_classes.classify` finds them, in the way the model is trained."""
+    def _classify(self, model: nn.Module, inputs: Mapping[str, Any], whole_rows: bool = False) -> BatchClasses:
         if self.without_labels:
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         return classify(model, inputs, whole_rows=self.whole_rows or whole_rows or _continues(inputs))
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Test whether padding can be skipped in this model, if the batch has padding, and return whether it has."""
-        classes = self.classify(model, inputs)
+        classes = self._classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return False
 
         def loss(inputs: Mapping[str, Any]) -> Tensor | None:
-            with self.set_aside("exact", self.classify(model, inputs)):
+            with self.set_aside("exact", self._classify(model, inputs)):
                 return loss_of(model(**inputs))
 
         few = most_and_least_padded(inputs)

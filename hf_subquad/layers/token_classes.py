@@ -70,6 +70,7 @@ class BatchClasses:
 
     Attributes:
         labelled_padding: the loss is computed at padding, so that nothing is skipped.
+        whole: the classes that the model was called with, if it runs on the same tokens without padding.
         may_repeat: gradient checkpointing may compute the forward again.
         modes: how its MLPs ran, by name.
         repeated: MLPs that gradient checkpointing has computed again.
@@ -77,6 +78,7 @@ class BatchClasses:
 
     stacks: Mapping[Stack, TokenClasses]
     labelled_padding: bool = False
+    whole: "BatchClasses | None" = None
     may_repeat: bool = False
     modes: dict[str, Any] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)

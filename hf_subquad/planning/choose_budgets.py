@@ -16,8 +16,8 @@ from .tolerance import Limits
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
 _AIM = 0.95  # of what may be lost, to be used
-_AIM_FROM_BEYOND = 0.8  # budgets move in steps: a round that is beyond again costs more than what stays unused
-_CLOSE_ENOUGH = 0.85  # of it
+_AIM_FROM_BEYOND = 0.85  # budgets move in steps: a round that is beyond again costs more than what stays unused
+_CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M

@@ -14,7 +14,7 @@ from ..layers.budget import Budget, TokenClass
 from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
-from ..layers.token_classes import BatchClasses
+from ..layers.token_classes import BatchClasses, TokenClasses
 from ..logs import get_logger
 from ..ops.mlp_products import WORTH_GATHERING
 from ..ops.row_sampling import keep_probabilities
@@ -145,17 +145,16 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     as_in_training = head_in_training(model) is not None
     with recording(model, mlps) as judged:
         reference = DenseReference(model, batches[-1], as_in_training)
-    ran = batch = runtime.passes.latest or BatchClasses({})
-    if as_in_training:  # the pass may have left padding out
-        batch = runtime.classify(model, batches[-1])
+    ran = runtime.passes.latest or BatchClasses({})
+    batch = ran.whole or ran
     with no_autocast(mlps):
         for mlp in mlps:
-            classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name])
+            classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name], batch.of_stack(mlp.name))
     timings: dict[tuple[Any, ...], tuple[MLPTiming, float]] = {}
     measured_mlps = []
     for mlp in mlps:
         call = judged[mlp.name][0]
-        left_out = _left_out(ran, batch, mlp.name)
+        left_out = _left_out(ran, call)
         shapes = tuple((p.shape, p.weight.dtype, p.source_class) for p in mlp.projections)
         key = (shapes, call.x.shape, call.x.dtype, left_out, *classes[mlp.name])
         if key not in timings:
@@ -202,10 +201,10 @@ def _timed_counts(mlp: SparseMLP, token_class: TokenClass) -> list[int]:
     return ([0] if token_class == "context" else []) + [counts[len(counts) // 4], counts[-2 if len(counts) > 2 else -1]]
 
 
-def _left_out(ran: BatchClasses, batch: BatchClasses, name: str) -> int:
-    """Tokens of padding in a batch that an MLP did not see, because the model ran without padding."""
-    seen, whole = ran.of_stack(name), batch.of_stack(name)
-    return 0 if seen is None or whole is None else max(0, whole.tokens - seen.tokens)
+def _left_out(ran: BatchClasses, call: MLPCall) -> int:
+    """Tokens of padding in a batch that an MLP did not see in a call, because the model ran without padding."""
+    seen, whole = ran.stacks.get("only"), ran.whole and ran.whole.stacks.get("only")
+    return whole.tokens - seen.tokens if seen and whole and seen.tokens == len(call.tokens) else 0
 
 
 def _timed(
@@ -236,11 +235,13 @@ def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
 
 
 def _judged(
-    classes: Mapping[TokenClass, ClassMeasurements], calls: Sequence[MLPCall]
+    classes: Mapping[TokenClass, ClassMeasurements], calls: Sequence[MLPCall], batch: TokenClasses | None
 ) -> dict[TokenClass, ClassMeasurements]:
     """Judge each class on what its MLP saw of another batch; classes that have no tokens there are dropped."""
     kept: dict[TokenClass, ClassMeasurements] = {}
     for name, measured in classes.items():
+        if name == "context" and batch is not None and not len(batch.context):
+            continue  # in a row without padding, the last tokens of sequences: there is nothing to judge a budget by
         found = [(call, rows[name]) for call in calls if name in (rows := call.rows())]
         if found:
             measured.judge(
