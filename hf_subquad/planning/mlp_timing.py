@@ -50,8 +50,7 @@ def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget], padding: 
     noise = torch.randn(call.tokens.shape, generator=generator, device="cpu").to(x)
     gradient = (noise * call.energy.sqrt()[:, None].to(x)).view_as(x)
     padded_x, padded_gradient = (
-        nn.functional.pad(values.detach().flatten(0, -2), (0, 0, 0, padding)) if padding else values
-        for values in (x, gradient)
+        nn.functional.pad(values.detach().flatten(0, -2), (0, 0, 0, padding)) for values in (x, gradient)
     )
     padded_x.requires_grad_(True)
     ways: dict[Any, Callable[[], object]] = {
