@@ -1,6 +1,7 @@
 """A patched head while a model is planned: the same plan at less cost, and what it saves is counted in."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.planning import PLANNED, bert_classifier, neurons_of, set_times, t5
 from torch import Tensor, nn
 
 from hf_subquad import calibrate, patch_head, patch_model, sparse_mlps
-from hf_subquad.planning import class_measurements, make_plan, measured_mlp
+from hf_subquad.planning import class_measurements, dense_step_time, fidelity, measured_mlp
 from hf_subquad.planning.class_measurements import MLPCall
 
 
@@ -21,12 +22,21 @@ def _times(monkeypatch: pytest.MonkeyPatch) -> None:
     trained_head(monkeypatch)
 
 
-def test_what_is_saved_outside_of_the_mlps_is_counted_in() -> None:
+def test_what_is_saved_outside_of_the_mlps_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with the budgets takes 250 ms, a dense one 1,000 ms."""
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        return 0.25
+
+    monkeypatch.setattr(fidelity, "timed", timed)
     model = patch_model(llama(vocab_size=20_000), PLANNED)
     texts = text_batches(0, 1, shape=(8, 25), prompt=23)
     assert calibrate(model, texts).saved_elsewhere_ms == 0
     plan = calibrate(patch_head(model), texts)
-    assert 0 < plan.saved_elsewhere_ms < plan.step_ms and "logits at labelled positions only" in plan.table()
+    in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in plan.layers)
+    assert in_mlps > 0 and plan.saved_elsewhere_ms == pytest.approx(750 - in_mlps)
+    assert "logits at labelled positions only" in plan.table()
     assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
     assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
 
@@ -139,7 +149,7 @@ def test_classes_are_those_that_the_model_inside_of_another_finds(family: str, m
 
 def test_the_first_dense_step_which_allocates_memory_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([1.3, 1.0])
-    monkeypatch.setattr(make_plan, "timed", lambda work, device: next(seconds))
+    monkeypatch.setattr(dense_step_time, "timed", lambda work, device: next(seconds))
     assert calibrate(patch_head(patch_model(llama(), PLANNED)), text_batches(0, 1)).step_ms == 1000
 
 

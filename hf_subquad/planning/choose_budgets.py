@@ -38,7 +38,7 @@ EXACT = Fidelity(divergence=0.0, cosine=1.0, gradient_error=0.0)
 class Choice:
     """Attributes:
     options: one for each MLP.
-    fidelity: with all of them, and the whole gradient.
+    fidelity: with all of them, and the whole gradient; of exact options, its time is that of nearly exact ones.
     noise: expected squared error of the sampled gradient, as a share of the squared gradient.
     reasons: for each MLP, why it computes all neurons for all tokens; empty if it does not.
     """
@@ -101,11 +101,10 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
         free = allocate(options, 0.0)
         found = run([option.budget for option in free])
-        if limits.spent(found) <= 1:
-            best, best_found = free, found
+        best, best_found = (free, found) if limits.spent(found) <= 1 else (best, replace(EXACT, seconds=found.seconds))
     otherwise = OTHERS_GAIN_MORE
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
-        best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
+        best, best_found, otherwise = exact, replace(EXACT, seconds=best_found.seconds), LITTLE_GAINED
     reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options, strict=True)]
     return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
 
@@ -173,21 +172,31 @@ def _forward_prices(
     measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float], noticeable: float
 ) -> list[float]:
     """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
-    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
+    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)
+    Earlier layers cost at least as much as later ones, so they are not measured if that is too much for them already.
+    """
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
-    for start in range(0, len(measured), size):
+    price = 0.0
+    for start in reversed(range(0, len(measured), size)):
         band = range(start, min(start + size, len(measured)))
-        price = 0.0
-        for probe_of in _PROBES:
-            probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
-            total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
-            if total > 0 and (lost := spent(probe)) > noticeable:
-                price = lost / total
-                break
+        if not price or price * min(_least_cost(measured[i]) for i in band) <= 1:
+            price = 0.0
+            for probe_of in _PROBES:
+                probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
+                total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
+                if total > 0 and (lost := spent(probe)) > noticeable:
+                    price = lost / total
+                    break
         for i in band:
             prices[i] = price
     return prices
+
+
+def _least_cost(measured: MeasuredMLP) -> float:
+    """Of its budgets that skip neurons."""
+    costs = [measured.forward_cost(budget) for budget in measured.budgets(1.0) if not _all_neurons(budget)]
+    return min(costs, default=math.inf)
 
 
 def _middle(measured: MeasuredMLP) -> Budget:

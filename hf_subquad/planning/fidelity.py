@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..layers.passes import computed_again
 from ..layers.patched_mlps import runtime_of, sparse_mlps
 from ..layers.runtime import loss_of
 from .divergence import Batch, Predictions, logits_of
+from .mlp_timing import timed
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Fidelity:
             output depends on: a new classification head has nearly all of the whole gradient at first, and hardly an
             error of its own.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
+        seconds: of the forward and backward pass that was compared; NaN if none was.
     """
 
     divergence: float
     cosine: float
     gradient_error: float
+    seconds: float = field(default=math.nan, compare=False)
 
     @property
     def lost(self) -> float:
@@ -46,7 +49,8 @@ class Fidelity:
         lost = max(0.0, self.lost - share * rounding.lost)
         error = max(0.0, self.gradient_error**2 - share * rounding.gradient_error**2)
         cosine = self.cosine if self.cosine <= 0 else math.sqrt(1 - lost)
-        return Fidelity(max(0.0, self.divergence - share * rounding.divergence), cosine, math.sqrt(error))
+        divergence = max(0.0, self.divergence - share * rounding.divergence)
+        return Fidelity(divergence, cosine, math.sqrt(error), self.seconds)
 
 
 class DenseReference:
@@ -65,9 +69,7 @@ class DenseReference:
     def __init__(self, model: nn.Module, batch: Batch, as_in_training: bool = False) -> None:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
         self._as_in_training = as_in_training
-        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if not self._trained:
-            raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
+        self._trained = trained_parameters(model)
         self._predictions: Predictions | None = None
         with _reached(model) as reached:
             _, gradient = self._compared_step()
@@ -85,18 +87,20 @@ class DenseReference:
         Raises:
             CalibrationError: predictions or gradients are not finite.
         """
-        logits, gradient = self._compared_step()
+        found: list[Any] = []
+        seconds = timed(lambda: found.extend(self._compared_step()), self._trained[0].device)
+        gradient, logits = found.pop(), found.pop()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         gradient = list(compress(gradient, self._compared))
         norm = _norm(gradient)
         if not math.isfinite(norm):
             raise CalibrationError("the gradient of the sparse model holds NaN or infinite values")
         if not norm or not self._norm:
-            return Fidelity(divergence, float(norm == self._norm), float(norm != self._norm))
+            return Fidelity(divergence, float(norm == self._norm), float(norm != self._norm), seconds)
         pairs = list(zip(gradient, self._gradient, strict=True))
         error = _norm([a - b for a, b in pairs])
         cosine = sum(torch.sum(a.double() * b.double()).item() for a, b in pairs) / (norm * self._norm)
-        return Fidelity(divergence, min(cosine, 1.0), error / self._norm)
+        return Fidelity(divergence, min(cosine, 1.0), error / self._norm, seconds)
 
     def rounding(self, first: nn.Module) -> Fidelity:
         """Fidelity of the model if the output of `first`, an output projection, is rounded otherwise: in bf16 and
@@ -143,6 +147,17 @@ class DenseReference:
         return None if logits is None else logits.detach(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(self._trained, found, strict=True)
         ]
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """
+    Raises:
+        CalibrationError: there are none.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise CalibrationError("no parameter of the model is trained, so there is no gradient to compare")
+    return trained
 
 
 @contextmanager

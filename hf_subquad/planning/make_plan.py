@@ -10,6 +10,7 @@ on a batch to which nothing was fitted.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,21 +18,20 @@ from torch import nn
 from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
 from ..head.patch_head import head_in_training
-from ..layers.attention_patch import stock_attention
+from ..layers.attention_patch import attends_by_sequences
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
-from ..layers.dense_or_sparse import dense_forward, sparse_forward
+from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
-from .choose_budgets import choose
+from .choose_budgets import Choice, choose
 from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
+from .dense_step_time import dense_step_seconds
 from .divergence import Batch
 from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, no_autocast, recorded
-from .mlp_timing import timed
-from .time_saved_outside_mlps import saved_outside_mlps
 
 
 def calibrate(
@@ -138,21 +138,17 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
+        step_seconds = dense_step_seconds(model, batches[-1])
         measured, reference, batch = measure_mlps(model, batches)
         classes = next(iter(batch.stacks.values()), None)
         torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         with sparse_forward(model):
             choice = choose(measured, reference, tolerance)
-        with dense_forward(model), stock_attention(model):  # what the plan's savings are counted from
-            # The first such step after others of less memory takes 9% to 64% longer, to allocate more.
-            times = 1 if head_in_training(model) is None else 2
-            step_seconds = min(timed(reference.step, mlps[0].output.weight.device) for _ in range(times))
-        del reference  # its gradient is as large as the trained parameters
-        layers = tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons))
-        for one, option in zip(measured, choice.options, strict=True):
-            one.run_with(option.budget)
-        in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in layers) / 1000
-        saved_seconds = saved_outside_mlps(model, batches[-1], step_seconds - in_mlps)
+    for one, option in zip(measured, choice.options, strict=True):
+        one.run_with(option.budget)
+    saved_ms = 0.0
+    if "labels" in batches[-1] and (head_in_training(model) is not None or attends_by_sequences(model)):
+        saved_ms = _saved_elsewhere_ms(1000 * step_seconds, measured, choice)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
     return Plan(
         tolerance=tolerance,
@@ -167,10 +163,23 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         device=mlps[0].output.weight.device.type,
         tile_size=config.tile_size,
         tile_order=config.tile_order,
-        saved_elsewhere_ms=1000 * saved_seconds,
-        layers=layers,
+        saved_elsewhere_ms=saved_ms,
+        layers=tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons)),
         gradient_noise=choice.noise,
     )
+
+
+def _saved_elsewhere_ms(step_ms: float, measured: Sequence[MeasuredMLP], choice: Choice) -> float:
+    """What a step saves outside of the MLPs: no padding there, and logits at labelled positions only.
+
+    Args:
+        step_ms: of a dense step.
+    """
+    in_mlps = sum(
+        one.timing.dense - one.ms(replace(option.budget, gradient=1.0))
+        for one, option in zip(measured, choice.options, strict=True)
+    )
+    return max(0.0, step_ms - in_mlps - 1000 * choice.fidelity.seconds)
 
 
 def _fit_budget(mlp: SparseMLP, calls: Sequence[MLPCall]) -> dict[TokenClass, Compensation]:
