@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_subquad import AlreadyPatchedError, ConfigError, NotPatchedError, patch_head, unpatch_head
 from hf_subquad.head import chunked_loss
+from hf_subquad.head.head_on_labelled_rows import labelled_positions
 from hf_subquad.head.patch_head import labelled_forward
 
 
@@ -170,6 +171,21 @@ def test_chunks_are_as_large_as_the_bound_allows() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="unpatch_head"):
         loss.backward()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5"])  # in chunks, of all labelled rows, inside the forward
+def test_logits_can_be_kept_without_a_change_of_method(family: str, four_rows: None) -> None:
+    model, inputs = model_of(family), labelled_batch()
+    stock = model(**inputs)
+    expected, _ = loss_and_gradients(patch_head(model), inputs)
+    forward = labelled_forward(model)
+    assert forward is not None
+    with forward.as_in_training(keep_logits=True):
+        outputs = model.eval()(**inputs)
+    shifted = family != "t5"
+    positions, _ = labelled_positions(inputs["labels"], shifted)
+    torch.testing.assert_close(outputs.logits, stock.logits.flatten(0, 1)[positions].unsqueeze(0))
+    assert torch.equal(outputs.loss, expected)
 
 
 def test_logits_are_hidden_in_training_only() -> None:

@@ -1,18 +1,28 @@
 """A patched head while a model is planned: the same plan at less cost, and what it saves is counted in."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from helpers.models import WIDTH, llama, tokens
-from helpers.planning import PLANNED, bert_classifier, neurons_of, set_times, t5, text_batches, text_model, trained_head
+from helpers.planning import (
+    PLANNED,
+    bert_classifier,
+    neurons_of,
+    set_times,
+    t5,
+    taking,
+    text_batches,
+    text_model,
+    trained_head,
+)
 from torch import Tensor, nn
 
 from hf_subquad import calibrate, patch_head, patch_model, sparse_mlps
 from hf_subquad.planning import class_measurements, dense_step_time, fidelity, measured_mlp
 from hf_subquad.planning.class_measurements import MLPCall
+from hf_subquad.planning.measured_mlp import MeasuredMLP
 
 
 @pytest.fixture(autouse=True)
@@ -23,19 +33,15 @@ def _times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_saved_outside_of_the_mlps_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step with the budgets takes 250 ms, a dense one 1,000 ms."""
-
-    def timed(work: Callable[[], object], device: torch.device) -> float:
-        work()
-        return 0.25
-
-    monkeypatch.setattr(fidelity, "timed", timed)
+    """A dense step takes 1,000 ms, passes take 250, and an MLP 10 of these, with any budget."""
+    monkeypatch.setattr(fidelity, "timed", taking(250.0))
+    monkeypatch.setattr(MeasuredMLP, "ms", lambda self, budget: 10.0)
     model = patch_model(llama(vocab_size=20_000), PLANNED)
     texts = text_batches(0, 1, shape=(8, 25), prompt=23)
     assert calibrate(model, texts).saved_elsewhere_ms == 0
     plan = calibrate(patch_head(model), texts)
-    in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in plan.layers)
-    assert in_mlps > 0 and plan.saved_elsewhere_ms == pytest.approx(750 - in_mlps)
+    dense_ms = sum(layer.dense_ms for layer in plan.layers)
+    assert plan.saved_elsewhere_ms == pytest.approx((1000 - dense_ms) - (250 - 10 * len(plan.layers)))
     assert "logits at labelled positions only" in plan.table()
     assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
     assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none

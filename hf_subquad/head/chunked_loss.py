@@ -25,6 +25,7 @@ def chunked_cross_entropy(
     vocabulary: int,
     megabytes: int,
     weight: nn.Parameter | None = None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of head(hidden) with labels, divided by a denominator; float32, as in transformers.
 
@@ -36,6 +37,7 @@ def chunked_cross_entropy(
         megabytes: limit on the memory for the logits of a chunk and their gradient; at least one row is computed.
         weight: the weight, if the head is a plain linear layer with or without a bias: its gradient is then summed in
             place, without a matrix of its size for every chunk.
+        kept: gets the logits of each chunk, which then are not freed.
 
     Raises:
         IndexError: a label lies outside the vocabulary (PyTorch's own error).
@@ -44,7 +46,7 @@ def chunked_cross_entropy(
     bytes_per_logit = 8 if hidden.dtype == torch.float32 else 8 + 2 * hidden.dtype.itemsize
     rows = max(1, megabytes * MEGABYTE // (vocabulary * bytes_per_logit))
     denominator = torch.as_tensor(denominator, device=hidden.device)
-    loss: Tensor = _ChunkedCrossEntropy.apply(head, rows, labels, denominator, weight, hidden, *parameters)
+    loss: Tensor = _ChunkedCrossEntropy.apply(head, rows, labels, denominator, weight, kept, hidden, *parameters)
     return loss
 
 
@@ -57,11 +59,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         denominator: Tensor,
         weight: nn.Parameter | None,
+        kept: list[Tensor] | None,
         hidden: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
         inputs = (hidden, *parameters)
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[6:]
         trained = [position for position, needs in enumerate(needed) if needs]
         gradients: list[Tensor | None] = [None] * len(inputs)
         of_hidden = []
@@ -71,6 +74,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # Without hooks of a checkpoint around it, which would begin to recompute it here.
             with saved_tensors_hooks(_same, _same), torch.set_grad_enabled(bool(trained)):
                 logits = head(chunk)
+            if kept is not None:
+                kept.append(logits.detach())
             log_probabilities = torch.log_softmax(logits.detach().float(), dim=-1)
             total += nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
             if not trained:
@@ -110,7 +115,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 "retain_graph=True"
             )
         scaled = (g if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, None, None, None, *scaled
+        return *(None,) * 6, *scaled
 
 
 def _same(tensor: Tensor) -> Tensor:

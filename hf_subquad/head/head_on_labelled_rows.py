@@ -48,7 +48,7 @@ def run_on_labelled_rows(
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or not _is_plain(inputs, labels, model):
         raise NotHereError
-    call = _Call(model, labels, megabytes, "rows" if keep_logits and method == "chunks" else method)
+    call = _Call(model, labels, megabytes, method, keep_logits)
     if not call.targets.numel():  # the loss of no labels is what the stock forward makes of it
         raise NotHereError
     if method == "labels":
@@ -62,7 +62,9 @@ def run_on_labelled_rows(
             raise
     if not call.head_calls or (method != "labels" and not call.loss_calls):
         raise NotHereError("its forward does not call its head and its loss function")
-    return outputs if keep_logits else dataclasses.replace(outputs, logits=None)
+    if keep_logits and not call.kept:
+        return outputs
+    return dataclasses.replace(outputs, logits=torch.cat(call.kept).unsqueeze(0) if call.kept else None)
 
 
 def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,9 @@ def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
 class _Call:
     """Replaces head and loss function during one forward pass. Labelled rows are a batch of one."""
 
-    def __init__(self, model: PreTrainedModel, labels: Tensor, megabytes: int, method: Method) -> None:
+    def __init__(
+        self, model: PreTrainedModel, labels: Tensor, megabytes: int, method: Method, keep_logits: bool
+    ) -> None:
         self.model, self.labels, self.megabytes, self.method = model, labels, megabytes, method
         self.head: nn.Module = model.get_output_embeddings()
         self.head_forward = self.head.forward
@@ -95,6 +99,7 @@ class _Call:
         self.has_loss = False
         self.labelled: Tensor | None = None  # hidden states, if the loss function is to include the head
         self.stand_in: _StandIn | None = None  # for the logits, between head and loss
+        self.kept: list[Tensor] | None = [] if keep_logits else None  # logits of chunks
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -141,6 +146,7 @@ class _Call:
             vocab_size,
             self.megabytes,
             cast("nn.Parameter", self.head.weight) if self.linear else None,
+            self.kept,
         )
 
     def unexpected_loss(self, *args: Any, **kwargs: Any) -> Tensor:

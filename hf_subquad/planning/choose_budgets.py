@@ -1,6 +1,8 @@
 """Chooses the budgets of a model's MLPs: as fast as possible within the tolerance on a held-out batch."""
 
 import math
+import re
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +25,7 @@ _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs 
 _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
+_OUT_OF_REACH = 3.0  # times what may be lost: prices can turn out to be too high by less than that
 
 NOT_FASTER = "not faster"
 TOO_INEXACT = "too inexact"
@@ -38,32 +41,45 @@ EXACT = Fidelity(divergence=0.0, cosine=1.0, gradient_error=0.0)
 class Choice:
     """Attributes:
     options: one for each MLP.
-    fidelity: with all of them, and the whole gradient; of exact options, its time is that of nearly exact ones.
+    fidelity: with all of them, and the whole gradient.
     noise: expected squared error of the sampled gradient, as a share of the squared gradient.
     reasons: for each MLP, why it computes all neurons for all tokens; empty if it does not.
+    outside_ms: what a pass takes outside of these MLPs; the median over all passes.
     """
 
     options: list[Option]
     fidelity: Fidelity
     noise: float
     reasons: list[str]
+    outside_ms: float
 
 
 def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float) -> Choice:
     """Options that together are as fast as possible within the tolerance; exact ones if that saves less than 2%."""
     limits = Limits.of(tolerance)
+    outside_ms: list[float] = []
 
     def run(budgets: Sequence[Budget]) -> Fidelity:
         for one, budget in zip(measured, budgets, strict=True):
-            one.run_with(replace(budget, gradient=1.0))
+            one.run_with(budget)
+        found = reference.fidelity()
+        in_mlps = sum(one.ms(budget) for one, budget in zip(measured, budgets, strict=True))
+        outside_ms.append(1000 * found.seconds - in_mlps)
+        return found
+
+    def noise_of(share: float) -> float:
+        return run([Budget(gradient=share)] * len(measured)).gradient_error ** 2
+
+    def judge(budgets: Sequence[Budget]) -> Fidelity:
         changed = next((i for i, budget in enumerate(budgets) if not _all_neurons(budget)), len(measured))
         # Each layer after the first one that changes adds about as much.
-        return reference.fidelity().beyond(rounding, 1 - changed / len(measured))
+        found = run([replace(budget, gradient=1.0) for budget in budgets])
+        return found.beyond(rounding, 1 - changed / len(measured))
 
     def spent(budgets: Sequence[Budget]) -> float:
-        return limits.spent(run(budgets))
+        return limits.spent(judge(budgets))
 
-    share, noise = _gradient_share(measured, reference, limits.noise)
+    share, noise = _gradient_share(noise_of, limits.noise)
     rounding = _rounding(measured, reference)
     noticeable = max(_NOTICEABLE, limits.spent(rounding) / 2)
     options = [
@@ -80,7 +96,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     for _ in range(_ROUNDS):
         chosen = allocate(options, allowance)
         budgets = tuple(option.budget for option in chosen)
-        found = known[budgets] = known.get(budgets) or run(budgets)
+        found = known[budgets] = known.get(budgets) or judge(budgets)
         used = limits.spent(found)
         logger.info(
             f"planning: with the budgets of this round MLPs take {_milliseconds(chosen):.0f} ms, at a divergence of "
@@ -100,13 +116,15 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         allowance = _next_allowance(within, beyond)
     if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
         free = allocate(options, 0.0)
-        found = run([option.budget for option in free])
-        best, best_found = (free, found) if limits.spent(found) <= 1 else (best, replace(EXACT, seconds=found.seconds))
+        found = judge([option.budget for option in free])
+        if limits.spent(found) <= 1:
+            best, best_found = free, found
     otherwise = OTHERS_GAIN_MORE
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
-        best, best_found, otherwise = exact, replace(EXACT, seconds=best_found.seconds), LITTLE_GAINED
+        best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
     reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options, strict=True)]
-    return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
+    noise = noise if any(option.budget.gradient < 1 for option in best) else 0.0
+    return Choice(best, best_found, noise, reasons, statistics.median(outside_ms))
 
 
 def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:
@@ -136,22 +154,16 @@ def _rounding(measured: Sequence[MeasuredMLP], reference: DenseReference) -> Fid
     return reference.rounding(measured[0].mlp.output)
 
 
-def _gradient_share(measured: Sequence[MeasuredMLP], reference: DenseReference, most: float) -> tuple[float, float]:
+def _gradient_share(noise_of: Callable[[float], float], most: float) -> tuple[float, float]:
     """The smallest share of the gradient, for all MLPs, with which sampling adds at most `most` of the squared gradient
     as noise; and that noise."""
-
-    def noise(share: float) -> float:
-        for one in measured:
-            one.run_with(Budget(gradient=share))
-        return reference.fidelity().gradient_error ** 2
-
     shares = sorted(GRADIENT_SHARES)
     likely = next((share for share in shares if _USUAL_NOISE * (1 - share) <= most), shares[-1])
-    probed = noise(likely)
+    probed = noise_of(likely)
     for share in shares:
         if probed * (1 - share) / (1 - likely) > most:  # it is about in proportion to 1 - share
             continue
-        found = probed if share == likely else noise(share)
+        found = probed if share == likely else noise_of(share)
         if found <= most:
             return share, found
     return 1.0, 0.0
@@ -173,14 +185,16 @@ def _forward_prices(
 ) -> list[float]:
     """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
     with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)
-    Earlier layers cost at least as much as later ones, so they are not measured if that is too much for them already.
-    """
+    Earlier layers of a stack cost at least as much as later ones, so they are not measured if that is far too much."""
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
-    price = 0.0
+    price, later = 0.0, set[str]()
     for start in reversed(range(0, len(measured), size)):
         band = range(start, min(start + size, len(measured)))
-        if not price or price * min(_least_cost(measured[i]) for i in band) <= 1:
+        stacks = {re.sub(r"\d+", "", measured[i].mlp.name) for i in band}
+        beyond_reach = stacks == later and price * min(_least_cost(measured[i]) for i in band) > _OUT_OF_REACH
+        later = stacks
+        if not beyond_reach:
             price = 0.0
             for probe_of in _PROBES:
                 probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
@@ -196,7 +210,7 @@ def _forward_prices(
 def _least_cost(measured: MeasuredMLP) -> float:
     """Of its budgets that skip neurons."""
     costs = [measured.forward_cost(budget) for budget in measured.budgets(1.0) if not _all_neurons(budget)]
-    return min(costs, default=math.inf)
+    return min(costs, default=0.0)
 
 
 def _middle(measured: MeasuredMLP) -> Budget:

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..layers.attention_patch import stock_attention
 from ..layers.dense_or_sparse import dense_forward
-from ..layers.patched_mlps import runtime_of
+from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import loss_of
 from ..logs import get_logger
 from .divergence import Batch, logits_of
@@ -25,6 +25,7 @@ def dense_step_seconds(model: nn.Module, batch: Batch) -> float:
         CalibrationError: nothing is trained, or there are neither logits nor a loss.
     """
     trained = trained_parameters(model)
+    runtime, mlps = patched_parts(model)
 
     def step() -> None:
         outputs = model(**batch)
@@ -33,5 +34,5 @@ def dense_step_seconds(model: nn.Module, batch: Batch) -> float:
         torch.autograd.grad(target.sum(), trained, allow_unused=True)
 
     logger.info("planning: timing a dense step")
-    with dense_forward(model), stock_attention(model), runtime_of(model).surroundings.checkpointing():
-        return min(timed(step, trained[0].device) for _ in range(2))
+    with dense_forward(model), stock_attention(model), runtime.surroundings.checkpointing():
+        return min(timed(step, mlps[0].output.weight.device) for _ in range(2))

@@ -70,6 +70,7 @@ class DenseReference:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
         self._as_in_training = as_in_training
         self._trained = trained_parameters(model)
+        self._device = sparse_mlps(model)[0].output.weight.device
         self._predictions: Predictions | None = None
         with _reached(model) as reached:
             _, gradient = self._compared_step()
@@ -88,7 +89,7 @@ class DenseReference:
             CalibrationError: predictions or gradients are not finite.
         """
         found: list[Any] = []
-        seconds = timed(lambda: found.extend(self._compared_step()), self._trained[0].device)
+        seconds = timed(lambda: found.extend(self._compared_step()), self._device)
         gradient, logits = found.pop(), found.pop()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         gradient = list(compress(gradient, self._compared))

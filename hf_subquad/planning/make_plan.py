@@ -10,7 +10,6 @@ on a batch to which nothing was fitted.
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
 from ..head.patch_head import head_in_training
 from ..layers.attention_patch import attends_by_sequences
+from ..layers.batch_hook import watch_batches
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.dense_or_sparse import sparse_forward
@@ -27,7 +27,7 @@ from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
-from .choose_budgets import Choice, choose
+from .choose_budgets import choose
 from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .dense_step_time import dense_step_seconds
 from .divergence import Batch
@@ -138,7 +138,8 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
-        step_seconds = dense_step_seconds(model, batches[-1])
+        watch_batches(model, runtime)
+        step_ms = 1000 * dense_step_seconds(model, batches[-1])
         measured, reference, batch = measure_mlps(model, batches)
         classes = next(iter(batch.stacks.values()), None)
         torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
@@ -146,15 +147,16 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
             choice = choose(measured, reference, tolerance)
     for one, option in zip(measured, choice.options, strict=True):
         one.run_with(option.budget)
-    saved_ms = 0.0
+    layers = tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons))
+    saved_ms = 0.0  # outside of the MLPs
     if "labels" in batches[-1] and (head_in_training(model) is not None or attends_by_sequences(model)):
-        saved_ms = _saved_elsewhere_ms(1000 * step_seconds, measured, choice)
+        saved_ms = max(0.0, step_ms - sum(layer.dense_ms for layer in layers) - choice.outside_ms)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
     return Plan(
         tolerance=tolerance,
         loss_increase=choice.fidelity.divergence,
         gradient_cosine=choice.fidelity.cosine,
-        step_ms=1000 * step_seconds,
+        step_ms=step_ms,
         planning_seconds=time.perf_counter() - started,
         padding_share=padding,
         context_share=context,
@@ -164,22 +166,9 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         tile_size=config.tile_size,
         tile_order=config.tile_order,
         saved_elsewhere_ms=saved_ms,
-        layers=tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons)),
+        layers=layers,
         gradient_noise=choice.noise,
     )
-
-
-def _saved_elsewhere_ms(step_ms: float, measured: Sequence[MeasuredMLP], choice: Choice) -> float:
-    """What a step saves outside of the MLPs: no padding there, and logits at labelled positions only.
-
-    Args:
-        step_ms: of a dense step.
-    """
-    in_mlps = sum(
-        one.timing.dense - one.ms(replace(option.budget, gradient=1.0))
-        for one, option in zip(measured, choice.options, strict=True)
-    )
-    return max(0.0, step_ms - in_mlps - 1000 * choice.fidelity.seconds)
 
 
 def _fit_budget(mlp: SparseMLP, calls: Sequence[MLPCall]) -> dict[TokenClass, Compensation]:

@@ -172,7 +172,7 @@ def recorded(model: nn.Module, mlps: Sequence[SparseMLP], batches: Sequence[Batc
     """Every MLP's inputs on some batches, in dense passes without gradients."""
     shape = tuple(batches[0]["input_ids"].shape) if isinstance(batches[0].get("input_ids"), Tensor) else "?"
     logger.info(f"Calibrating {len(mlps)} MLPs on {len(batches)} batches of {shape} tokens")
-    with head_as_in_training(model, keep_logits=True), recording(model, mlps) as seen:
+    with head_as_in_training(model), recording(model, mlps) as seen:
         for batch in batches:
             model(**batch)
     return dict(seen)

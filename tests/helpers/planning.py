@@ -59,8 +59,18 @@ def set_times(
 
     ticks = itertools.count()
     monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
-    monkeypatch.setattr(dense_step_time, "timed", lambda work, device: STEP_MS / 1000)
+    monkeypatch.setattr(dense_step_time, "timed", taking(STEP_MS))
     monkeypatch.setattr(make_plan, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
+
+
+def taking(ms: float) -> Callable[[Callable[[], object], torch.device], float]:
+    """A stand-in for `timed`, by which all work takes as long."""
+
+    def timed(work: Callable[[], object], device: torch.device) -> float:
+        work()
+        return ms / 1000
+
+    return timed
 
 
 def hand_plan(model: nn.Module, active: Sequence[int | tuple[int, int]], **of_layers: Any) -> Plan:
