@@ -145,24 +145,6 @@ def test_the_plan_says_why_all_neurons_are_computed(tolerance: float, why: set[s
     assert {layer.why_all for layer in calibrate(llama(), TEXTS, PLANNED, tolerance).layers} == why
 
 
-@pytest.mark.parametrize(("tolerance", "measured"), [(1e-6, False), (0.01, True)])
-def test_early_layers_are_not_priced_if_later_ones_are_too_inexact(
-    tolerance: float, measured: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = patch_model(llama(), PLANNED)
-    first, *_, last = sparse_mlps(model)
-    passes: list[tuple[bool, bool]] = []
-    fidelity = DenseReference.fidelity
-
-    def noted(reference: DenseReference) -> Fidelity:
-        passes.append((first.dense, last.dense))
-        return fidelity(reference)
-
-    monkeypatch.setattr(DenseReference, "fidelity", noted)
-    calibrate(model, TEXTS, tolerance=tolerance)
-    assert (True, False) in passes and ((False, True) in passes) == measured
-
-
 def test_a_tolerance_below_rounding_gives_the_exact_plan() -> None:
     assert all(map(is_dense, calibrate(opt(), TEXTS, PLANNED, tolerance=1e-30).layers))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.models import WIDTH, llama, tokens
+from helpers.models import VOCABULARY, WIDTH, llama, tokens
 from helpers.planning import (
     PLANNED,
     bert_classifier,
@@ -49,7 +49,7 @@ def test_what_is_saved_outside_of_the_mlps_is_counted_in(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("family", ["llama", "t5", "masked"])
 def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family: str) -> None:
-    """Only the step that is timed and the one that MLPs are timed on compute all logits."""
+    """Only the step that is timed, on half of the rows, and the trial of skipping padding compute all logits."""
     plans, rows = [], []
     for change in (lambda model: model, patch_head):
         torch.manual_seed(0)
@@ -78,7 +78,8 @@ def test_a_plan_with_a_patched_head_is_the_same_and_computes_fewer_logits(family
     assert patched.gradient_cosine == pytest.approx(stock.gradient_cosine, abs=1e-5)
     assert (patched.padding_share, patched.context_share) == (stock.padding_share, stock.context_share)
     everywhere = batches[0]["labels"].numel()
-    assert set(rows[0]) == {everywhere}
+    timed_dense = [everywhere // 2] * 3
+    assert rows[0][:3] == rows[1][:3] == timed_dense and set(rows[0][3:]) == {everywhere}
     assert rows[1].count(everywhere) < 0.4 * len(rows[0])
 
 
@@ -153,10 +154,25 @@ def test_classes_are_those_that_the_model_inside_of_another_finds(family: str, m
     assert found[0] == found[1]
 
 
-def test_the_first_dense_step_which_allocates_memory_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([1.3, 1.0])
+@pytest.mark.parametrize(
+    ("inputs", "expected"), [({}, 1000), ({"images": [1]}, 500), ({"scale": torch.tensor(2.0)}, 1000)]
+)
+def test_the_least_of_three_dense_steps_on_half_of_the_rows(
+    inputs: dict[str, Any], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ones allocate memory. Rows that cannot be told apart stay together."""
+    seconds = iter([0.7, 0.6, 0.5])
     monkeypatch.setattr(dense_step_time, "timed", lambda work, device: next(seconds))
-    assert calibrate(patch_head(patch_model(llama(), PLANNED)), text_batches(0, 1)).step_ms == 1000
+    batch = {**text_batches(0, shape=(4, 5))[0], **inputs}
+    assert 1000 * dense_step_time.dense_step_seconds(patch_model(llama(), PLANNED), batch) == pytest.approx(expected)
+
+
+def test_a_dense_step_computes_all_logits_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_head(patch_model(llama(), PLANNED))
+    seen: list[tuple[int, ...]] = []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(tuple(logits.shape)))
+    dense_step_time.dense_step_seconds(model.eval(), text_batches(0, shape=(5, 6), prompt=4)[0])
+    assert seen == [(2, 6, VOCABULARY)] * 3
 
 
 def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:

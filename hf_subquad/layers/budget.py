@@ -32,6 +32,11 @@ class Budget:
         return predicted, context
 
     @property
+    def all_neurons(self) -> bool:
+        """Whether every token has all neurons."""
+        return self.predicted is None and self.context is None
+
+    @property
     def exact(self) -> bool:
-        """Whether it has all neurons for every token, and the whole gradient."""
-        return self.predicted is None and self.context is None and self.gradient >= 1
+        """Whether every token has all neurons, and the whole gradient is propagated back."""
+        return self.all_neurons and self.gradient >= 1

@@ -89,7 +89,7 @@ class SparseMLP:
     @property
     def dense(self) -> bool:
         """Whether all neurons are computed for all tokens."""
-        return self.budget.predicted is None and self.budget.context is None
+        return self.budget.all_neurons
 
     def work_share(self) -> float:
         """Share of all token-neuron products that a sparse forward computes, for the classes of the latest batch."""

@@ -1,7 +1,6 @@
 """Chooses the budgets of a model's MLPs: as fast as possible within the tolerance on a held-out batch."""
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +22,9 @@ _CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M
+_LIKELY_ENOUGH = 0.95  # of the noise that is allowed: another share is measured only if less is expected of it
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
-_OUT_OF_REACH = 3.0  # times what may be lost: prices can turn out to be too high by less than that
 
 NOT_FASTER = "not faster"
 TOO_INEXACT = "too inexact"
@@ -71,7 +70,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         return run([Budget(gradient=share)] * len(measured)).gradient_error ** 2
 
     def judge(budgets: Sequence[Budget]) -> Fidelity:
-        changed = next((i for i, budget in enumerate(budgets) if not _all_neurons(budget)), len(measured))
+        changed = next((i for i, budget in enumerate(budgets) if not budget.all_neurons), len(measured))
         # Each layer after the first one that changes adds about as much.
         found = run([replace(budget, gradient=1.0) for budget in budgets])
         return found.beyond(rounding, 1 - changed / len(measured))
@@ -133,16 +132,12 @@ def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:
     Args:
         options: the undominated ones; their costs are shares of what may be lost.
     """
-    if not _all_neurons(chosen.budget):
+    if not chosen.budget.all_neurons:
         return ""
-    fewer = [option.cost for option in options if not _all_neurons(option.budget)]
+    fewer = [option.cost for option in options if not option.budget.all_neurons]
     if not fewer:
         return NOT_FASTER
     return TOO_INEXACT if min(fewer) > 1 else otherwise
-
-
-def _all_neurons(budget: Budget) -> bool:
-    return budget.predicted is None and budget.context is None
 
 
 def _rounding(measured: Sequence[MeasuredMLP], reference: DenseReference) -> Fidelity:
@@ -161,7 +156,7 @@ def _gradient_share(noise_of: Callable[[float], float], most: float) -> tuple[fl
     likely = next((share for share in shares if _USUAL_NOISE * (1 - share) <= most), shares[-1])
     probed = noise_of(likely)
     for share in shares:
-        if probed * (1 - share) / (1 - likely) > most:  # it is about in proportion to 1 - share
+        if share != likely and probed * (1 - share) / (1 - likely) > _LIKELY_ENOUGH * most:  # about in proportion
             continue
         found = probed if share == likely else noise_of(share)
         if found <= most:
@@ -184,33 +179,21 @@ def _forward_prices(
     measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float], noticeable: float
 ) -> list[float]:
     """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
-    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)
-    Earlier layers of a stack cost at least as much as later ones, so they are not measured if that is far too much."""
+    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
     prices = [0.0] * len(measured)
     size = -(-len(measured) // _BANDS)
-    price, later = 0.0, set[str]()
-    for start in reversed(range(0, len(measured), size)):
+    for start in range(0, len(measured), size):
         band = range(start, min(start + size, len(measured)))
-        stacks = {re.sub(r"\d+", "", measured[i].mlp.name) for i in band}
-        beyond_reach = stacks == later and price * min(_least_cost(measured[i]) for i in band) > _OUT_OF_REACH
-        later = stacks
-        if not beyond_reach:
-            price = 0.0
-            for probe_of in _PROBES:
-                probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
-                total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
-                if total > 0 and (lost := spent(probe)) > noticeable:
-                    price = lost / total
-                    break
+        price = 0.0
+        for probe_of in _PROBES:
+            probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
+            total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
+            if total > 0 and (lost := spent(probe)) > noticeable:
+                price = lost / total
+                break
         for i in band:
             prices[i] = price
     return prices
-
-
-def _least_cost(measured: MeasuredMLP) -> float:
-    """Of its budgets that skip neurons."""
-    costs = [measured.forward_cost(budget) for budget in measured.budgets(1.0) if not _all_neurons(budget)]
-    return min(costs, default=0.0)
 
 
 def _middle(measured: MeasuredMLP) -> Budget:

@@ -15,8 +15,9 @@ from hf_subquad import LayerPlan, Plan, SubquadConfig, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.row_sampling import keep_probabilities
-from hf_subquad.planning import dense_step_time, make_plan, measured_mlp
+from hf_subquad.planning import make_plan, measured_mlp
 from hf_subquad.planning.class_measurements import MLPCall
+from hf_subquad.planning.dense_step_time import dense_step_seconds
 from hf_subquad.planning.divergence import Predictions
 from hf_subquad.planning.mlp_timing import MLPTiming
 
@@ -59,7 +60,7 @@ def set_times(
 
     ticks = itertools.count()
     monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
-    monkeypatch.setattr(dense_step_time, "timed", taking(STEP_MS))
+    monkeypatch.setattr(make_plan, "dense_step_seconds", lambda *args: dense_step_seconds(*args) and STEP_MS / 1000)
     monkeypatch.setattr(make_plan, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
 
 
