@@ -30,13 +30,16 @@ class Asking(Watch):
         self.found = caller_frames.calling_handler(), caller_frames.run_folder(args), caller_frames.resumed_from()
 
 
+@pytest.mark.parametrize("kind", [str, Path])
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_finds_what_the_trainer_does_not_tell(elsewhere: bool, tmp_path: Path, said: list[str]) -> None:
+def test_finds_what_the_trainer_does_not_tell(
+    elsewhere: bool, kind: type[str | Path], tmp_path: Path, said: list[str]
+) -> None:
     trainer(patched_opt(), tmp_path / "first", max_steps=2, save_strategy="steps", save_steps=1).train()
     folder = tmp_path / ("other" if elsewhere else "first")
     asking = Asking(lambda *_, **__: None)
     run = trainer(patched_opt(), folder, [asking], max_steps=3)
-    run.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-1"))
+    run.train(resume_from_checkpoint=kind(tmp_path / "first" / "checkpoint-1"))
     assert asking.found == (run.callback_handler, folder, tmp_path / "first" / "checkpoint-1")
     assert run.callback_handler.callbacks[0].__class__ is SubquadCallback
     assert not said

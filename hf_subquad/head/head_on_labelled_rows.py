@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..weights.projection import compute_dtype
 from .chunked_loss import chunked_cross_entropy
 
 IGNORED = -100  # transformers' label of a position without loss
@@ -116,7 +117,8 @@ class _Call:
                 f"the head got hidden states {tuple(hidden.shape)} for labels {tuple(self.labels.shape)}"
             )
         labelled = hidden.flatten(0, 1).index_select(0, self.positions.to(hidden.device)).unsqueeze(0)
-        if self.method != "chunks" or _in_float16(hidden):
+        # Chunks compute gradients before the loss scale of float16 could keep the small ones from vanishing.
+        if self.method != "chunks" or compute_dtype(hidden) == torch.float16:
             return cast("Tensor", self.head_forward(labelled))
         self.labelled, self.stand_in = labelled, labelled.detach().as_subclass(_StandIn)
         return self.stand_in
@@ -213,12 +215,6 @@ def _with_decoder_inputs(model: PreTrainedModel, inputs: dict[str, Any], labels:
     start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
     shifted = torch.cat([start, labels[:, :-1]], dim=1)
     return {**inputs, "decoder_input_ids": shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id)}
-
-
-def _in_float16(hidden: Tensor) -> bool:
-    """Chunks compute gradients before the loss scale of float16 could keep the small ones from vanishing."""
-    device = hidden.device.type
-    return (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype) == torch.float16
 
 
 @contextmanager

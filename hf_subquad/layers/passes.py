@@ -61,14 +61,6 @@ class Passes:
         self._running.pop(get_ident(), None)  # of a pass that was interrupted
         self._outside = BatchClasses({})
 
-    def copy(self) -> "Passes":
-        return Passes(
-            self.latest,
-            {thread: list(them) for thread, them in self._running.items()},
-            self._remembered.copy(),
-            self._outside,
-        )
-
     def _note(self, batch: BatchClasses) -> None:
         self.latest = batch
         if torch.is_grad_enabled():  # else nothing of it is computed again

@@ -72,11 +72,10 @@ class Runtime:
 
     def mode_of(self, batch: BatchClasses, name: str, training: bool) -> Mode:
         """The mode in which an MLP runs in a pass: that of the first time, if gradient checkpointing repeats it."""
-        if computed_again() and name in batch.modes:
-            found: Mode = batch.modes[name]
-            return found
-        mode = batch.modes[name] = self.mode(training, batch.may_repeat)
-        return mode
+        if not (computed_again() and name in batch.modes):
+            batch.modes[name] = self.mode(training, batch.may_repeat)
+        found: Mode = batch.modes[name]
+        return found
 
     def mode(self, training: bool, may_repeat: bool = True) -> Mode:
         """The mode of a forward pass that starts now, and that gradient checkpointing `may_repeat`.
@@ -164,12 +163,9 @@ class Runtime:
                     skip_padding_in_attention(model, few)
         return True
 
-    def classes_of(self, name: str, x: Tensor) -> TokenClasses | None:
-        """Classes of the tokens x [..., d] that an MLP sees; None if unknown, or if padding may not be skipped."""
-        return self.classes_in(self.passes.of(name, x), name, x)
-
     def classes_in(self, batch: BatchClasses, name: str, x: Tensor) -> TokenClasses | None:
-        """`classes_of`, in a given pass."""
+        """Classes of the tokens x [..., d] that an MLP sees in a pass; None if unknown, or if padding may not be
+        skipped."""
         return self.padding.without_padding(batch.of(name, x))
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
@@ -180,8 +176,8 @@ class Runtime:
     def set_aside(self, forward: Forward, batch: BatchClasses | None = None) -> Iterator[None]:
         """Context manager: inside, the model can be tried on a batch in a mode, and what is known of batches stays as
         it is."""
-        before, held = self.forward, self.passes.copy()
-        self.forward, self._trying = forward, True
+        before, held = self.forward, self.passes
+        self.forward, self._trying, self.passes = forward, True, Passes()
         if batch is not None:
             self.passes.begin(batch)
         try:

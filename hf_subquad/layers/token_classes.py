@@ -174,18 +174,15 @@ class _Masks(NamedTuple):
 
 
 def _classified(masks: Mapping[Stack, _Masks], whole_rows: bool) -> BatchClasses:
-    if any(bool((of_stack.predicted & ~of_stack.real).any()) for of_stack in masks.values()):
-        stacks = {
-            name: TokenClasses.of(of_stack.predicted, torch.ones_like(of_stack.real))
-            for name, of_stack in masks.items()
-        }
-        return BatchClasses(stacks, labelled_padding=True)
-    return BatchClasses(
-        {
-            name: TokenClasses.of(predicted, real & _up_to_last(predicted) if causal and not whole_rows else real)
-            for name, (predicted, real, causal) in masks.items()
-        }
-    )
+    labelled_padding = any(bool((of_stack.predicted & ~of_stack.real).any()) for of_stack in masks.values())
+    stacks: dict[Stack, TokenClasses] = {}
+    for name, (predicted, real, causal) in masks.items():
+        if labelled_padding:
+            real = torch.ones_like(real)
+        elif causal and not whole_rows:
+            real = real & _up_to_last(predicted)
+        stacks[name] = TokenClasses.of(predicted, real)
+    return BatchClasses(stacks, labelled_padding)
 
 
 def _encoder_decoder(inputs: Mapping[str, Any], labels: Tensor | None) -> dict[Stack, _Masks]:

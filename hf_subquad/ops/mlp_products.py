@@ -209,8 +209,9 @@ class _UpProject(torch.autograd.Function):
                     )
                     grad_x = _placed(grad_x, len(x), part, None, grad)
                     chunks = zip(views, grad_low.chunk(count, dim=1), lows_by_matrix, strict=True)
+                    tokens = part.take(x)
                     for i, (view, grad_low_i, low_i) in enumerate(chunks):
-                        factors.add_tiled(ctx.backend, i, view, grad_low_i, part.take(x), low_i, part.selection)
+                        factors.add_tiled(ctx.backend, i, view, grad_low_i, tokens, low_i, part.selection)
                     continue
                 x_kept = part.take(x) if kept is None else x.index_select(0, part.among(kept))
                 rows = [_rows_of(part, view, kept, neurons) for view in views]
@@ -279,21 +280,18 @@ class _DownProject(torch.autograd.Function):
                 if part.idle:
                     continue
                 grad = part.take(grad_y)
-                grad_low = grad @ matrix.v.t()
                 kept = weight = None
                 if probability is not None and _worth_gathering(part, neurons, wanted := part.take(probability)):
                     weights = sampled_weights(wanted) if sampled else wanted
                     kept = weights.nonzero().squeeze(1)
                     weight = weights.index_select(0, kept).unsqueeze(1) if sampled else None
+                whole = kept is None
+                grad_low = _up(part, grad, matrices, [grad_view], ctx.backend) if whole else grad @ matrix.v.t()
                 if part.selection is not None:
                     factors.add_tiled(ctx.backend, 0, view, low, grad, grad_low, part.selection)
                 else:
                     factors.add(0, view.t() @ grad_low, low.t() @ grad)
-                if part.selection is not None and kept is None:
-                    ctx.backend.gathered_up(grad, part.selection.tiles, part.selection.neurons, matrices, [grad_view])
-                elif kept is None:
-                    torch.mm(grad, matrix.rows.t(), out=grad_view).addmm_(grad_low, matrix.u.t())
-                else:
+                if kept is not None:
                     grad, grad_low = (_weighted(each.index_select(0, kept), weight) for each in (grad, grad_low))
                     found = (grad @ matrix.rows.t()).addmm_(grad_low, matrix.u.t())
                     _place_rows(part, grad_view, kept, found)

@@ -142,10 +142,11 @@ def _may_be_wide(match: Match) -> bool:
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
+    """Those named: a target is the path of a projection or the end of it, as in PEFT."""
     if targets is None:
         return found
     for target in targets:
-        if not any(_is_named(match.full_name(path), target) for match in found for path in match.paths):
+        if not any(f".{match.full_name(path)}".endswith(f".{target}") for match in found for path in match.paths):
             known = sorted({path for m in found for path in m.paths})
             near = difflib.get_close_matches(target, known, cutoff=0.4)
             raise NoMatchError(
@@ -153,7 +154,7 @@ def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
             )
     kept = []
     for match in found:
-        hits = [any(_is_named(match.full_name(path), target) for target in targets) for path in match.paths]
+        hits = [any(f".{match.full_name(path)}".endswith(f".{target}") for target in targets) for path in match.paths]
         if any(hits) and not all(hits):
             raise NoMatchError(
                 f"target_modules names only a part of {match.name or 'the MLP'}: the projections of an MLP are patched "
@@ -178,11 +179,6 @@ def _not_excluded(found: list[Match], excluded: list[str] | None) -> list[Match]
             )
         kept = [match for match in kept if match not in hit]
     return kept
-
-
-def _is_named(path: str, name: str) -> bool:
-    """Whether a name is a path or the end of it, as PEFT matches names."""
-    return path == name or path.endswith("." + name)
 
 
 def _by_layer(found: list[Match], config: SubquadConfig) -> list[Match]:

@@ -92,19 +92,6 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         NotPatchedError: the model is not patched.
         PlanError: the plan is for other MLPs or other tiles. Budgets are unchanged.
     """
-    check_plan(model, plan)
-    runtime, mlps = patched_parts(model)
-    before = [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]
-    for mlp, layer in zip(mlps, plan.layers, strict=True):
-        mlp.set_budget(Budget(layer.predicted, layer.context, layer.gradient))
-    if before != [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]:
-        for mlp in mlps:
-            mlp.corrections = {}  # they stand in for other neurons
-    runtime.plan = plan
-
-
-def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Raise the errors that `apply_plan` would raise; change nothing."""
     runtime, mlps = patched_parts(model)
     wanted = [(layer.name, layer.neurons) for layer in plan.layers]
     found = [(mlp.name, mlp.index.neurons) for mlp in mlps]
@@ -121,6 +108,13 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             f"the plan was measured with tiles of {plan.tile_size} {plan.tile_order} tokens, the config has "
             f"{config.tile_size} {config.tile_order}: calibrate with the same config"
         )
+    before = [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]
+    for mlp, layer in zip(mlps, plan.layers, strict=True):
+        mlp.set_budget(Budget(layer.predicted, layer.context, layer.gradient))
+    if before != [(mlp.budget.predicted, mlp.budget.context) for mlp in mlps]:
+        for mlp in mlps:
+            mlp.corrections = {}  # they stand in for other neurons
+    runtime.plan = plan
 
 
 def unpatch_model(model: ModelT) -> ModelT:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -157,16 +157,11 @@ def recording(model: nn.Module, mlps: Sequence[SparseMLP]) -> Iterator[Mapping[s
         CalibrationError: tokens are not finite, or none reached an MLP.
     """
     calls: dict[str, list[MLPCall]] = {mlp.name: [] for mlp in mlps}
-    handles = []
-    for mlp in mlps:
-        handles.append(mlp.opens.register_forward_pre_hook(_record_input(mlp, calls[mlp.name])))
-        handles.append(mlp.output.register_forward_hook(_record_gradient(calls[mlp.name])))
-    try:
-        with dense_forward(model):
-            yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
+    with dense_forward(model), ExitStack() as hooks:
+        for mlp in mlps:
+            hooks.enter_context(mlp.opens.register_forward_pre_hook(_record_input(mlp, calls[mlp.name])))
+            hooks.enter_context(mlp.output.register_forward_hook(_record_gradient(calls[mlp.name])))
+        yield calls
     missing = sorted(name for name, seen in calls.items() if not any(len(call.tokens) for call in seen))
     if missing:
         raise CalibrationError(
@@ -182,7 +177,7 @@ def _record_input(mlp: SparseMLP, calls: list[MLPCall]) -> Callable[..., None]:
         x = args[0].detach()
         if not torch.isfinite(x).all():
             raise CalibrationError(f"the input of {mlp.name} holds NaN or infinite values")
-        classes = mlp.runtime.classes_of(mlp.name, x)
+        classes = mlp.runtime.classes_in(mlp.runtime.passes.of(mlp.name, x), mlp.name, x)
         energy = torch.zeros(x.shape[:-1].numel(), device=x.device)
         calls.append(MLPCall(x.to(compute_dtype(x)), classes, energy))
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import compress
 from typing import Any
@@ -59,21 +59,18 @@ class DenseReference:
     Args:
         batch: keyword arguments of the model. With labels, the gradient is that of the model's own loss, otherwise that
             of the log-probability of the most likely class, at all tokens but padding.
-        as_in_training: compare what a patched head computes in training, which takes less time and memory than all
-            logits.
 
     Raises:
         CalibrationError: there are neither logits nor a loss, nothing is trained, or values are not finite.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, as_in_training: bool = False) -> None:
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
-        self._as_in_training = as_in_training
         self._trained = trained_parameters(model)
         self._device = sparse_mlps(model)[0].output.weight.device
         self._predictions: Predictions | None = None
         with _reached(model) as reached:
-            _, gradient = self._compared_step()
+            _, gradient = self.step()
         below = [id(parameter) in reached for parameter in self._trained]
         # While a new head is zero, no gradient gets below it: then the gradient of all trained parameters is compared.
         self._compared = below if _norm(list(compress(gradient, below))) else [True] * len(below)
@@ -89,7 +86,7 @@ class DenseReference:
             CalibrationError: predictions or gradients are not finite.
         """
         found: list[Any] = []
-        seconds = timed(lambda: found.extend(self._compared_step()), self._device)
+        seconds = timed(lambda: found.extend(self.step()), self._device)
         gradient, logits = found.pop(), found.pop()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         gradient = list(compress(gradient, self._compared))
@@ -111,22 +108,14 @@ class DenseReference:
             last_place = torch.finfo(y.dtype).eps * (torch.rand_like(y, dtype=torch.float32) - 0.5)
             return (y * (1 + last_place)).to(y.dtype)
 
-        handle = first.register_forward_hook(rounded_otherwise)
-        try:
+        with first.register_forward_hook(rounded_otherwise):
             return self.fidelity()
-        finally:
-            handle.remove()
-
-    def _compared_step(self) -> tuple[Tensor | None, list[Tensor]]:
-        if not self._as_in_training:
-            return self.step()
-        with head_as_in_training(self._model, keep_logits=True):
-            return self.step()
 
     @torch.enable_grad()
     def step(self) -> tuple[Tensor | None, list[Tensor]]:
-        """Logits, if there are any, and gradient of the model with its current budgets, in evaluation mode."""
-        with self._surroundings.checkpointing():  # without which activations may not fit
+        """Logits, if there are any, and gradient of the model with its current budgets, in evaluation mode; with a
+        patched head, of the labelled rows, as in training."""
+        with head_as_in_training(self._model, keep_logits=True), self._surroundings.checkpointing():  # else memory ends
             return self._step()
 
     def _step(self) -> tuple[Tensor | None, list[Tensor]]:
@@ -170,12 +159,10 @@ def _reached(model: nn.Module) -> Iterator[set[int]]:
         if not computed_again():  # walking the graph of a repeated layer would keep it
             found.update(leaves_behind([y]))
 
-    handles = [mlp.output.register_forward_hook(note) for mlp in sparse_mlps(model)]
-    try:
+    with ExitStack() as hooks:
+        for mlp in sparse_mlps(model):
+            hooks.enter_context(mlp.output.register_forward_hook(note))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

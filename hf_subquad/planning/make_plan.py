@@ -18,7 +18,6 @@ from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
 from ..head.patch_head import head_in_training
 from ..layers.attention_patch import attends_by_sequences
-from ..layers.batch_hook import watch_batches
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.dense_or_sparse import sparse_forward
@@ -138,13 +137,12 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         raise CalibrationError("calibrate needs at least one batch")
     started = time.perf_counter()
     with preserve_mode_and_rng(model):
-        watch_batches(model, runtime)
-        step_ms = 1000 * dense_step_seconds(model, batches[-1])
         measured, reference, batch = measure_mlps(model, batches)
         classes = next(iter(batch.stacks.values()), None)
         torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         with sparse_forward(model):
             choice = choose(measured, reference, tolerance)
+        step_ms = 1000 * dense_step_seconds(model, batches[-1])
     for one, option in zip(measured, choice.options, strict=True):
         one.run_with(option.budget)
     layers = tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons))

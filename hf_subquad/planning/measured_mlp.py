@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..head.patch_head import head_as_in_training, head_in_training
+from ..head.patch_head import head_as_in_training
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.patched_mlps import patched_parts
@@ -142,9 +142,8 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
-    as_in_training = head_in_training(model) is not None
     with recording(model, mlps) as judged:
-        reference = DenseReference(model, batches[-1], as_in_training)
+        reference = DenseReference(model, batches[-1])
     ran = runtime.passes.latest or BatchClasses({})
     batch = ran.whole or ran
     with no_autocast(mlps):

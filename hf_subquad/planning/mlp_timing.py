@@ -1,6 +1,5 @@
 """How long one MLP takes, forward and backward: before the patch, dense, and with several budgets."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ def time_mlp(mlp: SparseMLP, call: MLPCall, budgets: Sequence[Budget], padding: 
                 seconds[way].append(timed(run, x.device))
             if round_number and sum(values[-1] for values in seconds.values()) > _LONG:
                 break
-    ms = {way: _two_digits(1000 * min(values)) for way, values in seconds.items()}
+    ms = {way: float(f"{1000 * min(values):.2g}") for way, values in seconds.items()}
     return MLPTiming(ms["full"], ms["dense"], {budget: ms[budget] for budget in budgets})
 
 
@@ -80,10 +79,6 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - started
-
-
-def _two_digits(value: float) -> float:
-    return round(value, 1 - math.floor(math.log10(value))) if value > 0 else 0.0
 
 
 def _full(mlp: SparseMLP, x: Tensor, gradient: Tensor) -> None:
@@ -105,14 +100,10 @@ def _full(mlp: SparseMLP, x: Tensor, gradient: Tensor) -> None:
 
 
 def _patched(mlp: SparseMLP, x: Tensor, gradient: Tensor, budget: Budget | None) -> None:
-    before = mlp.runtime.forward
-    mlp.runtime.forward = "dense" if budget is None else "sparse"
+    mlp.runtime.forward = "dense" if budget is None else "sparse"  # until `set_aside` ends
     in_order = sorted(mlp.inputs, key=lambda projection: projection is not mlp.opens)
-    try:
-        with mlp.using(budget, mlp.corrections):
-            found = {projection: projection(x) for projection in in_order}
-            y = mlp.output(mlp.index.combine([found[projection] for projection in mlp.inputs]))
-    finally:
-        mlp.runtime.forward = before
+    with mlp.using(budget):
+        found = {projection: projection(x) for projection in in_order}
+        y = mlp.output(mlp.index.combine([found[projection] for projection in mlp.inputs]))
     factors = [factor for projection in mlp.projections for factor in projection.update.parameters()]
     torch.autograd.grad(y, [x, *(factor for factor in factors if factor.requires_grad)], gradient.to(y.dtype))

@@ -41,12 +41,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
     """
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         check_engine(args)
         runtime = runtime_of(model)
@@ -127,12 +122,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         state.log_history[-1].update(figures)  # the Trainer stored a copy already
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
         if args.should_save or runtime_of(model).sharded:  # all ranks gather what one of them writes

@@ -45,7 +45,7 @@ def resumed_from() -> Path | None:
     """The checkpoint folder that `Trainer.train` resumes from, if it was given one."""
     found = _variable("resume_from_checkpoint")
     folder = found[1] if found else None
-    return Path(folder) if isinstance(folder, str) and os.path.isdir(folder) else None
+    return Path(folder) if isinstance(folder, str | os.PathLike) and os.path.isdir(folder) else None
 
 
 def _variable(name: str) -> tuple[Trainer, Any] | None:

@@ -21,7 +21,7 @@ from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts, settle_shards
 from ..layers.sparse_mlp import SparseMLP
-from ..patching.patch import apply_plan, check_plan
+from ..patching.patch import apply_plan
 from ..plan import Plan
 from ..weights.projection import NeuronProjection
 from .sync_model import named_projections
@@ -123,9 +123,11 @@ def load_sidecar(model: nn.Module, folder: str | os.PathLike[str]) -> int:
             for name, projection in named_projections([mlp]):
                 if not _fits(name, projection, tensors, about["merged"]):
                     raise SidecarError(f"{path} does not belong to the weights of the model: {name} differs")
-    plan = _plan(path, model, about)
-    if plan is not None:
-        apply_plan(model, plan)  # which drops corrections
+    if about.get("plan"):
+        try:
+            apply_plan(model, Plan.from_dict(about["plan"]))  # which drops corrections
+        except PlanError as error:
+            raise SidecarError(f"{path}: its plan does not fit: {error}") from error
     for mlp in mlps:
         device = mlp.output.weight.device
         summary = tensors.get(f"{mlp.name}.summary")
@@ -186,17 +188,6 @@ def _unexpected(mlps: Sequence[SparseMLP], found: set[str]) -> list[str]:
         wanted |= {f"{mlp.name}.norms"} | ({f"{mlp.name}.summary"} & found)
         wanted |= {name for names in _correction_names(mlp).values() if found.intersection(names) for name in names}
     return sorted((wanted ^ found) - {f"{name}.rows" for name in projections})
-
-
-def _plan(path: Path, model: nn.Module, about: dict[str, Any]) -> Plan | None:
-    if not about.get("plan"):
-        return None
-    try:
-        plan = Plan.from_dict(about["plan"])
-        check_plan(model, plan)
-    except PlanError as error:
-        raise SidecarError(f"{path}: its plan does not fit: {error}") from error
-    return plan
 
 
 def _fits(name: str, projection: NeuronProjection, tensors: dict[str, Tensor], merged: bool) -> bool:

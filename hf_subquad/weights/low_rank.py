@@ -24,14 +24,7 @@ class LowRankUpdate(nn.Module):
     """
 
     def __init__(
-        self,
-        neurons: int,
-        width: int,
-        rank: int,
-        scale: float,
-        zero: Literal["U", "V"],
-        seed: int,
-        like: Tensor,
+        self, neurons: int, width: int, rank: int, scale: float, zero: Literal["U", "V"], seed: int, like: Tensor
     ) -> None:
         super().__init__()
         dtype = torch.promote_types(like.dtype, torch.float32)

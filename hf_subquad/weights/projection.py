@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ParallelismError, PatchError
 from ..ops.backends import MergedWeight
 from .low_rank import LowRankUpdate
-from .quantized import QuantizedRows, dequantized, linear, quant_state
+from .quantized import LinearIn4Bits, QuantizedRows, dequantized, quant_state
 from .returned_state_dicts import HandedOut
 from .shards import gathered, is_shard, split_like
 
@@ -174,7 +174,7 @@ class NeuronProjection(nn.Module):
             weight = self.rows() if self.is_input else self.rows().t()
             y = F.linear(x, weight, bias)
         else:
-            y = linear(x.to(compute_dtype(x)), self.weight.detach(), self.quantization)
+            y = LinearIn4Bits.apply(x.to(compute_dtype(x)), self.weight.detach(), self.quantization)
             y = y if bias is None else y + bias.to(y.dtype)
         if self.runtime.updates_off():
             return y

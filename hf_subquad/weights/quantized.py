@@ -115,8 +115,8 @@ class QuantizedRows(StoredRows):
         return replace(self, neurons=(self.neurons or range(len(self)))[neurons])
 
 
-class _Linear(torch.autograd.Function):
-    """x W^T: W is dequantised again in the backward pass instead of being kept for it."""
+class LinearIn4Bits(torch.autograd.Function):
+    """x W^T [..., out] in the dtype of x: W is dequantised again in the backward pass instead of being kept for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any) -> Tensor:
@@ -126,9 +126,3 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ dequantized(ctx.weight, ctx.state).to(grad.dtype), None, None
-
-
-def linear(x: Tensor, weight: Tensor, state: Any) -> Tensor:
-    """x W^T [..., out] in the dtype of x [..., in]; differentiable in x."""
-    y: Tensor = _Linear.apply(x, weight, state)
-    return y
