@@ -183,3 +183,21 @@ def test_no_rows_are_sampled_while_a_head_of_zeros_hides_the_gradient(monkeypatc
             model.classifier.weight.mul_(size)
         plan = calibrate(model, batches, PLANNED, tolerance=0.01)
         assert any(layer.gradient < 1 for layer in plan.layers) == (size > 0)
+
+
+class SharedExperts(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.shared_experts = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared_experts(x)
+
+
+def test_shared_experts_are_timed_with_the_padding_that_they_would_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their name they could be routed experts, whose tokens have no classes; but they see all tokens."""
+    timed_with = paddings(monkeypatch)
+    model = llama()
+    model.model.layers[0].mlp = SharedExperts(model.model.layers[0].mlp)
+    calibrate(patch_head(patch_model(model, PLANNED)), padded_batches())
+    assert timed_with == [(30, 6), (30, 6)]
