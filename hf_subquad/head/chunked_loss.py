@@ -37,7 +37,7 @@ def chunked_cross_entropy(
         megabytes: limit on the memory for the logits of a chunk and their gradient; at least one row is computed.
         weight: the weight, if the head is a plain linear layer with or without a bias: its gradient is then summed in
             place, without a matrix of its size for every chunk.
-        kept: gets the logits of each chunk, which then are not freed.
+        kept: a list that receives the logits of each chunk, so that they are not freed.
 
     Raises:
         IndexError: a label lies outside the vocabulary (PyTorch's own error).

@@ -142,7 +142,7 @@ def _may_be_wide(match: Match) -> bool:
 
 
 def _by_target(found: list[Match], targets: list[str] | None) -> list[Match]:
-    """Those named: a target is the path of a projection or the end of it, as in PEFT."""
+    """The matches that the targets name. A target is the path of a projection or the end of it, as in PEFT."""
     if targets is None:
         return found
     for target in targets:

@@ -21,10 +21,10 @@ _CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M
-_LIKELY_ENOUGH = 0.95  # of the noise that is allowed: another share is measured only if less is expected of it
+_LIKELY_ENOUGH = 0.95  # of the allowed noise: a share that is expected to add more is not measured
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
-_LAST_PASSES = 2  # whose time counts: machines get faster and slower, and a dense step is timed after them
+_LAST_PASSES = 2  # only their times count: a machine's speed changes, and the dense step is timed right after them
 
 NOT_FASTER = "not faster"
 TOO_INEXACT = "too inexact"
@@ -43,7 +43,7 @@ class Choice:
     fidelity: with all of them, and the whole gradient.
     noise: expected squared error of the sampled gradient, as a share of the squared gradient.
     reasons: for each MLP, why it computes all neurons for all tokens; empty if it does not.
-    outside_ms: what the last passes took outside of these MLPs; the least.
+    outside_ms: the least time that one of the last passes took outside of these MLPs.
     """
 
     options: list[Option]
@@ -156,7 +156,8 @@ def _gradient_share(noise_of: Callable[[float], float], most: float) -> tuple[fl
     likely = next((share for share in shares if _USUAL_NOISE * (1 - share) <= most), shares[-1])
     probed = noise_of(likely)
     for share in shares:
-        if share != likely and probed * (1 - share) / (1 - likely) > _LIKELY_ENOUGH * most:  # about in proportion
+        # Noise is about in proportion to 1 - share.
+        if share != likely and probed * (1 - share) / (1 - likely) > _LIKELY_ENOUGH * most:
             continue
         found = probed if share == likely else noise_of(share)
         if found <= most:

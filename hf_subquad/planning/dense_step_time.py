@@ -14,16 +14,17 @@ from .divergence import Batch, logits_of
 from .fidelity import trained_parameters
 from .mlp_timing import timed
 
-_STEPS = 3  # the first ones take up to 64% longer, to allocate memory
+_STEPS = 3  # the first ones also allocate memory, and take up to 64% longer
 
 logger = get_logger(__name__)
 
 
 @torch.enable_grad()
 def dense_step_seconds(model: nn.Module, batch: Batch) -> float:
-    """Seconds of a step, forward and backward in evaluation mode; the least of a few.
+    """Seconds of a step, forward and backward, with all neurons and all logits; the least of a few.
 
-    On a CPU, where time is in proportion to the rows, the steps are of half of them, which takes half as long.
+    On a CPU, where a step's time is in proportion to its rows, half of them run, and the time is scaled up. The model
+    must be in evaluation mode, in which a patched head computes all logits.
 
     Raises:
         CalibrationError: nothing is trained, or there are neither logits nor a loss.
@@ -45,7 +46,8 @@ def dense_step_seconds(model: nn.Module, batch: Batch) -> float:
 
 
 def _half(batch: Batch) -> tuple[dict[str, Any], float]:
-    """The first half of a batch's rows, and the share of them; all, if some of its values do not have as many rows."""
+    """The first half of a batch's rows, and their share of all rows. The whole batch and 1.0 if it has fewer than two
+    rows, or if its values differ in their number of rows."""
     by_row = {name: value for name, value in batch.items() if not (isinstance(value, Tensor) and not value.dim())}
     by_row = {name: value for name, value in by_row.items() if isinstance(value, Tensor | list | tuple | dict)}
     rows = {len(value) if isinstance(value, Tensor) else 0 for value in by_row.values()}

@@ -113,9 +113,10 @@ class DenseReference:
 
     @torch.enable_grad()
     def step(self) -> tuple[Tensor | None, list[Tensor]]:
-        """Logits, if there are any, and gradient of the model with its current budgets, in evaluation mode; with a
-        patched head, of the labelled rows, as in training."""
-        with head_as_in_training(self._model, keep_logits=True), self._surroundings.checkpointing():  # else memory ends
+        """Logits, if there are any, and gradient of the model with its current budgets, in evaluation mode. With a
+        patched head, logits are those of the labelled rows, computed as in training."""
+        # Without checkpointing, activations may not fit.
+        with head_as_in_training(self._model, keep_logits=True), self._surroundings.checkpointing():
             return self._step()
 
     def _step(self) -> tuple[Tensor | None, list[Tensor]]:
@@ -140,7 +141,8 @@ class DenseReference:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """
+    """The parameters with `requires_grad`.
+
     Raises:
         CalibrationError: there are none.
     """
