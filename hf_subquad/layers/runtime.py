@@ -72,10 +72,10 @@ class Runtime:
 
     def mode_of(self, batch: BatchClasses, name: str, training: bool) -> Mode:
         """The mode in which an MLP runs in a pass: that of the first time, if gradient checkpointing repeats it."""
-        if not (computed_again() and name in batch.modes):
-            batch.modes[name] = self.mode(training, batch.may_repeat)
-        found: Mode = batch.modes[name]
-        return found
+        known = computed_again() and name in batch.modes
+        mode: Mode = batch.modes[name] if known else self.mode(training, batch.may_repeat)
+        batch.modes[name] = mode
+        return mode
 
     def mode(self, training: bool, may_repeat: bool = True) -> Mode:
         """The mode of a forward pass that starts now, and that gradient checkpointing `may_repeat`.

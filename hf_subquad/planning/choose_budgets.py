@@ -15,16 +15,16 @@ from .tolerance import Limits
 
 _BANDS = 3  # of layers: an error costs the more, the more layers come after it
 _ROUNDS = 5
+_FIRST_ALLOWANCE = 0.65  # the effects of several MLPs add up to 1.1 to 2.6 times their sum
 _AIM = 0.95  # of what may be lost, to be used
 _AIM_FROM_BEYOND = 0.85  # budgets move in steps: a round that is beyond again costs more than what stays unused
 _CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
 _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolLM2-135M
-_LIKELY_ENOUGH = 0.95  # of the allowed noise: a share that is expected to add more is not measured
+_LIKELY_ENOUGH = 0.9  # of the allowed noise: a share that is expected to add more is not measured
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
-_LAST_PASSES = 2  # only their times count: a machine's speed changes, and the dense step is timed right after them
 
 NOT_FASTER = "not faster"
 TOO_INEXACT = "too inexact"
@@ -43,28 +43,22 @@ class Choice:
     fidelity: with all of them, and the whole gradient.
     noise: expected squared error of the sampled gradient, as a share of the squared gradient.
     reasons: for each MLP, why it computes all neurons for all tokens; empty if it does not.
-    outside_ms: the least time that one of the last passes took outside of these MLPs.
     """
 
     options: list[Option]
     fidelity: Fidelity
     noise: float
     reasons: list[str]
-    outside_ms: float
 
 
 def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance: float) -> Choice:
     """Options that together are as fast as possible within the tolerance; exact ones if that saves less than 2%."""
     limits = Limits.of(tolerance)
-    outside_ms: list[float] = []
 
     def run(budgets: Sequence[Budget]) -> Fidelity:
         for one, budget in zip(measured, budgets, strict=True):
             one.run_with(budget)
-        found = reference.fidelity()
-        in_mlps = sum(one.ms(budget) for one, budget in zip(measured, budgets, strict=True))
-        outside_ms.append(1000 * found.seconds - in_mlps)
-        return found
+        return reference.fidelity()
 
     def noise_of(share: float) -> float:
         return run([Budget(gradient=share)] * len(measured)).gradient_error ** 2
@@ -86,7 +80,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         for one, price in zip(measured, _forward_prices(measured, spent, noticeable), strict=True)
     ]
     best = exact = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
-    best_found, allowance = EXACT, 1.0
+    best_found, allowance = EXACT, _FIRST_ALLOWANCE
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
     within: tuple[float, float] = (0.0, 0.0)
     beyond: tuple[float, float] | None = None
@@ -122,8 +116,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
         best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
     reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options, strict=True)]
-    noise = noise if any(option.budget.gradient < 1 for option in best) else 0.0
-    return Choice(best, best_found, noise, reasons, min(outside_ms[-_LAST_PASSES:]))
+    return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
 
 
 def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
@@ -17,7 +17,6 @@ from ..layers.passes import computed_again
 from ..layers.patched_mlps import runtime_of, sparse_mlps
 from ..layers.runtime import loss_of
 from .divergence import Batch, Predictions, logits_of
-from .mlp_timing import timed
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,11 @@ class Fidelity:
             output depends on: a new classification head has nearly all of the whole gradient at first, and hardly an
             error of its own.
         gradient_error: norm of the gradient's error over the norm of the exact gradient.
-        seconds: of the forward and backward pass that was compared; NaN if none was.
     """
 
     divergence: float
     cosine: float
     gradient_error: float
-    seconds: float = field(default=math.nan, compare=False)
 
     @property
     def lost(self) -> float:
@@ -49,8 +46,7 @@ class Fidelity:
         lost = max(0.0, self.lost - share * rounding.lost)
         error = max(0.0, self.gradient_error**2 - share * rounding.gradient_error**2)
         cosine = self.cosine if self.cosine <= 0 else math.sqrt(1 - lost)
-        divergence = max(0.0, self.divergence - share * rounding.divergence)
-        return Fidelity(divergence, cosine, math.sqrt(error), self.seconds)
+        return Fidelity(max(0.0, self.divergence - share * rounding.divergence), cosine, math.sqrt(error))
 
 
 class DenseReference:
@@ -67,7 +63,6 @@ class DenseReference:
     def __init__(self, model: nn.Module, batch: Batch) -> None:
         self._model, self._batch, self._surroundings = model, batch, runtime_of(model).surroundings
         self._trained = trained_parameters(model)
-        self._device = sparse_mlps(model)[0].output.weight.device
         self._predictions: Predictions | None = None
         with _reached(model) as reached:
             _, gradient = self.step()
@@ -85,20 +80,18 @@ class DenseReference:
         Raises:
             CalibrationError: predictions or gradients are not finite.
         """
-        found: list[Any] = []
-        seconds = timed(lambda: found.extend(self.step()), self._device)
-        gradient, logits = found.pop(), found.pop()
+        logits, gradient = self.step()
         divergence = 0.0 if self._predictions is None or logits is None else self._predictions.divergence(logits)
         gradient = list(compress(gradient, self._compared))
         norm = _norm(gradient)
         if not math.isfinite(norm):
             raise CalibrationError("the gradient of the sparse model holds NaN or infinite values")
         if not norm or not self._norm:
-            return Fidelity(divergence, float(norm == self._norm), float(norm != self._norm), seconds)
+            return Fidelity(divergence, float(norm == self._norm), float(norm != self._norm))
         pairs = list(zip(gradient, self._gradient, strict=True))
         error = _norm([a - b for a, b in pairs])
         cosine = sum(torch.sum(a.double() * b.double()).item() for a, b in pairs) / (norm * self._norm)
-        return Fidelity(divergence, min(cosine, 1.0), error / self._norm, seconds)
+        return Fidelity(divergence, min(cosine, 1.0), error / self._norm)
 
     def rounding(self, first: nn.Module) -> Fidelity:
         """Fidelity of the model if the output of `first`, an output projection, is rounded otherwise: in bf16 and

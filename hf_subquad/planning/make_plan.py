@@ -16,8 +16,6 @@ from torch import nn
 
 from ..config import SubquadConfig
 from ..errors import CalibrationError, ConfigError
-from ..head.patch_head import head_in_training
-from ..layers.attention_patch import attends_by_sequences
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.dense_or_sparse import sparse_forward
@@ -28,9 +26,9 @@ from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
 from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
-from .dense_step_time import dense_step_seconds
 from .divergence import Batch
 from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, no_autocast, recorded
+from .step_timing import time_steps
 
 
 def calibrate(
@@ -142,19 +140,21 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
         torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
         with sparse_forward(model):
             choice = choose(measured, reference, tolerance)
-        step_ms = 1000 * dense_step_seconds(model, batches[-1])
-    for one, option in zip(measured, choice.options, strict=True):
-        one.run_with(option.budget)
+        del reference  # its gradient is as large as the trained parameters
+        for one, option in zip(measured, choice.options, strict=True):
+            one.run_with(option.budget)
+        step_seconds, planned_seconds = time_steps(model, batches[-1])
     layers = tuple(map(MeasuredMLP.planned, measured, choice.options, choice.reasons))
     saved_ms = 0.0  # outside of the MLPs
-    if "labels" in batches[-1] and (head_in_training(model) is not None or attends_by_sequences(model)):
-        saved_ms = max(0.0, step_ms - sum(layer.dense_ms for layer in layers) - choice.outside_ms)
+    if planned_seconds is not None:
+        in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in layers)
+        saved_ms = max(0.0, 1000 * (step_seconds - planned_seconds) - in_mlps)
     padding, context, _ = classes.shares() if classes else (0.0, 0.0, 1.0)
     return Plan(
         tolerance=tolerance,
         loss_increase=choice.fidelity.divergence,
         gradient_cosine=choice.fidelity.cosine,
-        step_ms=step_ms,
+        step_ms=1000 * step_seconds,
         planning_seconds=time.perf_counter() - started,
         padding_share=padding,
         context_share=context,

@@ -15,9 +15,8 @@ from hf_subquad import LayerPlan, Plan, SubquadConfig, sparse_mlps
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.row_sampling import keep_probabilities
-from hf_subquad.planning import make_plan, measured_mlp
+from hf_subquad.planning import make_plan, measured_mlp, step_timing
 from hf_subquad.planning.class_measurements import MLPCall
-from hf_subquad.planning.dense_step_time import dense_step_seconds
 from hf_subquad.planning.divergence import Predictions
 from hf_subquad.planning.mlp_timing import MLPTiming
 
@@ -33,7 +32,7 @@ def set_times(
     idle: float = 0.1,
     backward: float = 0.0,
 ) -> None:
-    """An MLP of m neurons takes 3 m ms in full and 2 m ms dense; a step takes a second.
+    """An MLP of m neurons takes 3 m ms in full and 2 m ms dense; a step takes a second, planned or not.
 
     Of these, each class takes its share of the tokens: with k neurons a share of overhead * m + k ms, with none of
     idle * m ms. Sparse is faster than dense below k = (2 - overhead) m. Rows that pass no gradients save a share
@@ -60,16 +59,17 @@ def set_times(
 
     ticks = itertools.count()
     monkeypatch.setattr(measured_mlp, "time_mlp", time_mlp)
-    monkeypatch.setattr(make_plan, "dense_step_seconds", lambda *args: dense_step_seconds(*args) and STEP_MS / 1000)
+    monkeypatch.setattr(step_timing, "timed", taking(STEP_MS))
     monkeypatch.setattr(make_plan, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * STEP_MS / 1000))
 
 
-def taking(ms: float) -> Callable[[Callable[[], object], torch.device], float]:
-    """A stand-in for `timed`, by which all work takes as long."""
+def taking(*ms: float) -> Callable[[Callable[[], object], torch.device], float]:
+    """A stand-in for `timed`, by which work takes these times in turns."""
+    times = itertools.cycle(ms)
 
     def timed(work: Callable[[], object], device: torch.device) -> float:
         work()
-        return ms / 1000
+        return next(times) / 1000
 
     return timed
 
