@@ -157,7 +157,7 @@ def test_classes_are_those_that_the_model_inside_of_another_finds(family: str, m
         ((4, 512), {}, True),
         ((4, 512), {"output_attentions": False}, True),
         ((4, 511), {}, False),  # too little
-        ((3, 1024), {}, False),  # not two halves
+        ((6, 512), {}, False),  # no halves with as much padding
         ((4, 512), {"position_ids": torch.zeros(4, 4, 512)}, False),  # of four dimensions, or of four rows
         ((4, 512), {"text": UserDict()}, False),
     ],
@@ -173,7 +173,7 @@ def test_the_least_of_a_few_steps_on_half_of_the_rows(
     assert found == pytest.approx((2 * 0.5, 2 * 0.1) if halved else (0.6, 0.2))
 
 
-@pytest.mark.parametrize(("shape", "rows"), [((2, 1024), 1), ((3, 6), 3)])
+@pytest.mark.parametrize(("shape", "rows"), [((4, 512), 2), ((3, 6), 3)])
 def test_only_dense_steps_compute_all_logits(shape: tuple[int, int], rows: int) -> None:
     model = patch_model(llama(), PLANNED).eval()
     head, seen = model.lm_head, []
@@ -187,7 +187,16 @@ def test_only_dense_steps_compute_all_logits(shape: tuple[int, int], rows: int) 
     seen.clear()
     step_timing.time_steps(model, text_batches(0, shape=shape, prompt=shape[1] - 2)[0])
     assert seen[-2:] == [rows * shape[1], rows * 2]  # earlier ones may be trials
-    assert seen.count(rows * shape[1]) == (3 if rows == 1 else 2)
+    assert seen.count(rows * shape[1]) == (3 if rows == 2 else 2)
+
+
+def test_half_of_the_rows_have_half_of_the_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_timing, "_ENOUGH", 8)
+    model, seen = patch_model(llama(), PLANNED).eval(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    batch = padded_batches()[0]  # rows of 9, 6, 7 and 8 tokens
+    step_timing.time_steps(model, batch)
+    assert seen[-1] == batch["input_ids"][[1, 0]].tolist()
 
 
 class SharedExperts(nn.Module):

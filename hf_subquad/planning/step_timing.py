@@ -62,12 +62,15 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
 
 
 def _half(batch: Batch) -> dict[str, Any] | None:
-    """The first half of a batch's rows; None if they cannot be halved, or half of them is too little."""
+    """Half of a batch's rows, with about half of its padding; None if that is not known, or too little."""
     by_row = {name: value for name, value in batch.items() if name in _BY_ROW and isinstance(value, Tensor)}
     others = [value for name, value in batch.items() if name not in by_row]
     plain = all(value is None or isinstance(value, bool | int | float | str) for value in others)
     rows = {len(value) for value in by_row.values()}
     text = by_row.get("input_ids", by_row.get("inputs_embeds"))
-    if not plain or len(rows) != 1 or text is None or len(text) % 2 or text.shape[:2].numel() < 2 * _ENOUGH:
+    if not plain or len(rows) != 1 or text is None or len(text) % 4 or text.shape[:2].numel() < 2 * _ENOUGH:
         return None
-    return {**batch, **{name: value[: len(text) // 2] for name, value in by_row.items()}}
+    mask = by_row.get("attention_mask", text.new_ones(len(text), 1))
+    from_short_to_long = mask.flatten(1).count_nonzero(1).argsort()
+    chosen = torch.cat([from_short_to_long[::4], from_short_to_long[3::4]])  # of four neighbours, the outer two
+    return {**batch, **{name: value[chosen] for name, value in by_row.items()}}
