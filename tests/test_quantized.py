@@ -33,6 +33,7 @@ from hf_subquad import (
 )
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
+from hf_subquad.planning import step_timing
 from hf_subquad.weights.quantized import dequantized, is_4bit, quant_state
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -111,6 +112,17 @@ def test_our_own_evaluations_leave_weights_as_they_are() -> None:
     layers = [module for module in model.modules() if is_4bit(module)]
     assert all(module.training for module in model.modules())
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_steps_are_timed_on_all_rows(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dequantising takes as long for half of them."""
+    seconds = iter([0.7, 0.6, 0.5])
+    monkeypatch.setattr(step_timing, "_ENOUGH", 8)
+    monkeypatch.setattr(step_timing, "timed", lambda work, device: next(seconds))
+    model = patch_model(in_4bit(plain("llama")) if quantised else plain("llama"), CONFIG)
+    batch = {"input_ids": torch.zeros(4, 6, dtype=torch.int64)}
+    assert step_timing.time_steps(model, batch) == (0.6 if quantised else 2 * 0.5, None)
 
 
 def labelled_batch() -> dict[str, Tensor]:

@@ -63,9 +63,10 @@ def run_on_labelled_rows(
             raise
     if not call.head_calls or (method != "labels" and not call.loss_calls):
         raise NotHereError("its forward does not call its head and its loss function")
-    if keep_logits and not call.kept:
-        return outputs
-    return dataclasses.replace(outputs, logits=torch.cat(call.kept).unsqueeze(0) if call.kept else None)
+    logits = outputs.logits if keep_logits else None
+    if call.kept:
+        logits = torch.cat(call.kept).unsqueeze(0)
+    return dataclasses.replace(outputs, logits=logits)
 
 
 def labelled_positions(labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor]:
