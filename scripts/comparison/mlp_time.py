@@ -1,8 +1,9 @@
 """How long a model spends in some of its MLPs, forward and backward, inside a real training step."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class MlpTimer:
@@ -11,7 +12,8 @@ class MlpTimer:
     An MLP's time is the span from the entry of its first projection to the exit of its last one in the forward pass,
     plus the reverse span in the backward pass: activation, gate product, dropout, weight gradients, adapters, and the
     selection of neurons count. Where a module of the model holds exactly these projections, the spans are that
-    module's own, so that all projections still see the same input. The hooks themselves cost microseconds.
+    module's own, so that all projections still see the same input. Modules get no hooks, because a patched model runs
+    batches with their padding where hooks might see them: these would not be the steps that are timed otherwise.
 
     Args:
         mlps: by name of the MLP, the paths of its projections in the bare model, in the order in which they are called.
@@ -22,24 +24,38 @@ class MlpTimer:
         self.seconds = 0.0
         modules = dict(model.named_modules())
         for mlp, projections in mlps.items():
-            self._hook(*_ends(modules, mlp, projections))
+            self._watch(*_ends(modules, mlp, projections))
 
     def restart(self) -> None:
         self.seconds = 0.0
 
-    def _hook(self, first: nn.Module, last: nn.Module) -> None:
+    def _watch(self, first: nn.Module, last: nn.Module) -> None:
         open_since: dict[str, float] = {}
 
         def enter(phase: str) -> None:
             open_since.setdefault(phase, self.now())
 
         def leave(phase: str) -> None:
-            self.seconds += self.now() - open_since.pop(phase)
+            now = self.now()
+            self.seconds += now - open_since.pop(phase, now)
 
-        first.register_forward_pre_hook(lambda *_: enter("forward"))
-        last.register_forward_hook(lambda *_: leave("forward"))
-        last.register_full_backward_pre_hook(lambda *_: enter("backward"))
-        first.register_full_backward_hook(lambda *_: leave("backward"))
+        def opening(x: Tensor, *args: Any, opens: Callable[..., Any] = first.forward, **kwargs: Any) -> Any:
+            enter("forward")
+            if x.requires_grad:
+                x = x.view_as(x)  # of which nothing outside of the MLP is computed
+                x.register_hook(lambda _: leave("backward"))
+            return opens(x, *args, **kwargs)
+
+        first.forward = opening
+
+        def closing(*args: Any, closes: Callable[..., Any] = last.forward, **kwargs: Any) -> Any:
+            y = closes(*args, **kwargs)
+            if y.requires_grad:
+                y.register_hook(lambda _: enter("backward"))
+            leave("forward")
+            return y
+
+        last.forward = closing
 
 
 def _ends(modules: Mapping[str, nn.Module], mlp: str, projections: Sequence[str]) -> tuple[nn.Module, nn.Module]:
