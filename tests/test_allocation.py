@@ -217,8 +217,9 @@ def test_the_rounds_are_enough_to_close_in_on_the_limit(power: float, limit: flo
         used = (allowance / limit) ** power
         if choose_budgets._CLOSE_ENOUGH <= used <= 1:
             return
+        aim = choose_budgets._AIM_FROM_BEYOND if beyond is None else choose_budgets._AIM_AFTER_TWO
         within, beyond = ((allowance, used), beyond) if used <= 1 else (within, (allowance, used))
-        allowance = choose_budgets._next_allowance(within, beyond)
+        allowance = choose_budgets._next_allowance(within, beyond, aim)
     pytest.fail(f"still at {used:.2f} of the limit")
 
 

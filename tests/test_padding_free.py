@@ -1,11 +1,14 @@
 """Is a padded batch as one row the same training step, and is a batch or a model left alone where it would not be?"""
 
 import math
+import time
 from typing import Any
 
 import pytest
 import torch
+from comparison.mlp_time import MlpTimer
 from helpers.models import _LLAMA, CONFIG, VOCABULARY, build, checkpoint_activations, tokens
+from helpers.training import listening
 from torch import Tensor, nn
 from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
@@ -172,15 +175,25 @@ def shape_in_a_step(model: nn.Module) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("hook", ["forward", "pre"])
-def test_hooks_see_the_batch_as_it_is(hook: str) -> None:
+def test_hooks_see_the_batch_as_it_is(hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings = listening(monkeypatch, "head.labelled_forward")
     model, shapes = patched("llama", Budget()), []
     look = lambda _, inputs, *outputs: shapes.append(inputs[0].shape[:2])  # noqa: E731
     embeddings = model.get_input_embeddings()
     handle = (embeddings.register_forward_hook if hook == "forward" else embeddings.register_forward_pre_hook)(look)
     assert shape_in_a_step(model) == (len(LENGTHS), max(LENGTHS))
     assert shapes == [(len(LENGTHS), max(LENGTHS))]
+    (warning,) = warnings
+    assert "test_hooks_see_the_batch_as_it_is" in warning and "on model.embed_tokens" in warning
     handle.remove()
-    assert shape_in_a_step(model) == (1, sum(LENGTHS))
+    assert shape_in_a_step(model) == (1, sum(LENGTHS)) and len(warnings) == 1
+
+
+def test_a_step_whose_mlps_are_timed_is_like_others() -> None:
+    model = patched("llama", Budget())
+    projections = {mlp.name: [f"{mlp.name}.{path}" for path in mlp.sources] for mlp in sparse_mlps(model)}
+    timer = MlpTimer(model, projections, time.perf_counter)
+    assert shape_in_a_step(model) == (1, sum(LENGTHS)) and timer.seconds > 0
 
 
 def test_noise_on_embeddings_is_that_of_the_padded_batch() -> None:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..layers.attention_patch import attends_by_sequences
 from .choose_head_method import choose_method
 from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
-from .padding_free import announce, keeps_sequences_apart, longest_row, shows_rows, without_padding
+from .padding_free import announce, keeps_sequences_apart, longest_row, seen_by, without_padding
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +96,7 @@ class LabelledForward:
     def _settle(self) -> None:
         """Try now what the first call would try, so that hooks which record calls do not see the trials."""
         try:
-            if self.choose_method() is not None and attends_by_sequences(self.model) and not shows_rows(self.model):
+            if self.choose_method() is not None and attends_by_sequences(self.model) and not seen_by(self.model):
                 self._try_rows()
         except NotHereError as reason:
             self._give_up(reason)
@@ -114,10 +114,15 @@ class LabelledForward:
     def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as one row without padding, if they are padded, the model can have them so, nobody sees it, and
         attention goes by sequence: else a long row would be slow."""
-        if self.takes_rows is False or not attends_by_sequences(self.model) or shows_rows(self.model):
+        if self.takes_rows is False or not attends_by_sequences(self.model):
             return inputs
         row = without_padding(inputs, longest_row(self.model))
-        if row is None or not self._try_rows():
+        if row is None:
+            return inputs
+        if seen := seen_by(self.model):
+            logger.warning_once(f"batches keep their padding outside of the MLPs, as {seen} may see the difference")
+            return inputs
+        if not self._try_rows():
             return inputs
         announce(self.model, row)
         return row

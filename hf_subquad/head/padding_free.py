@@ -68,18 +68,18 @@ def longest_row(model: PreTrainedModel) -> int:
     return min([_LONGEST, *(window for window in windows if isinstance(window, int))])
 
 
-def shows_rows(model: PreTrainedModel) -> bool:
-    """Whether anything outside of the model sees that a batch is one row: hooks on its modules, which may do something
-    else with it (NEFTune's noise depends on the length of a row), or outputs with a value for each token."""
-    configs = (model.config, model.config.get_text_config(decoder=True))
-    if any(getattr(config, name, None) for config in configs for name in _OTHER_OUTPUTS):
-        return True
-    return any(
-        not _is_harmless(hook)
-        for module in model.modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )
+def seen_by(model: PreTrainedModel) -> str | None:
+    """What outside of the model sees that a batch is one row: a hook on one of its modules, which may do something else
+    with it (NEFTune's noise depends on the length of a row), or outputs with a value for each token."""
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        for name in _OTHER_OUTPUTS:
+            if getattr(config, name, None):
+                return f"config.{name}"
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not _is_harmless(hook):
+                return f"the hook {getattr(hook, '__qualname__', type(hook).__name__)} on {name or 'the model'}"
+    return None
 
 
 def _is_harmless(hook: Any) -> bool:

@@ -18,6 +18,7 @@ _ROUNDS = 5
 _FIRST_ALLOWANCE = 0.65  # the effects of several MLPs add up to 1.1 to 2.6 times their sum
 _AIM = 0.95  # of what may be lost, to be used
 _AIM_FROM_BEYOND = 0.85  # budgets move in steps: a round that is beyond again costs more than what stays unused
+_AIM_AFTER_TWO = 0.5  # rounds beyond
 _CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
@@ -74,11 +75,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
 
     share, noise = _gradient_share(noise_of, limits.noise)
     rounding = _rounding(measured, reference)
-    noticeable = max(_NOTICEABLE, limits.spent(rounding) / 2)
-    options = [
-        undominated([Option(budget, one.ms(budget), price * one.forward_cost(budget)) for budget in one.budgets(share)])
-        for one, price in zip(measured, _forward_prices(measured, spent, noticeable), strict=True)
-    ]
+    options = _PricedOptions(measured, share, spent, max(_NOTICEABLE, limits.spent(rounding) / 2))
     best = exact = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
     best_found, allowance = EXACT, _FIRST_ALLOWANCE
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
@@ -87,7 +84,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     least = 0.0  # milliseconds of the plan beyond them
     known: dict[tuple[Budget, ...], Fidelity] = {}
     for _ in range(_ROUNDS):
-        chosen = allocate(options, allowance)
+        chosen = options.allocate(allowance)
         budgets = tuple(option.budget for option in chosen)
         found = known[budgets] = known.get(budgets) or judge(budgets)
         used = limits.spent(found)
@@ -97,25 +94,26 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
         )
         if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
             best, best_found = chosen, found
-        fastest = all(option is of_mlp[0] for option, of_mlp in zip(chosen, options, strict=True))
+        fastest = all(option is of_mlp[0] for option, of_mlp in zip(chosen, options.of_mlps, strict=True))
         if used <= 1 and (fastest or used >= _CLOSE_ENOUGH):
             break
+        aim = _AIM_FROM_BEYOND if beyond is None else _AIM_AFTER_TWO
         if used <= 1:
             within = allowance, used
         else:
             beyond, least = (allowance, used), _milliseconds(chosen)
         if _milliseconds(best) <= _FAST_ENOUGH * least:
             break
-        allowance = _next_allowance(within, beyond)
+        allowance = _next_allowance(within, beyond, aim)
     if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
-        free = allocate(options, 0.0)
+        free = options.allocate(0.0)
         found = judge([option.budget for option in free])
         if limits.spent(found) <= 1:
             best, best_found = free, found
     otherwise = OTHERS_GAIN_MORE
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
         best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
-    reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options, strict=True)]
+    reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options.of_mlps, strict=True)]
     return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
 
 
@@ -158,36 +156,81 @@ def _gradient_share(noise_of: Callable[[float], float], most: float) -> tuple[fl
     return 1.0, 0.0
 
 
-def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | None) -> float:
-    """The allowance that may use `_AIM` of the limits: interpolated between logarithms, or in proportion."""
+def _next_allowance(
+    within: tuple[float, float], beyond: tuple[float, float] | None, from_beyond: float = _AIM_FROM_BEYOND
+) -> float:
+    """The allowance that may use `_AIM` of the limits: interpolated between logarithms, or in proportion.
+
+    Args:
+        from_beyond: what is aimed at instead, if no allowance is known to be within the limits.
+    """
     low, little = within
     if beyond is None:
         return low * (min(_GROWTH, _AIM / little) if little else _GROWTH)
     high, much = beyond
     if little < _NOTICEABLE:
-        return max(high * max(1 / _SHRINKING, _AIM_FROM_BEYOND / much), math.sqrt(low * high))
+        return max(high * max(1 / _SHRINKING, from_beyond / much), math.sqrt(low * high))
     return low * (high / low) ** (math.log(_AIM / little) / math.log(much / little))
 
 
-def _forward_prices(
-    measured: Sequence[MeasuredMLP], spent: Callable[[Sequence[Budget]], float], noticeable: float
-) -> list[float]:
-    """For each MLP, the share of the limits that a unit of forward cost uses: measured for each band of layers alone,
-    with fewer and fewer neurons until the effect is noticeable. (Context tokens of the last layer have none, say.)"""
-    prices = [0.0] * len(measured)
-    size = -(-len(measured) // _BANDS)
-    for start in range(0, len(measured), size):
-        band = range(start, min(start + size, len(measured)))
-        price = 0.0
+class _PricedOptions:
+    """The options of each MLP, without dominated ones; a cost is the share of the limits that it is expected to use.
+
+    That is the MLP's own forward cost, times a price of its band of layers, which is measured with all budgets of the
+    band reduced, when a plan would first spend anything there. Until then it is that of the next band that is known,
+    which is mostly less: an error costs the more, the more layers come after it.
+
+    Args:
+        spent: the share of the limits that budgets use.
+        noticeable: the least of it that is not rounding.
+    """
+
+    def __init__(
+        self,
+        measured: Sequence[MeasuredMLP],
+        share: float,
+        spent: Callable[[Sequence[Budget]], float],
+        noticeable: float,
+    ) -> None:
+        self._measured, self._spent, self._noticeable = measured, spent, noticeable
+        self._unpriced = [
+            [Option(budget, one.ms(budget), one.forward_cost(budget)) for budget in one.budgets(share)]
+            for one in measured
+        ]
+        size = -(-len(measured) // _BANDS)
+        self._band = [i // size for i in range(len(measured))]
+        self._prices: dict[int, float] = {}
+        self._measure(self._band[-1])
+
+    def allocate(self, allowance: float) -> list[Option]:
+        """One option for each MLP, as fast as possible, whose costs sum to at most `allowance`."""
+        while True:
+            chosen = allocate(self.of_mlps, allowance)
+            unknown = {
+                band
+                for band, one, option in zip(self._band, self._measured, chosen, strict=True)
+                if band not in self._prices and one.forward_cost(option.budget)
+            }
+            if not unknown:
+                return chosen
+            self._measure(max(unknown))
+
+    def _measure(self, band: int) -> None:
+        """Measure a band's price, with fewer and fewer neurons until the effect is noticeable. (Context tokens of the
+        last layer have none, say.)"""
+        self._prices[band] = 0.0
         for probe_of in _PROBES:
-            probe = [probe_of(one) if i in band else Budget() for i, one in enumerate(measured)]
-            total = sum(one.forward_cost(budget) for one, budget in zip(measured, probe, strict=True))
-            if total > 0 and (lost := spent(probe)) > noticeable:
-                price = lost / total
+            pairs = list(zip(self._band, self._measured, strict=True))
+            probe = [probe_of(one) if other == band else Budget() for other, one in pairs]
+            total = sum(one.forward_cost(budget) for one, budget in zip(self._measured, probe, strict=True))
+            if total > 0 and (lost := self._spent(probe)) > self._noticeable:
+                self._prices[band] = lost / total
                 break
-        for i in band:
-            prices[i] = price
-    return prices
+        known = [self._prices[min(each for each in self._prices if each >= band)] for band in self._band]
+        self.of_mlps = [
+            undominated([replace(option, cost=price * option.cost) for option in options])
+            for price, options in zip(known, self._unpriced, strict=True)
+        ]
 
 
 def _middle(measured: MeasuredMLP) -> Budget:
