@@ -51,10 +51,10 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
     elsewhere = "labels" in batch and (head_in_training(model) is not None or attends_by_sequences(model))
     dense, planned = [], []
     with runtime.surroundings.checkpointing():
-        for _ in range(2 if half is None else 3):  # the first dense step takes up to 64% longer, to allocate memory
+        for turn in range(2 if half is None else 3):  # the first dense step takes up to 64% longer, to allocate memory
             with dense_forward(model), stock_attention(model):
                 dense.append(timed(step, device))
-            if elsewhere:
+            if elsewhere and (turn or half is None):
                 with sparse_forward(model), head_as_in_training(model):
                     planned.append(timed(step, device))
     whole = 1 if half is None else 2
