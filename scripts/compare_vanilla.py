@@ -180,6 +180,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--model needs --train-file and --eval-file")
     if options.quantize and (options.shape or "vanilla" in options.methods):
         parser.error("--quantize needs --model, and --methods lora,subquad: vanilla would train quantised weights")
+    if options.gradient_checkpointing and options.profile_steps:
+        parser.error("--gradient-checkpointing needs --profile-steps 0: MLPs are computed again, but not to their ends")
     for name in ("steps", "rounds", "turn_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")

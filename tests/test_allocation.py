@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -217,12 +218,70 @@ def test_the_rounds_are_enough_to_close_in_on_the_limit(power: float, limit: flo
         used = (allowance / limit) ** power
         if choose_budgets._CLOSE_ENOUGH <= used <= 1:
             return
-        aim = choose_budgets._AIM_FROM_BEYOND if beyond is None else choose_budgets._AIM_AFTER_TWO
         within, beyond = ((allowance, used), beyond) if used <= 1 else (within, (allowance, used))
-        allowance = choose_budgets._next_allowance(within, beyond, aim)
+        allowance = choose_budgets._next_allowance(within, beyond, choose_budgets._AIM_FROM_BEYOND)
     pytest.fail(f"still at {used:.2f} of the limit")
 
 
 def test_rounding_is_not_taken_for_use() -> None:
     """After a plan that costs nothing but rounding, and one far beyond, the next one is in between."""
-    assert choose_budgets._next_allowance((1.0, 1e-6), (3.0, 1.5)) < 2
+    assert choose_budgets._next_allowance((1.0, 1e-6), (3.0, 1.5), 0.85) < 2
+
+
+class FakeMLP:
+    """An MLP whose context tokens may have 50 neurons or none, with a forward cost of `cost` or four times as much."""
+
+    def __init__(self, cost: float) -> None:
+        self.cost = cost
+        self.classes = {"context": SimpleNamespace(ks=[0, 50])}
+
+    def budgets(self, share: float) -> list[Budget]:
+        return [Budget(), Budget(context=50), Budget(context=0)]
+
+    def ms(self, budget: Budget) -> float:
+        return {None: 10.0, 50: 6.0, 0: 3.0}[budget.context]
+
+    def forward_cost(self, budget: Budget) -> float:
+        return {None: 0.0, 50: self.cost, 0: 4 * self.cost}[budget.context]
+
+
+def priced(costs: Sequence[float], prices: Sequence[float]) -> tuple[choose_budgets._PricedOptions, list[list[int]]]:
+    """Options of MLPs with some forward costs and true prices, and the list of the MLPs that each pass reduces."""
+    mlps, probes = [FakeMLP(cost) for cost in costs], []
+
+    def spent(budgets: Sequence[Budget]) -> float:
+        probes.append([i for i, budget in enumerate(budgets) if budget != Budget()])
+        return sum(price * mlp.forward_cost(budget) for price, mlp, budget in zip(prices, mlps, budgets, strict=True))
+
+    return choose_budgets._PricedOptions(mlps, 1.0, spent, 1e-3), probes
+
+
+def test_prices_are_measured_where_a_plan_spends() -> None:
+    options, probes = priced([100, 100, 1, 1, 1, 1], [2, 2, 0.1, 0.1, 0.3, 0.3])
+    assert probes == [[4, 5]]
+    options.allocate(0.0)
+    assert len(probes) == 1
+    chosen = options.allocate(0.25)
+    assert probes == [[4, 5], [2, 3]]  # the first two are too dear at any price
+    assert [option.budget.context for option in chosen] == [None, None, 50, 50, None, None]
+    assert [option.cost for option in options.of_mlps[2]] == pytest.approx([0.4, 0.1, 0])
+    assert [option.cost for option in options.of_mlps[4]] == pytest.approx([1.2, 0.3, 0])
+    options.allocate(1000)
+    assert probes == [[4, 5], [2, 3], [0, 1]]
+    assert options.of_mlps[0][0].cost == pytest.approx(800)
+
+
+def test_no_price_is_taken_over_from_a_band_without_effect() -> None:
+    """Whose options then cost nothing, and are all that is taken of them without an allowance."""
+    options, probes = priced([1] * 6, [1, 1, 1, 1, 0, 0])
+    assert probes == [[4, 5]] * 3  # with fewer and fewer neurons
+    chosen = options.allocate(0.0)
+    assert probes[3:] == [[2, 3]]
+    assert [option.budget.context for option in chosen] == [None] * 4 + [0] * 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
+def test_any_number_of_mlps_has_bands(count: int) -> None:
+    options, probes = priced([1] * count, [0.1] * count)
+    assert all(option.budget.context == 0 for option in options.allocate(100))
+    assert sorted(itertools.chain(*probes)) == list(range(count))

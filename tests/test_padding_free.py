@@ -1,7 +1,7 @@
 """Is a padded batch as one row the same training step, and is a batch or a model left alone where it would not be?"""
 
+import itertools
 import math
-import time
 from typing import Any
 
 import pytest
@@ -192,8 +192,12 @@ def test_hooks_see_the_batch_as_it_is(hook: str, monkeypatch: pytest.MonkeyPatch
 def test_a_step_whose_mlps_are_timed_is_like_others() -> None:
     model = patched("llama", Budget())
     projections = {mlp.name: [f"{mlp.name}.{path}" for path in mlp.sources] for mlp in sparse_mlps(model)}
-    timer = MlpTimer(model, projections, time.perf_counter)
-    assert shape_in_a_step(model) == (1, sum(LENGTHS)) and timer.seconds > 0
+    timer, seen = MlpTimer(model, projections, itertools.count().__next__), shapes_seen(model)
+    for _ in range(2):
+        timer.restart()
+        step(model, padded())
+        assert timer.seconds == 2 * len(projections)  # spans of one tick each, forward and backward
+    assert seen == [(1, sum(LENGTHS))] * 2
 
 
 def test_noise_on_embeddings_is_that_of_the_padded_batch() -> None:

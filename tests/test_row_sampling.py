@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_subquad.ops.mlp_products import _rows_to_keep
 from hf_subquad.ops.row_sampling import keep_probabilities, row_norms, sampled_weights
 
 
@@ -93,3 +94,17 @@ def test_the_same_seed_draws_the_same_rows() -> None:
     first = weights_of(gradient, 0.7)
     torch.manual_seed(7)
     assert torch.equal(first, weights_of(gradient, 0.7))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 40, 999, 1000])
+def test_all_rows_of_some_weight_are_kept_and_few_others(rows: int) -> None:
+    weights = torch.zeros(1000).index_fill(0, torch.randperm(1000)[:rows], 0.5)
+    kept = _rows_to_keep(weights)
+    assert len(kept.unique()) == len(kept) <= rows * (1 + 1 / 32)
+    assert weights[kept].count_nonzero() == rows
+
+
+def test_rows_are_kept_in_few_different_numbers() -> None:
+    """As each one costs a kernel for each product."""
+    numbers = {len(_rows_to_keep((torch.arange(2000) < rows).float())) for rows in range(1000, 1500)}
+    assert len(numbers) <= 20

@@ -120,7 +120,7 @@ class LabelledForward:
         if row is None:
             return inputs
         if seen := seen_by(self.model):
-            logger.warning_once(f"batches keep their padding outside of the MLPs, as {seen} may see the difference")
+            logger.warning_once(f"batches keep their padding outside of the MLPs, as {seen} would see the difference")
             return inputs
         if not self._try_rows():
             return inputs

@@ -69,12 +69,13 @@ def longest_row(model: PreTrainedModel) -> int:
 
 
 def seen_by(model: PreTrainedModel) -> str | None:
-    """What outside of the model sees that a batch is one row: a hook on one of its modules, which may do something else
-    with it (NEFTune's noise depends on the length of a row), or outputs with a value for each token."""
+    """What outside of the model would see that a batch is one row, in words: a hook on one of its modules, which may do
+    something else with it (NEFTune's noise depends on the length of a row), or outputs for each token. None: nothing.
+    """
     for config in (model.config, model.config.get_text_config(decoder=True)):
         for name in _OTHER_OUTPUTS:
             if getattr(config, name, None):
-                return f"config.{name}"
+                return f"users of the outputs that config.{name} asks for"
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not _is_harmless(hook):

@@ -29,6 +29,9 @@ from .row_sampling import keep_probabilities, row_norms, sampled_weights
 from .token_tiles import Selection
 
 WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
+# Significant bits of the number of rows that are kept on a CPU, where oneDNN compiles a kernel for each new shape: 1 ms
+# for each product in bfloat16, and memory. So one row in 32 is kept in vain at most.
+_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class _UpProject(torch.autograd.Function):
                 if not _all_pass(x, ctx.gradient) and _worth_gathering(
                     part, neurons, passing := _nonzero_tokens(part, views)
                 ):
-                    kept = passing.nonzero().squeeze(1)
+                    kept = _rows_to_keep(passing)
                 if part.selection is not None and kept is None:
                     grad, grad_low = ctx.backend.gathered_down(
                         views, part.selection.tiles, part.selection.neurons, matrices
@@ -283,7 +286,7 @@ class _DownProject(torch.autograd.Function):
                 kept = weight = None
                 if probability is not None and _worth_gathering(part, neurons, wanted := part.take(probability)):
                     weights = sampled_weights(wanted) if sampled else wanted
-                    kept = weights.nonzero().squeeze(1)
+                    kept = _rows_to_keep(weights)
                     weight = weights.index_select(0, kept).unsqueeze(1) if sampled else None
                 whole = kept is None
                 grad_low = _up(part, grad, matrices, [grad_view], ctx.backend) if whole else grad @ matrix.v.t()
@@ -362,6 +365,15 @@ def _worth_gathering(part: Part, neurons: int, probability: Tensor) -> bool:
     neurons, and what is not theirs is dropped. The expectation decides, not the draw: that would be a bias.
     """
     return probability.sum().item() * neurons < WORTH_GATHERING * part.size(neurons)
+
+
+def _rows_to_keep(weights: Tensor) -> Tensor:
+    """The rows whose weight is not zero, and on a CPU a few others, up to a number of `_BITS` significant bits: int64."""
+    kept = weights.nonzero().squeeze(1)
+    missing = -len(kept) % (1 << max(0, len(kept).bit_length() - _BITS))
+    if not missing or weights.device.type != "cpu":
+        return kept
+    return torch.cat([kept, (weights == 0).nonzero().squeeze(1)[:missing]])
 
 
 def _weighted(rows: Tensor, weight: Tensor | None) -> Tensor:

@@ -13,12 +13,13 @@ from .fidelity import DenseReference, Fidelity
 from .measured_mlp import GRADIENT_SHARES, MeasuredMLP, only
 from .tolerance import Limits
 
-_BANDS = 3  # of layers: an error costs the more, the more layers come after it
+_BANDS = 3  # of layers, with a price each
+_UNMEASURED = 0.5  # times the price of the next band: measured ones are mostly between this and four times as much
 _ROUNDS = 5
 _FIRST_ALLOWANCE = 0.65  # the effects of several MLPs add up to 1.1 to 2.6 times their sum
 _AIM = 0.95  # of what may be lost, to be used
 _AIM_FROM_BEYOND = 0.85  # budgets move in steps: a round that is beyond again costs more than what stays unused
-_AIM_AFTER_TWO = 0.5  # rounds beyond
+_AIM_BEYOND_AGAIN = 0.5  # after a second such round: few predictions make the effect of a small step uncertain
 _CLOSE_ENOUGH = 0.8  # of it
 _WORTHWHILE = 0.98  # of the exact time: where less is saved, nothing is approximated
 _FAST_ENOUGH = 1.03  # times what a plan beyond the limits takes: a round costs more than it could still gain
@@ -77,7 +78,7 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     rounding = _rounding(measured, reference)
     options = _PricedOptions(measured, share, spent, max(_NOTICEABLE, limits.spent(rounding) / 2))
     best = exact = [Option(Budget(), one.ms(Budget()), 0.0) for one in measured]
-    best_found, allowance = EXACT, _FIRST_ALLOWANCE
+    best_found, allowance, aim = EXACT, _FIRST_ALLOWANCE, _AIM_FROM_BEYOND
     # The closest to the limits from either side: an allowance, and the share of the limits that it uses.
     within: tuple[float, float] = (0.0, 0.0)
     beyond: tuple[float, float] | None = None
@@ -92,24 +93,25 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
             f"planning: with the budgets of this round MLPs take {_milliseconds(chosen):.0f} ms, at a divergence of "
             f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
         )
-        if used <= 1 and _milliseconds(chosen) <= _milliseconds(best):
-            best, best_found = chosen, found
-        fastest = all(option is of_mlp[0] for option, of_mlp in zip(chosen, options.of_mlps, strict=True))
-        if used <= 1 and (fastest or used >= _CLOSE_ENOUGH):
-            break
-        aim = _AIM_FROM_BEYOND if beyond is None else _AIM_AFTER_TWO
         if used <= 1:
             within = allowance, used
+            if _milliseconds(chosen) <= _milliseconds(best):
+                best, best_found = chosen, found
+            fastest = all(option is of_mlp[0] for option, of_mlp in zip(chosen, options.of_mlps, strict=True))
+            if fastest or used >= _CLOSE_ENOUGH:
+                break
         else:
+            aim = _AIM_FROM_BEYOND if beyond is None else _AIM_BEYOND_AGAIN
             beyond, least = (allowance, used), _milliseconds(chosen)
         if _milliseconds(best) <= _FAST_ENOUGH * least:
             break
         allowance = _next_allowance(within, beyond, aim)
     if all(option.budget.exact for option in best):  # what costs nothing is left, as context of the last layer does
         free = options.allocate(0.0)
-        found = judge([option.budget for option in free])
-        if limits.spent(found) <= 1:
-            best, best_found = free, found
+        if not all(option.budget.exact for option in free):
+            found = judge([option.budget for option in free])
+            if limits.spent(found) <= 1:
+                best, best_found = free, found
     otherwise = OTHERS_GAIN_MORE
     if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
         best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
@@ -156,13 +158,11 @@ def _gradient_share(noise_of: Callable[[float], float], most: float) -> tuple[fl
     return 1.0, 0.0
 
 
-def _next_allowance(
-    within: tuple[float, float], beyond: tuple[float, float] | None, from_beyond: float = _AIM_FROM_BEYOND
-) -> float:
+def _next_allowance(within: tuple[float, float], beyond: tuple[float, float] | None, from_beyond: float) -> float:
     """The allowance that may use `_AIM` of the limits: interpolated between logarithms, or in proportion.
 
     Args:
-        from_beyond: what is aimed at instead, if no allowance is known to be within the limits.
+        from_beyond: what is aimed at instead, if none that uses a noticeable share is known to be within the limits.
     """
     low, little = within
     if beyond is None:
@@ -174,16 +174,22 @@ def _next_allowance(
 
 
 class _PricedOptions:
-    """The options of each MLP, without dominated ones; a cost is the share of the limits that it is expected to use.
+    """The options of each MLP. The cost of one is the share of the limits that it is expected to use: the MLP's forward
+    cost, times the price of its band of layers.
 
-    That is the MLP's own forward cost, times a price of its band of layers, which is measured with all budgets of the
-    band reduced, when a plan would first spend anything there. Until then it is that of the next band that is known,
-    which is mostly less: an error costs the more, the more layers come after it.
+    A pass that reduces the budgets of one band alone measures its price. This is done for the last band at once, and
+    for another one when a plan first skips neurons there. Until then, its price is taken to be less than that of the
+    nearest measured band after it.
 
     Args:
         spent: the share of the limits that budgets use.
         noticeable: the least of it that is not rounding.
+
+    Attributes:
+        of_mlps: for each MLP, the undominated options.
     """
+
+    of_mlps: list[list[Option]]
 
     def __init__(
         self,
@@ -192,11 +198,7 @@ class _PricedOptions:
         spent: Callable[[Sequence[Budget]], float],
         noticeable: float,
     ) -> None:
-        self._measured, self._spent, self._noticeable = measured, spent, noticeable
-        self._unpriced = [
-            [Option(budget, one.ms(budget), one.forward_cost(budget)) for budget in one.budgets(share)]
-            for one in measured
-        ]
+        self._measured, self._share, self._spent, self._noticeable = measured, share, spent, noticeable
         size = -(-len(measured) // _BANDS)
         self._band = [i // size for i in range(len(measured))]
         self._prices: dict[int, float] = {}
@@ -219,18 +221,27 @@ class _PricedOptions:
         """Measure a band's price, with fewer and fewer neurons until the effect is noticeable. (Context tokens of the
         last layer have none, say.)"""
         self._prices[band] = 0.0
+        layers = list(zip(self._band, self._measured, strict=True))
         for probe_of in _PROBES:
-            pairs = list(zip(self._band, self._measured, strict=True))
-            probe = [probe_of(one) if other == band else Budget() for other, one in pairs]
+            probe = [probe_of(one) if of == band else Budget() for of, one in layers]
             total = sum(one.forward_cost(budget) for one, budget in zip(self._measured, probe, strict=True))
             if total > 0 and (lost := self._spent(probe)) > self._noticeable:
                 self._prices[band] = lost / total
                 break
-        known = [self._prices[min(each for each in self._prices if each >= band)] for band in self._band]
         self.of_mlps = [
-            undominated([replace(option, cost=price * option.cost) for option in options])
-            for price, options in zip(known, self._unpriced, strict=True)
+            undominated(
+                [
+                    Option(budget, one.ms(budget), price * one.forward_cost(budget))
+                    for budget in one.budgets(self._share)
+                ]
+            )
+            for one, price in ((one, self._price(of)) for of, one in layers)
         ]
+
+    def _price(self, band: int) -> float:
+        if band in self._prices:
+            return self._prices[band]
+        return _UNMEASURED * self._prices[min(after for after in self._prices if after > band)]
 
 
 def _middle(measured: MeasuredMLP) -> Budget:

@@ -10,10 +10,11 @@ class MlpTimer:
     """Seconds since `restart` spent in MLPs.
 
     An MLP's time is the span from the entry of its first projection to the exit of its last one in the forward pass,
-    plus the reverse span in the backward pass: activation, gate product, dropout, weight gradients, adapters, and the
-    selection of neurons count. Where a module of the model holds exactly these projections, the spans are that
-    module's own, so that all projections still see the same input. Modules get no hooks, because a patched model runs
-    batches with their padding where hooks might see them: these would not be the steps that are timed otherwise.
+    plus the reverse span in the backward pass, unless its input needs no gradient: activation, gate product, dropout,
+    weight gradients, adapters, and the selection of neurons count. Where a module of the model holds exactly these
+    projections, the spans are that module's own, so that all projections still see the same input.
+
+    No module gets a hook: with hooks, a patched model keeps the padding of its batches.
 
     Args:
         mlps: by name of the MLP, the paths of its projections in the bare model, in the order in which they are called.
@@ -30,14 +31,13 @@ class MlpTimer:
         self.seconds = 0.0
 
     def _watch(self, first: nn.Module, last: nn.Module) -> None:
-        open_since: dict[str, float] = {}
+        since: dict[str, float] = {}
 
         def enter(phase: str) -> None:
-            open_since.setdefault(phase, self.now())
+            since[phase] = self.now()
 
         def leave(phase: str) -> None:
-            now = self.now()
-            self.seconds += now - open_since.pop(phase, now)
+            self.seconds += self.now() - since.pop(phase)
 
         def opening(x: Tensor, *args: Any, opens: Callable[..., Any] = first.forward, **kwargs: Any) -> Any:
             enter("forward")
