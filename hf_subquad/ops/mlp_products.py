@@ -368,7 +368,7 @@ def _worth_gathering(part: Part, neurons: int, probability: Tensor) -> bool:
 
 
 def _rows_to_keep(weights: Tensor) -> Tensor:
-    """The rows whose weight is not zero, and on a CPU a few others, up to a number of `_BITS` significant bits: int64."""
+    """Rows whose weight is not zero, and on a CPU a few others, up to a number of `_BITS` significant bits: int64."""
     kept = weights.nonzero().squeeze(1)
     missing = -len(kept) % (1 << max(0, len(kept).bit_length() - _BITS))
     if not missing or weights.device.type != "cpu":
