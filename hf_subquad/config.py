@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -14,6 +15,48 @@ LayerGroup = Literal["all", "all_but_first"]
 
 _LARGEST_SEED = 2**63 - 1  # the largest that random generators accept
 _LARGEST_NUMBER = 3e38  # of float32
+
+
+def _integer(value: Any, low: int, high: float = math.inf) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _names(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value))
+
+
+def _active(value: Any) -> bool:
+    return value is None or _integer(value, 1) or (isinstance(value, float) and 0 < value <= 1)
+
+
+def _layers(value: Any) -> bool:
+    numbers = isinstance(value, list) and bool(value) and all(_integer(i, 0) for i in value)
+    return numbers or (isinstance(value, str) and value in get_args(LayerGroup))
+
+
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "rank tile_size sketch_rank": ("an integer of at least 1", lambda value: _integer(value, 1)),
+    "fold_steps refresh_steps head_megabytes": ("an integer of at least 0", lambda value: _integer(value, 0)),
+    "seed": (f"an integer from 0 to {_LARGEST_SEED}", lambda value: _integer(value, 0, _LARGEST_SEED)),
+    "alpha tolerance": (
+        "a positive number that float32 can hold",
+        lambda value: _number(value) and 0 < value < _LARGEST_NUMBER,
+    ),
+    "dense_share": ("a share of the training steps from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
+    "active": ("a number of neurons from 1, a share of them from above 0 to 1.0, or null", _active),
+    "layers_to_transform": (
+        f"{' or '.join(map(repr, get_args(LayerGroup)))} or a list of layer numbers from 0", _layers,
+    ),
+    "tile_order": (f"one of {get_args(TileOrder)}", lambda value: value in get_args(TileOrder)),
+    "backend": (f"one of {get_args(BackendName)}", lambda value: value in get_args(BackendName)),
+    "sparse_eval": ("true or false", lambda value: isinstance(value, bool)),
+    "index_factory": ("a faiss factory string", lambda value: isinstance(value, str) and value != ""),
+    "target_modules exclude_modules": ("a list of module names or null", _names),
+}  # fmt: skip
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -87,60 +130,10 @@ class SubquadConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("rank", 1), ("tile_size", 1), ("sketch_rank", 1), ("seed", 0),
-            ("fold_steps", 0), ("refresh_steps", 0), ("head_megabytes", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if type(value) is not int or value < low:
-                raise ConfigError(f"{name} must be an integer of at least {low}, got {value!r}")
-        if self.seed > _LARGEST_SEED:
-            raise ConfigError(f"seed must be an integer of at most {_LARGEST_SEED}, got {self.seed!r}")
-        for name in ("alpha", "tolerance"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
-                raise ConfigError(f"{name} must be a positive number that float32 can hold, got {value!r}")
-        share = self.dense_share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise ConfigError(f"dense_share must be a share of the training steps from 0 to 1, got {share!r}")
-        self._check_active()
-        self._check_layers()
-        for name, choices in (("tile_order", get_args(TileOrder)), ("backend", get_args(BackendName))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        if not isinstance(self.sparse_eval, bool):
-            raise ConfigError(f"sparse_eval must be true or false, got {self.sparse_eval!r}")
-        if not isinstance(self.index_factory, str) or not self.index_factory:
-            raise ConfigError(f"index_factory must be a faiss factory string, got {self.index_factory!r}")
-        for name in ("target_modules", "exclude_modules"):
-            modules = getattr(self, name)
-            if modules is not None and not (
-                isinstance(modules, list) and modules and all(isinstance(module, str) and module for module in modules)
-            ):
-                raise ConfigError(f"{name} must be a list of module names or null, got {modules!r}")
-
-    def _check_active(self) -> None:
-        active = self.active
-        if active is None:
-            return
-        if isinstance(active, bool) or not isinstance(active, int | float):
-            raise ConfigError(f"active must be an integer, a share or null, got {active!r}")
-        if isinstance(active, int) and active < 1:
-            raise ConfigError(f"active as a number of neurons must be at least 1, got {active!r}")
-        if isinstance(active, float) and not 0 < active <= 1:
-            raise ConfigError(f"active as a share must lie in (0, 1], got {active!r}")
-
-    def _check_layers(self) -> None:
-        layers = self.layers_to_transform
-        if isinstance(layers, str):
-            if layers in get_args(LayerGroup):
-                return
-        elif isinstance(layers, list) and layers and all(type(i) is int and i >= 0 for i in layers):
-            return
-        raise ConfigError(
-            f"layers_to_transform must be {' or '.join(map(repr, get_args(LayerGroup)))} "
-            f"or a list of layer numbers from 0, got {layers!r}"
-        )
+        for names, (wanted, is_right) in _RULES.items():
+            for name in names.split():
+                if not is_right(value := getattr(self, name)):
+                    raise ConfigError(f"{name} must be {wanted}, got {value!r}")
 
     @property
     def scale(self) -> float:

@@ -15,7 +15,6 @@ from hf_subquad.index import choose_neurons as index_module
 from hf_subquad.index.choose_neurons import ActivationIndex
 from hf_subquad.index.half_space import Report, ReportingIndex
 from hf_subquad.index.selection_quality import evaluate_selection, outputs
-from hf_subquad.index.sketch import add_low_rank
 
 D, M, N = 12, 40, 21
 
@@ -345,24 +344,19 @@ def refuse(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fold_does_not_sketch_the_weights_again(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_moves_updates_into_weights_and_sketch(kind: Kind) -> None:
     index = made(kind, sketch_rank=6)
     x = inputs(64)
-    updates = [projection.update.factors() for projection in index.inputs]
-    left = torch.block_diag(*[u.detach() for u, _ in updates])
-    right = torch.cat([v.detach() for _, v in updates])
-    apart = add_low_rank(index.sketch, left, right)
     live = [projection.merged_rows().clone() for projection in (*index.inputs, index.output)]
     before = recall(index, x, 9, 16)
-
-    monkeypatch.setattr(index_module, "build_sketch", refuse)
     index.fold()
-    torch.testing.assert_close(index.sketch.codes @ index.sketch.basis, apart.codes @ apart.basis, rtol=1e-4, atol=1e-4)
+    whole = index_module.build_sketch(torch.cat(live[:-1]), 6, index.seed)
+    assert torch.equal(index.sketch.codes, whole.codes) and torch.equal(index.sketch.basis, whole.basis)
     for projection, rows in zip((*index.inputs, index.output), live, strict=True):
         assert torch.equal(projection.rows(), rows)
         assert projection.update.is_zero() and projection.update.restarts == 1
     torch.testing.assert_close(index.output_norms, live[-1].square().sum(1))
-    after = recall(index, x, 9, 16)  # still without sketching
+    after = recall(index, x, 9, 16)
     assert after >= before - 0.25 and after > 9 / M
 
 
@@ -503,13 +497,11 @@ def test_a_fit_takes_tokens_of_any_shape_and_a_sample_of_many(monkeypatch: pytes
     assert len(places) == 2048 and places[-1] - places[0] > 4900 and places.diff().max() < 50  # spread, each once
 
 
-def test_a_fold_keeps_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fold_keeps_a_fit() -> None:
     index, x = made("gated", sketch_rank=5), narrow(seed=8)
     index.fit(narrow())
     before = recall(index, x, 9, 16)
-    monkeypatch.setattr(index_module, "build_sketch", refuse)
     index.fold()
-    assert index.sketch_is_approximate
     assert recall(index, x, 9, 16) > before - 0.1
 
 

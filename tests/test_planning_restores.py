@@ -88,7 +88,7 @@ def test_a_patched_model_is_left_as_it_was() -> None:
     assert random_states() == states
     assert [[getattr(mlp, name) for name in attributes] for mlp in (first, second)] == kept
     for mlp, index in zip((first, second), indices, strict=True):
-        for name in ("sketch", "summary", "output_norms", "sketch_is_approximate"):
+        for name in ("sketch", "summary", "output_norms"):
             assert vars(mlp.index)[name] is index[name], name
     assert runtime_of(model).plan is plan and runtime_of(model).forward == "auto"
     assert all(

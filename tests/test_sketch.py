@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from hf_subquad import CalibrationError, WeightsError
-from hf_subquad.index.sketch import Sketch, add_low_rank, build_sketch, summary_of
+from hf_subquad.index.sketch import Sketch, build_sketch, summary_of
 
 
 def low_rank(rows: int, width: int, rank: int, seed: int = 0) -> Tensor:
@@ -174,46 +174,3 @@ def test_a_summary_of_few_tokens_or_few_dimensions_is_exact(count: int) -> None:
     assert len(summary) <= 8
     moment = tokens.t() @ tokens
     torch.testing.assert_close(summary.t() @ summary, 6 * moment / moment.trace(), rtol=1e-4, atol=1e-4)
-
-
-# Kept current
-
-
-def test_adding_to_a_fitted_sketch_serves_the_same_inputs() -> None:
-    """As well as a fit of the sum does, of what the sketch still knows; better than in the metric of no inputs."""
-    weight, tokens = decaying(80, 30), correlated(400, 30)
-    generator = torch.Generator().manual_seed(3)
-    left, right = (torch.randn(*shape, generator=generator) * 0.2 for shape in ((80, 4), (4, 30)))
-    sketch, whole = build_sketch(weight, 6, 0, tokens), weight + left @ right
-    added, blind = add_low_rank(sketch, left, right, tokens), add_low_rank(sketch, left, right)
-    torch.testing.assert_close(added.codes.t() @ added.codes, torch.eye(6), rtol=0, atol=1e-5)
-    best = error(build_sketch(whole, 6, 0, tokens), whole, tokens)
-    assert error(added, whole, tokens) <= 1.1 * best < error(blind, whole, tokens)
-
-
-def test_adding_equals_sketching_the_sum_of_low_rank_matrices() -> None:
-    weight, left, right = low_rank(60, 25, 3), torch.randn(60, 2), torch.randn(2, 25)
-    added = add_low_rank(build_sketch(weight, 5, seed=0), left, right)
-    assert (added.codes.shape, added.basis.shape) == ((60, 5), (5, 25))
-    torch.testing.assert_close(product(added), weight + left @ right, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        product(added), product(build_sketch(weight + left @ right, 5, seed=0)), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_adding_keeps_the_best_of_what_does_not_fit() -> None:
-    """Recompression to rank r is the best rank-r approximation of sketch + update."""
-    sketch, left, right = build_sketch(decaying(80, 30), 6, seed=0), torch.randn(80, 4) * 0.1, torch.randn(4, 30) * 0.1
-    whole = product(sketch) + left @ right
-    added = add_low_rank(sketch, left, right)
-    assert (product(added) - whole).norm() <= 1.001 * torch.linalg.svdvals(whole)[6:].norm() + 1e-5
-
-
-def test_adding_many_times_does_not_drift() -> None:
-    generator = torch.Generator().manual_seed(0)
-    whole = low_rank(60, 12, 12)
-    sketch = build_sketch(whole, 12, seed=0)
-    for _ in range(50):
-        left, right = (torch.randn(*shape, generator=generator) * 0.1 for shape in ((60, 2), (2, 12)))
-        sketch, whole = add_low_rank(sketch, left, right), whole + left @ right
-    torch.testing.assert_close(product(sketch), whole, rtol=1e-3, atol=1e-3)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from hf_subquad import BudgetChange, LayerPlan, SubquadConfig, apply_plan, patch_model, sparse_mlps, sync_model
 from hf_subquad.index.selection_quality import evaluate_selection
-from hf_subquad.index.sketch import Sketch
 from hf_subquad.layers.budget import Budget, TokenClass
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.patched_mlps import runtime_of
@@ -139,52 +138,6 @@ def test_what_no_budget_mends_is_dense() -> None:
     assert mlp.dense and mlp.k == change.after == M and change.before == 24
     assert "only all neurons bring it back" in change.reason
     assert reviewed(mlp, planned(0.1), Audit(1.0, 9.0)) is None and mlp.dense
-
-
-def spoil_sketch(mlp: SparseMLP, sketch_is_approximate: bool) -> None:
-    """A sketch that knows nothing of the neurons, as recompression could leave it at worst."""
-    sketch = mlp.index.sketch
-    mlp.index.sketch = Sketch(sketch.basis, torch.zeros_like(sketch.codes))
-    mlp.index.sketch_is_approximate = sketch_is_approximate
-    for projection in mlp.inputs:
-        projection.update.restart()  # which enter exactly
-    keep(mlp)
-
-
-def test_a_sketch_is_approximate_sketch_is_rebuilt_first() -> None:
-    mlp = mlp_with(32)
-    for projection in mlp.inputs:
-        projection.update.restart()
-    good = error_at(mlp, 32)
-    spoil_sketch(mlp, sketch_is_approximate=True)
-    seen = live(mlp)
-    assert seen.error > 1.4 * good
-    change = reviewed(mlp, planned(good), seen)
-    assert mlp.k == 32 and not mlp.dense and not mlp.index.sketch_is_approximate
-    assert (change.before, change.after) == (32, 32)
-    assert "rebuilt" in change.reason and f"{good:.3f}" in change.reason and f"{seen.error:.3f}" in change.reason
-    keep(mlp)
-    assert live(mlp).error == pytest.approx(good, rel=1e-3)
-
-
-def test_a_sketch_that_was_not_sketch_is_approximate_is_left() -> None:
-    mlp = mlp_with(32)
-    good = error_at(mlp, 32)
-    spoil_sketch(mlp, sketch_is_approximate=False)
-    change = reviewed(mlp, planned(good), live(mlp))
-    assert change.after > 32 and "rebuilt" not in change.reason
-    assert not mlp.index.sketch.codes.any()
-
-
-def test_where_a_rebuilt_sketch_does_not_suffice_k_grows_with_it() -> None:
-    mlp = mlp_with(24)
-    for projection in mlp.inputs:
-        projection.update.restart()
-    aim = error_at(mlp, 64)
-    spoil_sketch(mlp, sketch_is_approximate=True)
-    change = reviewed(mlp, planned(aim * 1.0001), live(mlp))
-    assert mlp.k == 64 and change.after == 64  # as many as with the good sketch
-    assert mlp.index.sketch.codes.any()
 
 
 def test_well_within_the_plan_one_step_less() -> None:

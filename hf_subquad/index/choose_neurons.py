@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..config import SubquadConfig, TileOrder
 from ..errors import CalibrationError, WeightsError
-from ..ops.backends import Backend, EstimatedInput, Scoring, backend_for
+from ..ops.backends import Backend, MergedWeight, Scoring, backend_for
 from ..ops.importance import Activation, combine
 from ..ops.token_tiles import Selection, TokenTiles, make_tiles
 from ..weights.projection import NeuronProjection
 from ..weights.shards import gathered
 from .half_space import Report, ReportingIndex, empty_index
-from .sketch import Sketch, add_low_rank, build_sketch, summary_of
+from .sketch import Sketch, build_sketch, summary_of
 
 _SCORED_TOKENS = 16  # of each tile, at least
 _SCORING = 0.05  # of a tile's products, forward and backward, that scoring more of its tokens may take
@@ -49,7 +49,6 @@ class ActivationIndex:
         output_norms: ||v_j||^2 of the output rows, float32 [m].
         summary: summary of the tokens that the sketch is fitted to, float32 [s, d]; None if it is built from the
             weights alone. Summary and weights determine the sketch, so it can be rebuilt from them.
-        sketch_is_approximate: whether updates were folded into the sketch since it was built from the weights.
     """
 
     def __init__(
@@ -126,7 +125,6 @@ class ActivationIndex:
             raise WeightsError(f"the index of {self.name} cannot be built: {error}; load them again") from error
         self.sketch = sketch
         self.summary = summary
-        self.sketch_is_approximate = False
         self._note_weights()
         self.output_norms = self.output.row_norms()
 
@@ -178,19 +176,12 @@ class ActivationIndex:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Fold the current updates into the base weights, and into the sketch without reading those weights."""
-        self.rebuild_if_stale()
+        """Fold the current updates into the base weights, and `build`."""
         with self.gathered():
-            blocks = [p.update.factors() for p in self.inputs]
-            left = torch.block_diag(*[u for u, _ in blocks])
-            right = torch.cat([v for _, v in blocks])
-            self.sketch = add_low_rank(self.sketch, left, right, self.summary)
             for projection in self._projections:
                 projection.set_rows(projection.merged_rows())
                 projection.update.restart()
-            self.sketch_is_approximate = True
-            self._note_weights()
-            self.refresh()
+            self.build()
 
     @torch.no_grad()
     def select(self, x: Tensor, k: int, tile_size: int, order: TileOrder) -> Selection:
@@ -233,14 +224,13 @@ class ActivationIndex:
     def tile_scores(self, sample: Tensor) -> Tensor:
         """Importance of every neuron to every tile, from a sample of its tokens [n, t, d]: float32 [n, m]."""
         self._place()
-        inputs, first = [], 0
-        for projection in self.inputs:
-            u, v = projection.update.factors()
-            for start in range(0, len(u), self.neurons):  # gate and up, if they are stacked in one
-                part = slice(start, start + self.neurons)
-                bias = None if projection.bias is None else projection.bias.detach()[part]
-                inputs.append(EstimatedInput(self.sketch.codes[first : first + self.neurons], u[part], v, bias))
-                first += self.neurons
+        inputs: list[MergedWeight] = []
+        codes = self.sketch.codes.split([projection.shape[0] for projection in self.inputs])
+        for projection, its_codes in zip(self.inputs, codes, strict=True):
+            bias = None if projection.bias is None else projection.bias.detach()
+            estimated = MergedWeight(its_codes, *projection.update.factors(), bias)
+            stacked = len(its_codes) > self.neurons  # gate and up
+            inputs += estimated.split(self.neurons) if stacked else [estimated]
         scoring = Scoring(self.sketch.basis_as(sample.dtype), inputs, self.activation, self.output_norms)
         return self.backend(sample.device).tile_scores(sample, scoring)
 

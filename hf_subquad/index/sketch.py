@@ -92,21 +92,6 @@ def summary_of(tokens: Tensor, count: int, seed: int) -> Tensor:
     return torch.linalg.qr(inputs @ span).R @ span.t()
 
 
-def add_low_rank(sketch: Sketch, left: Tensor, right: Tensor, tokens: Tensor | None = None) -> Sketch:
-    """Sketch of W + left right to the same rank, from the factors alone: W is not read.
-
-    Args:
-        left: [rows, q].
-        right: [q, d].
-        tokens: as for `build_sketch`.
-    """
-    inputs = None if tokens is None or not len(tokens) else _scaled(tokens.to(sketch.basis.device))
-    span, mixed = torch.linalg.qr(torch.cat([sketch.codes, left.to(sketch.codes)], 1))
-    projected = mixed @ torch.cat([sketch.basis, right.to(sketch.basis)])
-    core = torch.linalg.svd(_root(inputs, projected), full_matrices=False).U[:, : len(sketch.basis)]
-    return Sketch(core.t() @ projected, span @ core)
-
-
 def _scaled(tokens: Tensor) -> Tensor:
     """Tokens of any size as float32 inputs X with trace(X^T X) = d, or zeros if they all are."""
     tokens = tokens.detach().float()

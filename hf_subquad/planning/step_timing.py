@@ -28,7 +28,7 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
     """Seconds of a dense step, with all neurons, stock head and stock attention, and of one with the current budgets;
     None for the latter if nothing but the MLPs is patched.
 
-    Each is the lesser of two, forward and backward, taken in turns, because a machine's speed changes. On a CPU, where
+    Each is the least of a few, forward and backward, taken in turns, because a machine's speed changes. On a CPU, where
     the time of a large step is in proportion to its rows, half of them run, and the time is doubled. The model must be
     in evaluation mode, in which a patched head computes all logits.
 
@@ -51,10 +51,10 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
     elsewhere = "labels" in batch and (head_in_training(model) is not None or attends_by_sequences(model))
     dense, planned = [], []
     with runtime.surroundings.checkpointing():
-        for _ in range(2):  # the first dense step takes up to 64% longer, to allocate memory
+        for turn in range(2 if half is None else 3):  # the first dense step takes up to 64% longer, to allocate memory
             with dense_forward(model), stock_attention(model):
                 dense.append(timed(step, device))
-            if elsewhere:
+            if elsewhere and (turn or half is None):  # the first of three dense steps only warms up
                 with sparse_forward(model), head_as_in_training(model):
                     planned.append(timed(step, device))
     whole = 1 if half is None else 2

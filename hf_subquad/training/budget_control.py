@@ -101,13 +101,7 @@ def review(mlp: SparseMLP, planned: LayerPlan, token_class: TokenClass, seen: Au
 
 
 def _brought_back(mlp: SparseMLP, token_class: TokenClass, before: int, aim: float) -> tuple[int, str]:
-    """The least number of neurons whose error is about that aimed at, and what it took. A sketch that folds have made
-    approximate is rebuilt first."""
-    if mlp.index.sketch_is_approximate:
-        mlp.index.build()
-        error = _error(mlp, token_class, before)
-        if error <= _PAST * aim:
-            return before, f"the sketch rebuilt after folds brings {error:.3f}"
+    """The least number of neurons whose error is that aimed at, and what it took."""
     for k in neuron_counts(mlp.index.neurons):
         if before < k and (error := _error(mlp, token_class, k)) <= aim:
             return k, f"{k} neurons bring {error:.3f}"

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..atomic_files import fingerprint, write_atomically
-from ..errors import PlanError, SidecarError, WeightsError
+from ..errors import PlanError, SidecarError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.patched_mlps import patched_parts, settle_shards
@@ -52,9 +51,6 @@ def save_sidecar(model: nn.Module, folder: str | os.PathLike[str], step: int) ->
     restarts: dict[str, int] = {}
     for mlp in mlps:
         with mlp.index.gathered():
-            if mlp.index.sketch_is_approximate:  # a resumed run builds it anew: go on from the same one
-                with suppress(WeightsError):  # a run that has diverged is saved as it is
-                    mlp.index.build()
             for name, projection in named_projections([mlp]):
                 update = projection.update
                 tensors[f"{name}.U"], tensors[f"{name}.V"] = update.U.detach(), update.V.detach()

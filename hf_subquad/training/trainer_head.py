@@ -1,7 +1,5 @@
 """Limits the head to labelled positions while the Trainer trains, if nothing reads the other logits."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -79,25 +77,12 @@ def reader_of_logits(trainer: Trainer | None) -> str | None:
 
 def reader_of_outputs(model: nn.Module, root: PreTrainedModel) -> str | None:
     """What around a language model sees its outputs, in a model that contains it; None if nothing does."""
-    around = _unwrapped(model)
-    if around[-1] is not root:
-        return f"the language model is inside a {type(around[-1]).__name__}, which may read logits"
-    hooks = [hook for module in around for hook in module._forward_hooks.values()]
-    if any(not isinstance(getattr(hook, "__self__", hook), BatchHook) for hook in hooks):
-        return "a forward hook on the model sees its outputs"
+    for module in model.modules():  # from the outside in
+        if any(not isinstance(getattr(hook, "__self__", hook), BatchHook) for hook in module._forward_hooks.values()):
+            return "a forward hook on the model sees its outputs"
+        if module is root:
+            break
+        hands_on = isinstance(module, nn.parallel.DistributedDataParallel | torch._dynamo.OptimizedModule)
+        if not hands_on and not type(module).__module__.startswith("peft."):
+            return f"the language model is inside a {type(module).__name__}, which may read logits"
     return None
-
-
-def _unwrapped(model: nn.Module) -> list[nn.Module]:
-    """A model and what it wraps: the models inside of DDP, `torch.compile` and PEFT, which hand outputs on."""
-    found: list[nn.Module] = []
-    inner: Any = model
-    while inner is not None:
-        found.append(inner)
-        if isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif callable(base := getattr(inner, "get_base_model", None)):  # PEFT's
-            inner = base()
-        else:
-            inner = getattr(inner, "_orig_mod", None)
-    return found

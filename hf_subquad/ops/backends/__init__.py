@@ -9,11 +9,11 @@ from transformers.utils import logging
 
 from ...config import BackendName
 from ...errors import BackendError
-from .interface import Backend, EstimatedInput, MergedWeight, Scoring, StoredRows
+from .interface import Backend, MergedWeight, Scoring, StoredRows
 from .torch_backend import TorchBackend
 from .verification import mismatch
 
-__all__ = ["Backend", "EstimatedInput", "MergedWeight", "Scoring", "StoredRows", "backend_for"]
+__all__ = ["Backend", "MergedWeight", "Scoring", "StoredRows", "backend_for"]
 
 logger = logging.get_logger(__name__)
 

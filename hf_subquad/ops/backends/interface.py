@@ -65,35 +65,18 @@ class MergedWeight:
 
 
 @dataclass(frozen=True)
-class EstimatedInput:
-    """One input projection, whose pre-activations are estimated as x A^T codes^T + x v^T u^T + bias.
-
-    Attributes:
-        codes: float32 [m, r], over the basis A of the sketch.
-        u: [m, q].
-        v: [q, d]; the update's scale is in it.
-        bias: [m] or None.
-    """
-
-    codes: Tensor
-    u: Tensor
-    v: Tensor
-    bias: Tensor | None
-
-
-@dataclass(frozen=True)
 class Scoring:
     """The inputs from which the importance of neurons is estimated.
 
     Attributes:
         basis: A [r, d], any float dtype.
-        inputs: one input projection, or gate and up.
+        inputs: one input projection, or gate and up, estimated: their rows are codes over the basis, float32 [m, r].
         activation: elementwise; of the gate, if there are two.
         output_norms: ||v_j||^2 of the output rows, float32 [m].
     """
 
     basis: Tensor
-    inputs: Sequence[EstimatedInput]
+    inputs: Sequence[MergedWeight]
     activation: Callable[[Tensor], Tensor]
     output_norms: Tensor
 

@@ -32,7 +32,7 @@ class TorchBackend(Backend):
         sketched = tokens @ scoring.basis.to(tokens.dtype).t()
         pre = []
         for estimated in scoring.inputs:
-            codes = torch.cat([estimated.codes, estimated.u.to(estimated.codes)], 1).to(tokens.dtype)
+            codes = torch.cat([estimated.rows, estimated.u.to(estimated.rows)], 1).to(tokens.dtype)
             features = torch.cat([sketched, tokens @ estimated.v.to(tokens.dtype).t()], 1)
             bias = features.new_zeros(1) if estimated.bias is None else estimated.bias.to(features.dtype)
             pre.append(torch.addmm(bias, features, codes.t()))

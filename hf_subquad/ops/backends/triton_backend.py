@@ -32,7 +32,7 @@ class TritonBackend(TorchBackend):
         sizes = [len(scoring.basis), *(len(estimated.v) for estimated in scoring.inputs)]
         directions = torch.cat([scoring.basis.to(dtype), *(estimated.v.to(dtype) for estimated in scoring.inputs)])
         sketched, *lows = (sample @ directions.t()).split(sizes, dim=-1)
-        inputs = [(e.codes, low, e.u, e.bias) for e, low in zip(scoring.inputs, lows, strict=True)]
+        inputs = [(e.rows, low, e.u, e.bias) for e, low in zip(scoring.inputs, lows, strict=True)]
         return triton_neurons.tile_scores(sketched, inputs, activation, scoring.output_norms)
 
     def top_neurons(self, scores: Tensor, k: int) -> Tensor:
