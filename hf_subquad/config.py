@@ -47,7 +47,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda value: _number(value) and 0 < value < _LARGEST_NUMBER,
     ),
     "dense_share": ("a share of the training steps from 0 to 1", lambda value: _number(value) and 0 <= value <= 1),
-    "active": ("a number of neurons from 1, a share of them from above 0 to 1.0, or null", _active),
+    "active": ("an integer from 1 (neurons), a float above 0 and up to 1.0 (a share), or null", _active),
     "layers_to_transform": (
         f"{' or '.join(map(repr, get_args(LayerGroup)))} or a list of layer numbers from 0", _layers,
     ),

@@ -1,6 +1,7 @@
 """Does a bad step stay what it is in any model: its own, passed on to the loss, and gone after `zero_grad`?"""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,18 @@ def test_updates_that_diverged_are_not_folded(value: float) -> None:
         projection.update.U.copy_(good["model.decoder.layers.2.fc1.U"])
         projection.update.V.copy_(good["model.decoder.layers.2.fc1.V"])
     assert sync_model(model, 4).folded
+
+
+def test_nothing_is_folded_if_one_sum_overflows() -> None:
+    model = patch_model(opt(torch.float16), replace(TRAIN, fold_steps=2))
+    projection = sparse_mlps(model)[1].output
+    with torch.no_grad():
+        projection.update.U.fill_(300)
+        projection.update.V.fill_(300)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with pytest.raises(WeightsError, match="with its low-rank update"):
+        sync_model(model, 4)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
 def test_a_huge_learning_rate_ends_in_an_error_that_says_so(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def seen_by(model: PreTrainedModel) -> str | None:
     for config in (model.config, model.config.get_text_config(decoder=True)):
         for name in _OTHER_OUTPUTS:
             if getattr(config, name, None):
-                return f"users of the outputs that config.{name} asks for"
+                return f"code that reads what config.{name} returns"
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             if not _is_harmless(hook):

@@ -54,7 +54,7 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
         for turn in range(2 if half is None else 3):  # the first dense step takes up to 64% longer, to allocate memory
             with dense_forward(model), stock_attention(model):
                 dense.append(timed(step, device))
-            if elsewhere and (turn or half is None):  # the first of three dense steps only warms up
+            if elsewhere and (turn or half is None):  # none beside a dense step that warms up
                 with sparse_forward(model), head_as_in_training(model):
                     planned.append(timed(step, device))
     whole = 1 if half is None else 2

@@ -265,13 +265,16 @@ def _check_base(name: str, projection: NeuronProjection) -> None:
 
 
 def _check_finite(mlps: list[SparseMLP], step: int) -> None:
-    for name, projection in named_projections(mlps):
-        if not torch.isfinite(projection.update.norm_squared()):
-            raise WeightsError(
-                f"the low-rank update of {name} holds NaN or infinite values at step {step}, so it is not folded into "
-                "the base weights: training has diverged. Continue from an earlier checkpoint, with a lower learning "
-                "rate or with gradient clipping"
-            )
+    for mlp in mlps:
+        with mlp.index.gathered():
+            for name, projection in named_projections([mlp]):
+                norms = torch.cat([projection.update.norm_squared().view(1), projection.row_norms()])
+                if not torch.isfinite(norms).all():
+                    raise WeightsError(
+                        f"the weight of {name}, with its low-rank update, holds NaN or infinite values at step {step}, "
+                        "so updates are not folded: training has diverged. Continue from an earlier checkpoint, with a "
+                        "lower learning rate or with gradient clipping"
+                    )
 
 
 def _factors(mlps: Sequence[SparseMLP]) -> list[nn.Parameter]:

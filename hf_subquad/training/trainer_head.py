@@ -83,6 +83,6 @@ def reader_of_outputs(model: nn.Module, root: PreTrainedModel) -> str | None:
         if module is root:
             break
         hands_on = isinstance(module, nn.parallel.DistributedDataParallel | torch._dynamo.OptimizedModule)
-        if not hands_on and not type(module).__module__.startswith("peft."):
+        if not hands_on and not any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):
             return f"the language model is inside a {type(module).__name__}, which may read logits"
     return None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,7 +42,7 @@ class MlpTimer:
 
         def opening(x: Tensor, *args: Any, opens: Callable[..., Any] = first.forward, **kwargs: Any) -> Any:
             enter("forward")
-            if x.requires_grad:
+            if x.requires_grad and torch.is_grad_enabled():
                 x = x.view_as(x)  # of which nothing outside of the MLP is computed
                 x.register_hook(lambda _: leave("backward"))
             return opens(x, *args, **kwargs)
