@@ -12,6 +12,7 @@ from .allocation import Option, allocate, undominated
 from .fidelity import DenseReference, Fidelity
 from .measured_mlp import GRADIENT_SHARES, MeasuredMLP, only
 from .tolerance import Limits
+from .why_dense import why_dense
 
 _BANDS = 3  # of layers, with a price each
 _UNMEASURED = 0.5  # times the price of the next band: measured ones are mostly between this and four times as much
@@ -27,11 +28,6 @@ _USUAL_NOISE = 0.8  # of sampled rows over 1 - gradient share, measured on SmolL
 _LIKELY_ENOUGH = 0.9  # of the allowed noise: a share that is expected to add more is not measured
 _GROWTH, _SHRINKING = 3.0, 10.0  # of the allowance between two rounds, at most
 _NOTICEABLE = 1e-3  # of what may be lost: less may be rounding
-
-NOT_FASTER = "not faster"
-TOO_INEXACT = "too inexact"
-OTHERS_GAIN_MORE = "others gain more"
-LITTLE_GAINED = "little gained"
 
 logger = get_logger(__name__)
 
@@ -112,25 +108,11 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
             found = judge([option.budget for option in free])
             if limits.spent(found) <= 1:
                 best, best_found = free, found
-    otherwise = OTHERS_GAIN_MORE
-    if _milliseconds(best) > _WORTHWHILE * _milliseconds(exact):
-        best, best_found, otherwise = exact, EXACT, LITTLE_GAINED
-    reasons = [_why_all(option, of_mlp, otherwise) for option, of_mlp in zip(best, options.of_mlps, strict=True)]
+    little_gained = _milliseconds(best) > _WORTHWHILE * _milliseconds(exact)
+    if little_gained:
+        best, best_found = exact, EXACT
+    reasons = [why_dense(option, of_mlp, little_gained) for option, of_mlp in zip(best, options.of_mlps, strict=True)]
     return Choice(best, best_found, noise if any(option.budget.gradient < 1 for option in best) else 0.0, reasons)
-
-
-def _why_all(chosen: Option, options: Sequence[Option], otherwise: str) -> str:
-    """Why an MLP computes all neurons for all tokens; empty if it does not.
-
-    Args:
-        options: the undominated ones; their costs are shares of what may be lost.
-    """
-    if not chosen.budget.all_neurons:
-        return ""
-    fewer = [option.cost for option in options if not option.budget.all_neurons]
-    if not fewer:
-        return NOT_FASTER
-    return TOO_INEXACT if min(fewer) > 1 else otherwise
 
 
 def _rounding(measured: Sequence[MeasuredMLP], reference: DenseReference) -> Fidelity:
