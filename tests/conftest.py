@@ -17,6 +17,11 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def pytest_collection_finish() -> None:
     """Every training of the Trainer collects garbage: what was imported so far need not be walked each time."""
     gc.collect()
