@@ -239,6 +239,7 @@ def test_failing_method_is_reported_with_its_traceback() -> None:
         (["--model", "somewhere"], "needs --train-file and --eval-file"),
         (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--rounds", "0"], "--rounds must be at least 1"),
         (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--methods", "lora,adam"], "expected some of"),
+        (["--shape", "hidden=8,intermediate=8,layers=1,vocab=8", "--gradient-checkpointing"], "--profile-steps 0"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
