@@ -1,4 +1,4 @@
-"""Checks budgets on current tokens, and adjusts them: first rebuilds the sketch, then changes k, then runs dense."""
+"""Checks budgets on current tokens, and adjusts them: another number of neurons, or all of them."""
 
 import math
 from dataclasses import dataclass, replace
