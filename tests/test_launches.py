@@ -69,6 +69,7 @@ def test_one_forward_and_backward() -> None:
         ("plain", 256, 1024, 16, 64),
         ("plain", 64, 20480, 16, 64),  # more scores of a tile than a program holds
         ("gated", 256, 1024, 16, 64),
+        ("gated", 256, 1024, 32, 64),  # the most shared memory
         ("gated", 256, 1024, 48, 64),
         ("stacked", 256, 1024, 16, 64),
         ("conv1d", 250, 1001, 16, 250),

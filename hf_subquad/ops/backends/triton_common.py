@@ -1,7 +1,21 @@
 """Helpers shared by the launchers of Triton kernels."""
 
+import os
+from functools import lru_cache
+
 import torch
+import triton
 from torch import Tensor
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton found it when it was imported
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may use."""
+    driver = triton.runtime.driver.active
+    index = driver.get_current_device() if device.index is None else device.index
+    return driver.utils.get_device_properties(index)["max_shared_mem"]
 
 
 def unit_stride(values: Tensor) -> Tensor:

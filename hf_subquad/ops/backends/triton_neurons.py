@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..importance import MOVE
-from .triton_common import cdiv, next_power_of_2, precision, unit_stride
+from .triton_common import INTERPRETING, cdiv, next_power_of_2, precision, shared_memory, unit_stride
 
 ProjectedInput = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -33,6 +33,7 @@ _BLOCKS: dict[int, tuple[_Block, _Block]] = {
     384: ({"NEURONS": 64, "TOKENS": 32, "num_warps": 8, "num_stages": 1},) * 2,
     640: ({"NEURONS": 32, "TOKENS": 16, "num_warps": 8, "num_stages": 1},) * 2,
 }
+_THREE_STAGES = 128 * 1024  # bytes of shared memory, at most: cards with 99 KB get two
 _THIRD = 168  # registers a thread if a multiprocessor is to run three programs of the second pass, not two
 
 
@@ -76,8 +77,10 @@ def tile_scores(sketched: Tensor, inputs: Sequence[ProjectedInput], activation: 
     }  # fmt: skip
     columns = _columns(sketched.dtype, r, q)
     first, second = next(blocks for most, blocks in _BLOCKS.items() if columns <= most)
+    if not INTERPRETING and shared_memory(sketched.device) < _THREE_STAGES:
+        first = {**first, "num_stages": min(first["num_stages"], 2)}
     # Operands of four bytes, higher ranks and the error function need more registers than a third.
-    third = first is not second and sketched.element_size() == 2 and activation != "gelu"
+    third = columns <= min(_BLOCKS) and sketched.element_size() == 2 and activation != "gelu"
     squares_grid, squares_span = _grid(tiles * padded, m, first, multiprocessors)
     scores_grid, scores_span = _grid(tiles * padded, m, second, (3 if third else 2) * multiprocessors)
     length = squares_grid[0] * first["TOKENS"]

@@ -27,7 +27,6 @@ captured in a CUDA graph. `entries` (int64 [n, T]) names the token in each slot:
 a spare slot, which sees a token of zeros and is not stored by token. Every token is in exactly one slot.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import cdiv, next_power_of_2, precision, unit_stride
+from .triton_common import INTERPRETING, cdiv, next_power_of_2, precision, shared_memory, unit_stride
 
 
 @dataclass(frozen=True)
@@ -437,14 +436,6 @@ _SHAPES = ((256, 128, 4), (256, 128, 3), (128, 64, 4), (64, 64, 3), (64, 32, 2))
 _SMALL_SHAPES = ((64, 128, 3), (64, 64, 2))
 
 
-@lru_cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may use."""
-    driver = triton.runtime.driver.active
-    index = driver.get_current_device() if device.index is None else device.index
-    return driver.utils.get_device_properties(index)["max_shared_mem"]
-
-
 def _token_block(size: int, largest: int) -> int:
     """Block of a tile's T slots: what is wasted in the last block against what smaller blocks cost."""
     candidates = [block for block in _TOKEN_COST if block <= largest]
@@ -460,14 +451,14 @@ def _shape(
     tokens = _token_block(size, 64 if small else 128)
     for columns, step_bytes, stages in _SMALL_SHAPES if small else _SHAPES:
         step = max(16, step_bytes // dtype.itemsize)
-        fits = stages * (tokens + columns) * step * dtype.itemsize <= _shared_memory(device)
+        fits = stages * (tokens + columns) * step * dtype.itemsize <= shared_memory(device)
         if fits and columns < 2 * outputs:
             break
     return tokens, columns, step, min(max(tokens * columns // 4096, 4), 8), stages
 
 
 def _gathered_up_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blocks:
-    if _INTERPRETING:
+    if INTERPRETING:
         return _INTERPRETED
     aligned = x.shape[1] % 16 == 0
     tokens, columns, step, warps, stages = _shape(
@@ -477,7 +468,7 @@ def _gathered_up_blocks(x: Tensor, size: int, active: int, matrices: int) -> Blo
 
 
 def _gathered_down_blocks(a: Tensor, size: int, width: int) -> Blocks:
-    if _INTERPRETING:
+    if INTERPRETING:
         return _INTERPRETED
     aligned = a.shape[2] % 16 == 0 and width % 16 == 0  # Triton knows this of a size, or nothing
     tokens, columns, step, warps, stages = _shape(a.dtype, precision(a.dtype), a.device, size, width, aligned)
@@ -486,20 +477,19 @@ def _gathered_down_blocks(a: Tensor, size: int, width: int) -> Blocks:
 
 def _per_token_blocks(a: Tensor, rank: int) -> Blocks:
     """Little arithmetic: small blocks of tokens, so that there are enough programs to keep the memory busy."""
-    if _INTERPRETING:
+    if INTERPRETING:
         return _INTERPRETED
     neurons = 128 if a.itemsize == 2 and rank <= 32 else 64
     return Blocks(tokens=32, neurons=neurons, features=_rank_block(rank), warps=4, stages=4)
 
 
 def _per_neuron_blocks(a: Tensor, size: int, rank: int) -> Blocks:
-    if _INTERPRETING:
+    if INTERPRETING:
         return _INTERPRETED
     tokens = min(max(16, next_power_of_2(size)), 64)
     return Blocks(tokens, neurons=128 if a.itemsize == 2 else 64, features=_rank_block(rank), warps=4, stages=3)
 
 
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton found it when it was imported
 _INTERPRETED = Blocks(tokens=32, neurons=32, features=32, group=2)  # the interpreter's time goes by operations
 
 

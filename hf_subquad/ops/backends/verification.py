@@ -14,7 +14,7 @@ from .torch_backend import TorchBackend
 
 # Few, and multiples of what kernels load at once, as in real models: that decides which code is compiled.
 _TOKENS, _TILES, _SIZE, _SAMPLED = 250, 4, 64, 16
-_WIDTH, _NEURONS, _ACTIVE, _RANK, _SKETCH = 128, 256, 64, 16, 32
+_WIDTH, _NEURONS, _ACTIVE, _RANK, _SKETCH = 128, 256, 64, 16, 64
 _MANY = 1200, 2, 640  # tokens, tiles and slots: a group too large for the kernel that bisects small ones
 _TOLERANCES = {torch.bfloat16: (3e-2, 5e-2), torch.float32: (1e-3, 5e-3)}  # of products, and of scores
 _LOOSER = 1.02  # tiles may vary that much more within than PyTorch's
