@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan.add_argument("--save", type=Path, help="write the plan as JSON, for patch_model(model, config, plan=...)")
     commands.add_parser("env", help="print versions and hardware, for a bug report")
     options = parser.parse_args(arguments)
+    if options.command == "plan" and options.save and options.data is None:
+        parser.error("--save needs --data: without data, nothing is planned")
     try:
         if options.command == "env":
             print_env()

@@ -29,6 +29,12 @@ def test_plan_lists_the_mlps_that_would_be_patched(tmp_path: Path, capsys: pytes
         assert (int(neurons), int(active), int(width)) == (model.config.intermediate_size, 5, model.config.hidden_size)
 
 
+def test_saving_without_planning_is_a_wrong_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--save", str(tmp_path / "plan.json")])
+    assert "--save needs --data" in capsys.readouterr().err
+
+
 def test_plan_leaves_out_excluded_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build("t5").save_pretrained(tmp_path)
     (tmp_path / "settings.json").write_text('{"exclude_modules": ["decoder"]}')

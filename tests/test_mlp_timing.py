@@ -50,6 +50,26 @@ def test_budgets_are_timed_on_the_classes_of_the_call(monkeypatch: pytest.Monkey
     assert mlp.runtime.passes.latest is None
 
 
+def test_copies_of_weights_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training, where they are kept from step to step; a timed budget that needs none must not drop them."""
+    model = patch_model(opt(), PLANNED)
+    mlp = sparse_mlps(model)[0]
+    seen: list[int] = []
+    timed = mlp_timing.timed
+
+    def noted(work: Any, device: torch.device) -> float:
+        seconds = timed(work, device)
+        held = mlp.output._copied_rows
+        seen.append(held[1].data_ptr() if held else 0)
+        return seconds
+
+    monkeypatch.setattr(mlp_timing, "timed", noted)
+    call = MLPCall(torch.randn(15, WIDTH), None, torch.rand(15))
+    mlp_timing.time_mlp(mlp, call, [Budget(), Budget(8, 8)])
+    after_the_first_round = seen[4:]
+    assert len(after_the_first_round) == 12 and len(set(after_the_first_round)) == 1 and all(after_the_first_round)
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (0.04, 2)])
 def test_long_rounds_of_timing_are_few(monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int) -> None:
     """The least time counts; the first round's is seldom that. Two digits of it are kept."""

@@ -40,8 +40,8 @@ class Runtime:
         folded: updates were folded into the base weights, so the original base model is no longer available.
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
-        calls_before: number of sparse forward passes of all MLPs when training started.
-        idle_steps: training steps since the start of training in which no MLP ran sparse; None once one did or cannot.
+        idle_steps: steps since the start of a Trainer's training in which no MLP ran sparse; None once one did or cannot,
+            and in other loops.
         last_report: what the latest sync measured, for logs.
         plan: the plan that the budgets come from, if any; updated when they change.
         sharded: FSDP2 shards the weights.
@@ -59,8 +59,7 @@ class Runtime:
     folded: bool = False
     sync_seconds: float = 0.0
     synced_step: int | None = None
-    calls_before: int = 0
-    idle_steps: int | None = 0
+    idle_steps: int | None = None
     last_report: Any = field(default=None, repr=False)
     plan: Plan | None = None
     sharded: bool = False

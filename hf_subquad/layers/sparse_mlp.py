@@ -122,7 +122,7 @@ class SparseMLP:
         before = self.budget, self.corrections, self.selection_override, self.calls, self.audited
         try:
             if budget is not None:
-                self.set_budget(budget)
+                self.budget = budget  # whatever copies of weights there are will be needed again
             if corrections is not None:
                 self.corrections = dict(corrections)
             self.selection_override = selection
@@ -218,7 +218,7 @@ class SparseMLP:
             return _Call(x, None)
         budget = self.budget if mode == "sparse" else Budget()
         if self.selection_override is not None:
-            self.calls += 1
+            self._count_call()
             parts = list(self.selection_override)
             return _Call(x, parts, ["predicted"] * len(parts), budget.gradient)
         classes = self.runtime.classes_in(batch, self.name, x)
@@ -228,9 +228,13 @@ class SparseMLP:
             return _Call(x, None)
         parts = [self._part(x, rows, k, training, token_class) for token_class, rows, k in groups]
         if not budget.exact:
-            self.calls += 1
+            self._count_call()
         padded = classes if classes is not None and classes.padding else None
         return _Call(x, parts, [token_class for token_class, *_ in groups], budget.gradient, padded)
+
+    def _count_call(self) -> None:
+        self.calls += 1
+        self.runtime.idle_steps = None
 
     def _is_watched(self) -> bool:
         """Whether hooks on the modules between the projections would see compact activations."""

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from accelerate.state import PartialState
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -13,10 +13,10 @@ from ..head.patch_head import unpatch_automatic_head
 from ..layers.patched_mlps import patched_parts, runtime_of
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..logs import get_logger
-from .caller_frames import calling_handler, current_trainer, resumed_from, run_folder
+from .caller_frames import current_trainer, resumed_from
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
-from .sync_model import check_active, check_running, frozen_updates, sync_model, sync_parts, train_updates
+from .sync_model import check_active, frozen_updates, sync_model, train_updates
 from .trainer_head import keeps_labels, own_loss, start_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2
@@ -46,8 +46,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
         check_engine(args)
         runtime = runtime_of(model)
         train_updates(model)
-        self._move_first()
         trainer = current_trainer()
+        self._move_first(trainer)
         # Before the Trainer lets accelerate shard the model, and before `on_train_begin`.
         if uses_fsdp2() and not runtime.sharded and not compares_with_reference(args) and trainer is not None:
             with preserve_mode_and_rng(model):
@@ -59,14 +59,15 @@ class SubquadCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
         check_engine(args)  # for a callback that came by add_callback
-        folder = run_folder(args)
+        trainer = current_trainer()
+        folder = _run_folder(trainer, args)
         if state.global_step:
             checkpoint = resumed_from() or _checkpoint_folder(folder, state)
             resume(model, checkpoint, state.global_step, type(self).__name__ in _states(state))
         _states(state).setdefault(type(self).__name__, self.state())  # resumed from one made without it
         check_active(model, optimizer)
         unpatch_automatic_head(model)  # of a training that was broken off
-        self._move_first()
+        self._move_first(trainer)
         runtime, mlps = patched_parts(model)
         runtime.exact_forward = compares_with_reference(args)
         if frozen := frozen_updates(mlps):
@@ -75,7 +76,6 @@ class SubquadCallback(TrainerCallback, ExportableState):
                 "layers, were frozen. To train them, set requires_grad on the parameters whose names end with update.U "
                 "and update.V before creating the Trainer"
             )
-        trainer = current_trainer()
         runtime.whole_rows = trainer is None or own_loss(trainer) is not None
         start_labelled_head(model, trainer, runtime.config.head_megabytes)  # a plan counts what it saves
         rows = state.train_batch_size or args.train_batch_size  # the first is less after auto_find_batch_size
@@ -87,20 +87,18 @@ class SubquadCallback(TrainerCallback, ExportableState):
         elif not uses_fsdp2():
             without_labels = trainer is not None and keeps_labels(trainer) is not None
             fit_on_training_data(model, train_dataloader, rows, args, without_labels)
-        runtime.idle_steps, runtime.calls_before = 0, sum(mlp.calls for mlp in mlps)
         if runtime.plan is not None and state.is_world_process_zero:
             logger.info(f"the plan:\n{runtime.plan.table()}")
             folder.mkdir(parents=True, exist_ok=True)
             runtime.plan.save(folder / PLAN_NAME)
         sync_model(model, state.global_step, optimizer)
+        runtime.idle_steps = 0
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module,
         optimizer: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        runtime, mlps = patched_parts(model)
-        check_running(runtime, mlps)
-        report = sync_parts(runtime, mlps, state.global_step, optimizer)
+        report = sync_model(model, state.global_step, optimizer)
         if state.is_world_process_zero:
             for change in report.changes:
                 logger.warning(f"step {state.global_step}: {change}")
@@ -126,8 +124,8 @@ class SubquadCallback(TrainerCallback, ExportableState):
     ) -> None:
         PartialState().wait_for_everyone()  # the other ranks' files come before the sidecar, too
         if args.should_save or runtime_of(model).sharded:  # all ranks gather what one of them writes
-            folder = _checkpoint_folder(run_folder(args), state)
-            save_sidecar(model, folder, state.global_step)
+            folder = _run_folder(current_trainer(), args)
+            save_sidecar(model, _checkpoint_folder(folder, state), state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -147,18 +145,22 @@ class SubquadCallback(TrainerCallback, ExportableState):
         """An empty state. It marks the checkpoints of runs with this callback, which must have a sidecar."""
         return {"args": {}, "attributes": {}}
 
-    def _move_first(self) -> None:
+    def _move_first(self, trainer: Trainer | None) -> None:
         """Move this callback before the reporting ones, so that they see what it adds to `logs`: the Trainer puts the
         user's callbacks after TensorBoard, W&B and the like."""
-        handler = calling_handler()
-        if handler is not None and self in handler.callbacks:
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
+        if trainer is not None and self in (callbacks := trainer.callback_handler.callbacks):
+            callbacks.remove(self)
+            callbacks.insert(0, self)
 
 
 def _states(state: TrainerState) -> dict[str, Any]:
     """The saved states of callbacks, by class name (a dict, although the annotation says otherwise)."""
     return cast("dict[str, Any]", state.stateful_callbacks)
+
+
+def _run_folder(trainer: Trainer | None, args: TrainingArguments) -> Path:
+    """Where the checkpoints of this run are; a trial of a hyperparameter search has its own folder."""
+    return Path(args.output_dir or "" if trainer is None else trainer._get_output_dir(trainer._trial))
 
 
 def _checkpoint_folder(run: Path, state: TrainerState) -> Path:

@@ -65,6 +65,7 @@ class SyncReport:
         return {name: value for name, value in figures.items() if value is not None}
 
 
+@torch.no_grad()
 def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | None = None) -> SyncReport:
     """Do what is due after optimizer step `step`: fold, audit tiles of the current batch, adjust planned budgets,
     refresh the index, and decide whether the next step runs dense.
@@ -80,18 +81,11 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
         WeightsError: base weights that something else changed, or updates that are due to be folded, hold NaN or
             infinite values; no base weight is changed.
     """
-    runtime, mlps = patched_parts(model)
-    watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
-    return sync_parts(runtime, mlps, step, optimizer)
-
-
-@torch.no_grad()
-def sync_parts(
-    runtime: Runtime, mlps: list[SparseMLP], step: int, optimizer: torch.optim.Optimizer | None = None
-) -> SyncReport:
-    """`sync_model` for the parts that `patched_parts` found in the model."""
     started = time.perf_counter()
+    runtime, mlps = patched_parts(model)
     config = runtime.config
+    watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
+    _count_idle_step(runtime, mlps)
     settle_shards(runtime, mlps)
     runtime.padding.check(runtime.surroundings.model)
     runtime.passes.forget()
@@ -180,21 +174,6 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
             )
 
 
-def check_running(runtime: Runtime, mlps: list[SparseMLP]) -> None:
-    """After a training step: warn if no MLP ran sparse in any of the first steps, as then nothing is saved."""
-    if runtime.idle_steps is None:
-        return
-    if sum(mlp.calls for mlp in mlps) > runtime.calls_before:
-        runtime.idle_steps = None
-    elif runtime.mode(training=True) == "sparse" and not all(mlp.dense for mlp in mlps):
-        runtime.idle_steps += 1
-        if runtime.idle_steps == _IDLE_STEPS:
-            logger.warning(
-                f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so they saved nothing: does the "
-                "Trainer train the model that was patched, in training mode, on inputs that reach the patched layers?"
-            )
-
-
 def train_updates(model: nn.Module) -> None:
     """Make the low-rank updates trainable again if PEFT froze everything but its adapters, or if the user froze the
     whole model. Otherwise, or if some updates are trainable, frozen updates stay frozen."""
@@ -214,6 +193,19 @@ def named_projections(mlps: Sequence[SparseMLP]) -> Iterator[tuple[str, NeuronPr
     for mlp in mlps:
         for path, projection in zip(mlp.sources, mlp.projections, strict=True):
             yield f"{mlp.name}.{path}", projection
+
+
+@torch.enable_grad()  # in which training runs
+def _count_idle_step(runtime: Runtime, mlps: list[SparseMLP]) -> None:
+    """Warn if no MLP ran sparse in any of the first steps of a Trainer, as then nothing is saved."""
+    if runtime.idle_steps is None or all(mlp.dense for mlp in mlps) or runtime.mode(training=True) != "sparse":
+        return
+    runtime.idle_steps += 1
+    if runtime.idle_steps == _IDLE_STEPS:
+        logger.warning(
+            f"no patched MLP ran sparse in the first {_IDLE_STEPS} training steps, so they saved nothing: does the "
+            "Trainer train the model that was patched, in training mode, on inputs that reach the patched layers?"
+        )
 
 
 def _restart_stale_moments(mlps: list[SparseMLP], optimizer: torch.optim.Optimizer) -> None:
