@@ -109,6 +109,7 @@ OTHERS = {
     "sees_one_less": changed(mask_of(RIGHT, True), 0, 5, 2),
     "hole": mask_of(RIGHT, True) & (torch.arange(SIZE) != 2),
     "prefix": changed(mask_of([[1] * 9], True), 0, 0, 1),
+    "first_sees_all": mask_of([[1] * 9], True) | (torch.arange(SIZE)[:, None] == 0),
     "cross": torch.ones(2, 1, 4, 7, dtype=torch.bool),
     "by_head": mask_of(RIGHT, True).expand(-1, HEADS, -1, -1),
     "added": mask_of(RIGHT, True).float(),

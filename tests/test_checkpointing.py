@@ -1,5 +1,7 @@
 """Are gradients the same with gradient checkpointing, which runs every layer's forward twice?"""
 
+import math
+
 import pytest
 import torch
 from helpers.models import CONFIG, batch, build, checkpoint_activations, fill_updates, leaf, logits, objective, trained
@@ -51,6 +53,23 @@ def test_another_selection_in_the_recompute_would_show() -> None:
     loss.backward()
     name = "model.decoder.layers.1.fc1.update.V"
     assert (model.get_parameter(name).grad - expected[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_spoiled_batch_with_padding_runs_through(reentrant: bool) -> None:
+    """It is recognised among the passes of a step, so that its layers are computed again as the first time."""
+    model = trained("llama")
+    ids, mask, labels = torch.randint(50, (4, 9)), torch.ones(4, 9, dtype=torch.long), torch.full((4, 9), -100)
+    mask[1:, 6:] = 0
+    labels[:, 3:6] = ids[:, 3:6]
+    checkpoint_activations(model, reentrant)
+    for weight in (1.0, math.nan):
+        embedded = (model.get_input_embeddings()(ids).detach() * weight).requires_grad_()
+        model.zero_grad()
+        loss = model(inputs_embeds=embedded, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        assert loss.isfinite() == math.isfinite(weight)
+        assert all(parameter.grad is not None for name, parameter in model.named_parameters() if ".update." in name)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

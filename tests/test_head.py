@@ -29,6 +29,7 @@ from helpers.models import VOCABULARY, assert_same, build, checkpoint_activation
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_subquad import AlreadyPatchedError, ConfigError, NotPatchedError, patch_head, unpatch_head
 from hf_subquad.head import chunked_loss
@@ -186,6 +187,20 @@ def test_logits_can_be_kept_without_a_change_of_method(family: str, four_rows: N
     positions, _ = labelled_positions(inputs["labels"], shifted)
     torch.testing.assert_close(outputs.logits, stock.logits.flatten(0, 1)[positions].unsqueeze(0))
     assert torch.equal(outputs.loss, expected)
+
+
+def test_what_is_not_trained_gets_no_gradients(four_rows: None) -> None:
+    """Passes without gradients, as in planning, cost the same whether the head is trained or not."""
+    model, inputs = patch_head(model_of("llama"), 1), labelled_batch()
+    forward = labelled_forward(model)
+    assert forward is not None
+    counts = []
+    for trained in (True, False):
+        model.lm_head.requires_grad_(trained)
+        with forward.as_in_training(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**inputs)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 def test_logits_are_hidden_in_training_only() -> None:

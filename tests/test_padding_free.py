@@ -19,6 +19,7 @@ from hf_subquad.head.patch_head import labelled_forward
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.passes import _REMEMBERED
+from hf_subquad.layers.sparse_mlp import SparseMLP
 
 LENGTHS = (4, 11, 7)
 
@@ -262,6 +263,23 @@ def test_windows_limit_the_row() -> None:
 def test_attention_dropout_leaves_the_batch_padded() -> None:
     model = build("llama", attention_dropout=0.1)
     assert longest_row(model) == 0 and longest_row(build("llama")) > 1000
+
+
+def test_a_call_that_runs_padded_after_all_skips_padding_in_mlps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tuple of outputs needs the stock forward, which is found out after the row was made."""
+    model = patched("llama", Budget())
+    open_call, tokens_of = SparseMLP._open, []
+
+    def noted(self: SparseMLP, x: Tensor, training: bool) -> Any:
+        call = open_call(self, x, training)
+        tokens_of.append((tuple(x.shape[:-1]), sum(part.tokens for part in call.parts)))
+        return call
+
+    monkeypatch.setattr(SparseMLP, "_open", noted)
+    loss, logits, *_ = model(**padded(), return_dict=False)
+    assert logits.shape[:2] == (3, 11)
+    assert set(tokens_of) == {((3, 11), sum(LENGTHS))}
+    loss.backward()
 
 
 def test_evaluation_keeps_its_logits() -> None:

@@ -142,7 +142,7 @@ class _Call:
         self.has_loss = True
         return chunked_cross_entropy(
             self.head_forward,
-            [parameter for parameter in self.head.parameters() if parameter.requires_grad],
+            [parameter for parameter in self.head.parameters() if parameter.requires_grad and torch.is_grad_enabled()],
             self.labelled[0],
             compact[0],
             len(compact[0]) if num_items_in_batch is None else num_items_in_batch,

@@ -68,14 +68,17 @@ class LabelledForward:
         trains = self._always or (self.model.training and torch.is_grad_enabled())
         if torch.compiler.is_compiling() or not self.active or not trains:
             return self.stock(*args, **kwargs)
+        inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
+        row = inputs
         try:
             method = self.choose_method()
             if method is not None:
-                inputs = {**dict(zip(self.__signature__.parameters, args, strict=False)), **kwargs}
-                inputs = self._without_padding(inputs)
-                return run_on_labelled_rows(self.model, self.stock, inputs, method, self.megabytes, self._keeps_logits)
+                row = self._without_padding(inputs)
+                return run_on_labelled_rows(self.model, self.stock, row, method, self.megabytes, self._keeps_logits)
         except NotHereError as reason:
             self._give_up(reason)
+            if row is not inputs:  # of which MLPs were told
+                announce(self.model, inputs)
         return self.stock(*args, **kwargs)
 
     @contextmanager

@@ -31,7 +31,7 @@ class Passes:
     def replace(self, batch: BatchClasses) -> None:
         """The pass in progress sees other tokens than it was called with."""
         running = self._running.setdefault(get_ident(), [])
-        batch.whole = running[-1] if running else None
+        batch.whole = running[-1].whole or running[-1] if running else None
         if running and self._remembered and self._remembered[-1] is running[-1]:
             self._remembered.pop()
         running[-1:] = [batch]

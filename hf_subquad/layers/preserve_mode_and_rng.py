@@ -31,14 +31,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def preserve_mode_and_rng(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside; on exit, modes and the global random states are restored."""
     states = random.getstate(), numpy.random.get_state()
+    devices = _accelerators(model)
+    kind = next((device.type for device in devices), "cuda")
     try:
-        with torch.random.fork_rng(device_type=_accelerator()), torch.no_grad(), evaluating(model):
+        with torch.random.fork_rng(devices, device_type=kind), torch.no_grad(), evaluating(model):
             yield
     finally:
         random.setstate(states[0])
         numpy.random.set_state(states[1])
 
 
-def _accelerator() -> str:
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found.type if found else "cuda"  # of which there are none then
+def seed_devices(model: nn.Module, seed: int) -> None:
+    """Seed the global random states of the CPU and of the devices that a model is on, and of no others."""
+    torch.default_generator.manual_seed(seed)
+    for device in _accelerators(model):
+        torch.get_device_module(device).set_rng_state(torch.Generator(device).manual_seed(seed).get_state(), device)
+
+
+def _accelerators(model: nn.Module) -> set[torch.device]:
+    """The devices that a model is on, besides the CPU: to read the random state of an idle one would initialise it."""
+    return {parameter.device for parameter in model.parameters()} - {torch.device("cpu"), torch.device("meta")}

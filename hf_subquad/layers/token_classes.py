@@ -103,7 +103,7 @@ class BatchClasses:
 
     @staticmethod
     def nearest(batches: "Sequence[BatchClasses]", mlp: str, x: Tensor) -> "BatchClasses":
-        """The batch in which the MLP saw what is most like x; the last one if it saw nothing in any.
+        """The batch in which the MLP saw what is most like x; the last of `batches` if it saw nothing in any.
 
         Even for the same inputs the difference need not be zero: with gradients, attention may run another kernel.
         """
@@ -112,7 +112,7 @@ class BatchClasses:
             return batches[-1]
         differences = torch.stack([sample for _, sample in seen]).float() - _sample(x).float()
         distances = differences.abs().amax(1)
-        alike = [seen[i][0] for i in (distances == distances.min()).nonzero().flatten().tolist()] or [batches[-1]]
+        alike = [seen[i][0] for i in (distances == distances.min()).nonzero().flatten().tolist()]
         # Of passes with equal inputs, a backward pass comes to the latest one first.
         found = next((batch for batch in alike if mlp not in batch.repeated), alike[0])
         found.repeated.add(mlp)
@@ -120,8 +120,9 @@ class BatchClasses:
 
 
 def _sample(x: Tensor) -> Tensor:
+    """Some values, finite so that they can be compared."""
     flat = x.detach().reshape(-1)
-    return flat.index_select(0, _sampled_places(len(flat), x.device))
+    return flat.index_select(0, _sampled_places(len(flat), x.device)).nan_to_num_()
 
 
 @lru_cache(maxsize=64)

@@ -50,20 +50,13 @@ def segments_of(mask: Tensor) -> Segments | None:
     if bool(((seen != between) & real.unsqueeze(-1)).any()):
         return None
     causal = bool((last == places)[real].all() and (last != first)[real].any())
-    spans = []
-    for tokens, starts, ends in zip(real.tolist(), first.tolist(), last.tolist(), strict=True):
-        of_row: list[tuple[int, int]] = []
-        for place in (place for place in range(size) if tokens[place]):
-            if of_row and of_row[-1][0] == starts[place] and of_row[-1][1] == place:
-                of_row[-1] = (of_row[-1][0], place + 1)
-            elif starts[place] == place:
-                of_row.append((place, place + 1))
-            else:  # it sees more than its sequence, as in a sliding window
-                return None
-        if not causal and any(ends[start] != end - 1 for start, end in of_row):
-            return None
-        spans.append(of_row)
-    return Segments(spans, causal)
+    follows = real & (first < places)  # a token of its sequence, which must be the one before it
+    linked = real.roll(1, 1) & (first == first.roll(1, 1)) & (causal | (last == last.roll(1, 1)))
+    is_start, is_end = real & ~follows, real & ~follows.roll(-1, 1)
+    if bool((follows & ~linked).any() or (last != places)[is_end].any()):  # as in a sliding window
+        return None
+    bounds = ([places[row].tolist() for row in each] for each in zip(is_start, is_end, strict=True))
+    return Segments([[(start, end + 1) for start, end in zip(*of_row, strict=True)] for of_row in bounds], causal)
 
 
 def attend_by_sequence(

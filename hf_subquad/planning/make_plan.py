@@ -20,7 +20,7 @@ from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
-from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
+from ..layers.preserve_mode_and_rng import preserve_mode_and_rng, seed_devices
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
@@ -137,7 +137,7 @@ def _calibrate(model: nn.Module, batches: Sequence[Batch], tolerance: float | No
     with preserve_mode_and_rng(model):
         measured, reference, batch = measure_mlps(model, batches)
         classes = next(iter(batch.stacks.values()), None)
-        torch.manual_seed(config.seed)  # of the rows that are sampled, so that plans repeat
+        seed_devices(model, config.seed)  # of the rows that are sampled, so that plans repeat
         with sparse_forward(model):
             choice = choose(measured, reference, tolerance)
         del reference  # its gradient is as large as the trained parameters
