@@ -40,8 +40,8 @@ class Runtime:
         folded: updates were folded into the base weights, so the original base model is no longer available.
         sync_seconds: time spent in `sync_model` so far.
         synced_step: the last step that `sync_model` was called for.
-        idle_steps: steps since the start of a Trainer's training in which no MLP ran sparse; None once one did or cannot,
-            and in other loops.
+        idle_steps: steps since a Trainer started in which no MLP ran sparse; None once one did or cannot, and in other
+            loops.
         last_report: what the latest sync measured, for logs.
         plan: the plan that the budgets come from, if any; updated when they change.
         sharded: FSDP2 shards the weights.

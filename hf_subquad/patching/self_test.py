@@ -7,7 +7,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModuleError
 from ..index.selection_quality import exact_activations
@@ -15,7 +14,7 @@ from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
 from ..ops.mlp_products import Part
-from ..ops.token_tiles import Selection, TokenTiles, make_tiles
+from ..ops.token_tiles import Selection, TokenTiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
@@ -23,11 +22,12 @@ _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to
 
 @torch.no_grad()
 def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]]) -> None:
-    """Run an MLP on some neurons only, and dense with the other neurons masked. The results must agree.
+    """Run an MLP with half of the neurons for half of the tokens, and dense with the other ones masked: the results
+    must agree.
 
-    Each tile leaves out a different half of the neurons, which exposes anything between the projections that mixes
-    neurons (a norm over them, a top-k among them). The candidates for the activation that scores neurons are compared
-    with what the model computed: the index keeps the first one that agrees.
+    That exposes anything between the projections that mixes neurons (a norm over them, a top-k among them) or tokens.
+    The candidates for the activation that scores neurons are compared with what the model computed: the index keeps the
+    first one that agrees.
 
     Some parents cannot be run alone, because their attention needs more than hidden states. If their projections are
     in two separate modules, as in BERT, these are run one after the other.
@@ -39,49 +39,42 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_BATCH, _TOKENS, mlp.inputs[0].shape[1], generator=generator, dtype=torch.float32, device="cpu")
     x = x.to(device, dtype)
-    selection = _half_of_the_neurons(mlp, x, generator)
-    part = Part(None, _BATCH * _TOKENS, selection)
-    mask = torch.zeros(_BATCH, mlp.index.neurons, device=device, dtype=dtype)
-    mask = mask.scatter_(1, selection.neurons, 1).repeat_interleave(_TOKENS, 0)
-    mixture, mixed_mask = _whole_and_half(selection), mask.index_fill(0, selection.tiles.slots[0], 1)
+    neurons = mlp.index.neurons
+    half = torch.randperm(neurons, generator=generator, device="cpu")[: -(-neurons // 2)].sort().values.to(device)
+    whole, others = torch.arange(_BATCH * _TOKENS, device=device).view(_BATCH, _TOKENS)
+    tile = TokenTiles(torch.arange(_TOKENS, device=device).unsqueeze(0), _TOKENS)
+    parts = [Part(whole, _TOKENS), Part(others, _TOKENS, Selection(tile, half.unsqueeze(0)))]
+    mask = torch.ones(_BATCH, _TOKENS, neurons, device=device, dtype=dtype)
+    mask[1] = torch.zeros_like(mask[1]).index_fill_(1, half, 1)
     called: list[tuple[InputProjection, Tensor]] = []  # input projections, in order, and what they are called on
     activated: list[Tensor] = []
 
     def note_call(module: InputProjection, args: tuple[Tensor]) -> None:
         called.append((module, args[0]))
 
-    def masked(mask: Tensor) -> RemovableHandle:
-        """Context manager: inside, the output projection only sees the neurons of a mask [N, m]."""
-        return mlp.output.register_forward_pre_hook(lambda _, args: args[0] * mask.view(*args[0].shape[:-1], -1))
-
     otherwise = "the code between its projections does not run on a subset of its neurons"
     with evaluating(mlp.parent):
         with dense_forward(mlp.parent), ExitStack() as hooks:
             for projection in mlp.inputs:
                 hooks.enter_context(projection.register_forward_pre_hook(note_call))
-            with masked(mask):
-                run, expected = _runnable(mlp, x)
+            hooks.enter_context(mlp.output.register_forward_pre_hook(lambda _, args: args[0] * mask.view_as(args[0])))
+            run, expected = _runnable(mlp, x)
             if not called:
                 raise _refusal(mlp, "run by itself, it does not call its projections")
             called = called[-len(mlp.inputs) :]  # what a failed attempt called comes before
             mlp.opens, seen = called[0]
             mlp.shares_input = all(other is seen for _, other in called)
-            with masked(mixed_mask):
-                expected_of_mixture = run(x)
         with sparse_forward(mlp.parent):
             note_activated = mlp.output.register_forward_pre_hook(lambda _, args: activated.append(args[0]))
-            with mlp.using(selection=[part]), note_activated:
+            with mlp.using(selection=parts), note_activated:
                 got = _attempt(mlp, run, x, otherwise)
-            with mlp.using(selection=mixture):
-                got_of_mixture = _attempt(mlp, run, x, otherwise)
-    same = _close(mlp, got, expected) and _close(mlp, got_of_mixture, expected_of_mixture)
-    if not (activated and same):
+    if not (activated and _close(mlp, got, expected)):
         raise _refusal(mlp, "it is not elementwise between its projections")
-    compact = part.compact(activated[0], mlp.index.neurons, mlp.index.backend(device))
+    compact = parts[1].compact(activated[0][parts[0].size(neurons) :], neurons, mlp.index.backend(device))[0]
     for activation in activations:
         mlp.index.activation = activation
-        exact = exact_activations(mlp.index, seen.reshape(_BATCH * _TOKENS, -1)).view(_BATCH, _TOKENS, -1)
-        if _close(mlp, compact, exact.gather(2, selection.neurons.unsqueeze(1).expand(-1, _TOKENS, -1))):
+        exact = exact_activations(mlp.index, seen.reshape(_BATCH * _TOKENS, -1)[others])
+        if _close(mlp, compact, exact[:, half]):
             return
     if len(activations) == 1:
         found = getattr(activations[0], "__name__", activations[0])
@@ -147,20 +140,3 @@ def _close(mlp: SparseMLP, got: Tensor, expected: Tensor) -> bool:
         eps = max(eps, 2.0**-10)  # of TF32
     tolerance = max(1e-4, 4 * eps) * expected.abs().amax().item()
     return got.shape == expected.shape and (got - expected).abs().amax().item() <= tolerance
-
-
-def _half_of_the_neurons(mlp: SparseMLP, x: Tensor, generator: torch.Generator) -> Selection:
-    """A tile for each row of x, each with other neurons."""
-    tiles = make_tiles(x.view(-1, x.shape[-1]), _TOKENS, "consecutive")
-    half = -(-mlp.index.neurons // 2)
-    chosen = [
-        torch.randperm(mlp.index.neurons, generator=generator, device="cpu")[:half].sort().values for _ in range(_BATCH)
-    ]
-    return Selection(tiles, torch.stack(chosen).to(x.device))
-
-
-def _whole_and_half(selection: Selection) -> list[Part]:
-    """All neurons for the tokens of the first tile, those of the selection for the others."""
-    first, others = selection.tiles.slots[0], selection.tiles.slots[1:].flatten()
-    tiles = TokenTiles(torch.arange(len(others), device=others.device).view(-1, _TOKENS), len(others))
-    return [Part(first, len(first)), Part(others, len(others), Selection(tiles, selection.neurons[1:]))]

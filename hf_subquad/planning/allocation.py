@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from ..layers.budget import Budget
 
-_BISECTIONS = 60
-
 
 @dataclass(frozen=True)
 class Option:
@@ -29,31 +27,18 @@ def undominated(options: Sequence[Option]) -> list[Option]:
 def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[Option]:
     """One option for each MLP, close to the fastest whose costs sum to at most `budget`.
 
-    A multiple-choice knapsack: the Lagrangian relaxation (Everett 1963), solved by bisection on the multiplier, leaves
-    a part of the budget unspent, which is then spent greedily. The result is optimal up to that last part.
+    A multiple-choice knapsack, solved greedily: from the cheapest options, always the change that saves the most time
+    per cost. That follows the lower convex hulls of the options, as the linear relaxation does (Sinha and Zoltners
+    1979), so the result is optimal up to the part of the budget that the last change did not fit into.
 
     Args:
         options: for each MLP; at least one option must cost nothing.
     """
-    cheap, dear = 0.0, 1.0
-    while sum(option.cost for option in _at_price(options, dear)) > budget:
-        cheap, dear = dear, dear * 16
-    for _ in range(_BISECTIONS):
-        price = (cheap + dear) / 2
-        if sum(option.cost for option in _at_price(options, price)) > budget:
-            cheap = price
-        else:
-            dear = price
-    chosen = _at_price(options, dear)
+    chosen = [min(of_layer, key=lambda option: (option.cost, option.ms)) for of_layer in options]
     while better := _best_swap(options, chosen, budget):
         layer, option = better
         chosen[layer] = option
     return chosen
-
-
-def _at_price(options: Sequence[Sequence[Option]], price: float) -> list[Option]:
-    """The best option of each MLP if a unit of cost is worth `price` milliseconds."""
-    return [min(of_layer, key=lambda option: (option.ms + price * option.cost, option.cost)) for of_layer in options]
 
 
 def _best_swap(
