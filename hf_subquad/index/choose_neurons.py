@@ -128,14 +128,6 @@ class ActivationIndex:
         self._note_weights()
         self.output_norms = self.output.row_norms()
 
-    def snapshot(self) -> dict[str, Any]:
-        """The state that `restore` returns to."""
-        return dict(vars(self))
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Undo what was fitted since a snapshot. The base weights must not have changed since."""
-        vars(self).update(snapshot)
-
     def rebuild_if_stale(self) -> bool:
         """`build` if base weights were changed or replaced since the last build. Returns whether they were."""
         if self._is_current():

@@ -24,11 +24,10 @@ class Padding:
 
     Attributes:
         may_skip: the loss does not depend on padding, so MLPs skip it; None: not known yet.
-        elsewhere: magnitude of what MLPs return for tokens that they skip.
     """
 
     may_skip: bool | None = None
-    elsewhere: float = 0.0
+    _extreme: bool = False  # MLPs return extreme values for it
     _vain_trials: int = 0
     _met: bool = False  # some MLP was given classes with padding
     _reached: Tensor | None = field(default=None, repr=False)  # whether padding had gradients, on its device
@@ -69,7 +68,12 @@ class Padding:
         return classes if self.may_skip else None
 
     def watch(self, y: Tensor, classes: TokenClasses) -> None:
-        """Check, in the backward pass, that no gradient reaches what an MLP returned [N, d] for padding."""
+        """Check, in the backward pass, that no gradient reaches what an MLP returned [N, d] for padding. In a trial,
+        replace it by extreme values instead."""
+        if self._extreme:
+            real, replaced = torch.cat([classes.predicted, classes.context]), torch.full_like(y, _FAR)
+            replaced[:, 1::2] = -_FAR  # so that no norm removes it
+            y.copy_(replaced.index_copy_(0, real, y[real]))
 
         def check(gradient: Tensor) -> None:
             found = _reaches_padding(gradient, classes)
@@ -94,12 +98,12 @@ class Padding:
         """Whether padding cannot change a loss; None if the trial was inconclusive."""
         try:
             self._met, self.may_skip = False, True
-            self.elsewhere = _FAR
+            self._extreme = True
             poisoned = loss()
-            self.elsewhere = 0.0
+            self._extreme = False
             plain = loss()
         finally:
-            self.may_skip, self.elsewhere = None, 0.0
+            self.may_skip, self._extreme = None, False
         if not self._met:
             return None
         if poisoned is None or plain is None or plain.dim():

@@ -12,17 +12,7 @@ from .sparse_mlp import OutputProjection, SparseMLP
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
     """The sparse MLPs of a model (also if wrapped by PEFT or DDP), in the model's order; empty if it is unpatched."""
-    # Runs in every step: `model.modules()`, which makes names too, takes several times as long.
-    found, waiting, seen = [], [model], set()
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, OutputProjection):
-            found.append(module.mlp)
-        waiting.extend(child for child in reversed(module._modules.values()) if child is not None)
-    return found
+    return [module.mlp for module in model.modules() if isinstance(module, OutputProjection)]
 
 
 def require_patched(model: nn.Module) -> list[SparseMLP]:

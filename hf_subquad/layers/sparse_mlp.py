@@ -174,7 +174,7 @@ class SparseMLP:
             )
         a = a.to(compute_dtype(a))
         matrix, name = self.output.matrix(a.dtype, call.tiled), self.index.backend_name
-        y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name, self.runtime.padding.elsewhere)
+        y = down_project(a, call.parts, matrix, leading.numel(), call.gradient, name)
         for token_class, part in zip(call.classes, call.parts, strict=True):
             correction = self._correction(token_class, y) if part.idle or part.selection is not None else None
             if correction is not None:
@@ -203,7 +203,7 @@ class SparseMLP:
     def _up(self, together: Sequence["InputProjection"], call: "_Call", x: Tensor) -> Sequence[Tensor]:
         tokens = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
         matrices = [projection.matrix(tokens.dtype, call.tiled) for projection in together]
-        stacked = together[0].stacked
+        stacked = together[0].shape[0] > self.index.neurons
         if stacked:
             matrices = matrices[0].split(self.index.neurons)
         return up_project(tokens, call.parts or (), matrices, call.gradient, self.index.backend_name, joined=stacked)
@@ -307,15 +307,11 @@ def _groups(classes: TokenClasses | None, budget: Budget) -> list[tuple[TokenCla
 
 
 class InputProjection(NeuronProjection):
-    """Projection into neurons: [..., d] to a flat compact tensor when sparse, to [..., m] when dense.
-
-    Attributes:
-        stacked: gate and up rows are in one matrix [2 m, d].
-    """
+    """Projection into neurons: [..., d] to a flat compact tensor when sparse, to [..., m] when dense. If gate and up
+    rows are stacked in one matrix, m stands for their number."""
 
     is_input = True
     mlp: SparseMLP
-    stacked = False
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # selection is not part of a graph
     def forward(self, x: Tensor) -> Tensor:

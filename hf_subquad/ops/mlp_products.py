@@ -51,14 +51,6 @@ class Part:
     selection: Selection | None = None
     idle: bool = False
 
-    def shape(self, neurons: int) -> tuple[int, ...]:
-        """Shape of its compact activation in an MLP of m neurons."""
-        if self.idle:
-            return (0,)
-        if self.selection is None:
-            return self.tokens, neurons
-        return *self.selection.tiles.shape, self.selection.neurons.shape[1]
-
     def compact(self, flat: Tensor, neurons: int, backend: Backend) -> Tensor:
         """Its flat compact activation as [p, m], or [n, T, k] in the backend's preferred layout."""
         if self.idle:
@@ -68,8 +60,12 @@ class Part:
         return backend.compact(flat, self.selection.tiles, self.selection.neurons.shape[1])
 
     def size(self, neurons: int) -> int:
-        """Number of elements of its compact activation."""
-        return math.prod(self.shape(neurons))
+        """Number of elements of its compact activation in an MLP of m neurons."""
+        if self.idle:
+            return 0
+        if self.selection is None:
+            return self.tokens * neurons
+        return self.selection.tiles.entries.numel() * self.selection.neurons.shape[1]
 
     def take(self, x: Tensor) -> Tensor:
         """[N, c] -> [p, c]."""
@@ -107,7 +103,6 @@ def down_project(
     tokens: int,
     gradient: float,
     backend: BackendName,
-    elsewhere: float = 0.0,
 ) -> Tensor:
     """a R + (a U) V + b of every part, in token order: [N, d]; differentiable in a, U and V.
 
@@ -116,9 +111,8 @@ def down_project(
         tokens: N.
         gradient: gradients reach `a` through a sample of rows, whose expected squared error is 1 minus this share of
             the squared gradient of the result. The gradients of U and V use all rows, which costs next to nothing.
-        elsewhere: magnitude of the output of tokens in no part; its signs alternate, so that no norm removes it.
     """
-    y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, elsewhere, *_flat([matrix]))
+    y: Tensor = _DownProject.apply(a, parts, tokens, gradient, backend, *_flat([matrix]))
     return y
 
 
@@ -232,22 +226,15 @@ class _UpProject(torch.autograd.Function):
 class _DownProject(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, parts: Sequence[Part], tokens: int, gradient: float, name: BackendName, elsewhere: float,
-        *flat: Any,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, a: Tensor, parts: Sequence[Part], tokens: int, gradient: float, name: BackendName, *flat: Any
+    ) -> Tensor:
         (matrix,), backend = _matrices(flat, parts), backend_for(name, a.device)
         neurons, width = matrix.rows.shape
         y = None
-        if elsewhere:
-            y = a.new_empty(tokens, width)
-            y[:, ::2], y[:, 1::2] = elsewhere, -elsewhere
         lows: list[Tensor | None] = []
         with without_autocast(a.device):
             for part, view in _by_part(parts, neurons, [a], backend):
                 low = None
-                if part.idle and matrix.bias is None and not elsewhere:
-                    lows.append(low)
-                    continue
                 if part.idle:
                     y_part = a.new_zeros(part.tokens, width)
                     if matrix.bias is not None:
@@ -298,7 +285,7 @@ class _DownProject(torch.autograd.Function):
                     grad, grad_low = (_weighted(each.index_select(0, kept), weight) for each in (grad, grad_low))
                     found = (grad @ matrix.rows.t()).addmm_(grad_low, matrix.u.t())
                     _place_rows(part, grad_view, kept, found)
-        return grad_a, *(None,) * 5, *factors.cast(ctx.dtypes), None, None
+        return grad_a, *(None,) * 4, *factors.cast(ctx.dtypes), None, None
 
 
 class _FactorGradients:

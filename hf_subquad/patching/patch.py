@@ -148,7 +148,6 @@ def _patch_one(match: Match, runtime: Runtime, keep_frozen: bool) -> SparseMLP:
     *into, out_of = sources
     inputs = [InputProjection(sources[path], runtime, seeds[path]) for path in into]
     output = OutputProjection(sources[out_of], runtime, seeds[out_of])
-    inputs[0].stacked = match.stacked
     index = ActivationIndex(match.name, inputs, output, find_activations(match)[0], match.gated, config)
     mlp = SparseMLP(match.name, match.parent, inputs, output, index, runtime, sources)
     for (path, source), projection in zip(sources.items(), mlp.projections, strict=True):

@@ -58,17 +58,17 @@ class ClassMeasurements:
 
     Attributes:
         ks: numbers of neurons that are measured.
-        errors: by k, the relative error of the MLP's output, corrected.
-        costs: by k, the squared error of each token times the squared gradient there, summed: to first order and up to
-            a common factor, the squared effect of the error on the loss.
+        errors: by k, or None for all neurons, the relative error of the MLP's output, corrected.
+        costs: the same for the squared error of each token times the squared gradient there, summed: to first order and
+            up to a common factor, the squared effect of the error on the loss.
     """
 
     def __init__(self, mlp: SparseMLP, ks: Sequence[int]) -> None:
         self._mlp = mlp
         self.ks = list(ks)
         self.corrections: dict[int, Compensation] = {}
-        self.errors: dict[int, float] = {}
-        self.costs: dict[int, float] = {}
+        self.errors: dict[int | None, float] = {None: 0.0}
+        self.costs: dict[int | None, float] = {None: 0.0}
 
     def fit(self, tokens: Tensor) -> None:
         """Fit corrections to tokens [N, d] of the class.
@@ -89,7 +89,8 @@ class ClassMeasurements:
         Raises:
             CalibrationError: the MLP's output is too large to be squared in float32.
         """
-        whole, missing, costs = 0.0, dict.fromkeys(self.ks, 0.0), dict.fromkeys(self.ks, 0.0)
+        whole, missing = 0.0, dict.fromkeys(self.ks, 0.0)
+        costs: dict[int | None, float] = {k: 0.0 for k in (None, *self.ks)}
         for slots, x, added, missed in outputs_by_tiles(self._mlp, tokens, self.ks):
             whole += added.square().sum().item()
             for k, correction in self.corrections.items():
@@ -100,7 +101,7 @@ class ClassMeasurements:
             raise CalibrationError(
                 f"the output of {self._mlp.name} is too large to be measured: the model has diverged"
             )
-        self.errors = {k: math.sqrt(missing[k] / whole) if whole else 0.0 for k in self.ks}
+        self.errors |= {k: math.sqrt(error / whole) if whole else 0.0 for k, error in missing.items()}
         self.costs = costs
 
 

@@ -22,12 +22,13 @@ from ..layers.dense_or_sparse import sparse_forward
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng, seed_devices
 from ..layers.sparse_mlp import SparseMLP
+from ..ops.mlp_products import without_autocast
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
 from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .divergence import Batch
-from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, no_autocast, recorded
+from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, recorded
 from .step_timing import time_steps
 
 
@@ -97,7 +98,7 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     with _restored(mlps), preserve_mode_and_rng(model):
         find_classes(model, runtime, batches)
         calls = recorded(model, mlps, batches)
-        with no_autocast(mlps):
+        with without_autocast(mlps[0].output.weight.device):
             corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
     for mlp, fitted in zip(mlps, corrections, strict=True):
         mlp.corrections = fitted
@@ -109,7 +110,7 @@ def _restored(mlps: Sequence[SparseMLP], always: bool = False) -> Iterator[None]
 
     The counts of forward passes are restored in any case: they are of training, and this is none.
     """
-    before = [(mlp, mlp.budget, mlp.corrections, mlp.calls, mlp.index.snapshot()) for mlp in mlps]
+    before = [(mlp, mlp.budget, mlp.corrections, mlp.calls, dict(vars(mlp.index))) for mlp in mlps]
     restore = True
     try:
         yield
@@ -120,7 +121,7 @@ def _restored(mlps: Sequence[SparseMLP], always: bool = False) -> Iterator[None]
             if restore:
                 mlp.set_budget(budget)
                 mlp.corrections = corrections
-                mlp.index.restore(index)
+                vars(mlp.index).update(index)
                 mlp.forget_call()
 
 

@@ -16,7 +16,7 @@ from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..layers.token_classes import BatchClasses, TokenClasses
 from ..logs import get_logger
-from ..ops.mlp_products import WORTH_GATHERING
+from ..ops.mlp_products import WORTH_GATHERING, without_autocast
 from ..ops.row_sampling import keep_probabilities
 from ..plan import LayerPlan
 from .allocation import Option
@@ -67,15 +67,11 @@ class MeasuredMLP:
 
     def forward_cost(self, budget: Budget) -> float:
         """Squared effect on the loss of what the forward pass skips, up to a common factor."""
-        found = ((measured, budget.neurons(name)) for name, measured in self.classes.items())
-        return sum(0.0 if k is None else measured.costs[k] for measured, k in found)
+        return sum(measured.costs[budget.neurons(name)] for name, measured in self.classes.items())
 
     def ms(self, budget: Budget) -> float:
         """Milliseconds of any budget: the exact time less the savings of its parts, estimated from timed budgets."""
-        exact = self.timing.budgets[Budget()]
-        if budget.exact:
-            return exact
-        total = exact
+        total = exact = self.timing.budgets[Budget()]
         for name in self.classes:
             if (k := budget.neurons(name)) is not None:
                 total += self._ms_of(name, k) - exact
@@ -94,15 +90,13 @@ class MeasuredMLP:
 
     def planned(self, option: Option, why_all: str) -> LayerPlan:
         m, budget = self.mlp.index.neurons, option.budget
-        errors = {
-            name: 0.0 if (k := budget.neurons(name)) is None else measured.errors[k]
-            for name, measured in self.classes.items()
-        }
+        predicted, context = budget.counts(m)
+        errors = {name: measured.errors[budget.neurons(name)] for name, measured in self.classes.items()}
         return LayerPlan(
             name=self.mlp.name,
             neurons=m,
-            predicted=m if budget.predicted is None else budget.predicted,
-            context=m if budget.context is None else budget.context,
+            predicted=predicted,
+            context=context,
             gradient=budget.gradient,
             error=errors.get("predicted", 0.0),
             context_error=errors.get("context", 0.0),
@@ -132,7 +126,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     find_classes(model, runtime, batches)
     seen = recorded(model, mlps, batches[:-1] or batches)
     classes: dict[str, dict[TokenClass, ClassMeasurements]] = {}
-    with no_autocast(mlps):
+    with without_autocast(mlps[0].output.weight.device):
         for mlp in mlps:
             by_class = tokens_by_class(seen.pop(mlp.name))
             fit_index(mlp, by_class)
@@ -146,7 +140,7 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
         reference = DenseReference(model, batches[-1])
     ran = runtime.passes.latest or BatchClasses({})
     batch = ran.whole or ran
-    with no_autocast(mlps):
+    with without_autocast(mlps[0].output.weight.device):
         for mlp in mlps:
             classes[mlp.name] = _judged(classes[mlp.name], judged[mlp.name], batch.of_stack(mlp.name))
     timings: dict[tuple[Any, ...], tuple[MLPTiming, float]] = {}
@@ -184,10 +178,6 @@ def find_classes(model: nn.Module, runtime: Runtime, batches: Sequence[Batch]) -
     for batch in batches:
         if runtime.padding.may_skip is not None or runtime.try_skipping_padding(model, batch):
             break
-
-
-def no_autocast(mlps: Sequence[SparseMLP]) -> torch.autocast:
-    return torch.autocast(mlps[0].output.weight.device.type, enabled=False)
 
 
 def only(token_class: TokenClass, k: int) -> Budget:

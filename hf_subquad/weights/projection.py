@@ -193,21 +193,21 @@ class NeuronProjection(nn.Module):
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self._quant_state is not None:
+            if "peft_config" in vars(self.runtime.surroundings.model):  # of this, a checkpoint has only PEFT's adapters
+                return
+            raise PatchError(
+                f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, which "
+                "from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or save_sidecar for "
+                "the updates alone"
+            )
         with gathered([self]), torch.inference_mode(False), torch.no_grad():  # writes to the copy are counted
             merged = self.merged_weight()
-        if self._quant_state is not None:
-            if "peft_config" not in vars(self.runtime.surroundings.model):  # then a checkpoint has only PEFT's adapters
-                raise PatchError(
-                    f"{prefix}weight is in 4 bits, and a checkpoint with its update would be dequantised in part, "
-                    "which from_pretrained cannot load: call save_merged for a plain dequantised checkpoint, or "
-                    "save_sidecar for the updates alone"
-                )
-            merged = merged.cpu()  # all of a model's MLPs dequantised may not fit beside it
         split = is_shard(self.weight)
         destination[prefix + "weight"] = split_like(merged, self.weight) if split else merged
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
-        if not merged.is_meta and not split and self._quant_state is None:
+        if not merged.is_meta and not split:
             content = self._handed_out.remember(merged, self.update.U, self.update.V)
             if merged.data_ptr() != self.weight.data_ptr():  # else what is written into it is written into the weight
                 self._handed_out.watch(merged, content, self._written)

@@ -155,7 +155,8 @@ def page(verdicts: Iterable[Verdict]) -> str:
 
 def _projections(mlp: SparseMLP) -> str:
     *inputs, output = mlp.sources
-    kind = "gate and up" if len(inputs) == 2 else "gate and up in one" if mlp.inputs[0].stacked else "plain"
+    stacked = mlp.inputs[0].shape[0] > mlp.index.neurons
+    kind = "gate and up" if len(inputs) == 2 else "gate and up in one" if stacked else "plain"
     return f"`{'`, `'.join(inputs)}` / `{output}` ({kind})"
 
 
