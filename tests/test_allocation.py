@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hf_subquad.layers.budget import Budget
 from hf_subquad.planning import choose_budgets
 from hf_subquad.planning.allocation import Option, allocate, undominated
-from hf_subquad.planning.class_measurements import neuron_counts
+from hf_subquad.planning.measured_token_class import neuron_counts
 
 TIMES = st.floats(0.1, 100)
 LOSSES = st.one_of(st.just(0.0), st.floats(1e-6, 10))

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, unpatch_model
-from hf_subquad.layers.attention_patch import attend_as_before, attends_by_sequences, stock_attention
+from hf_subquad.layers.attention_patch import restore_attention, stock_attention, uses_sequence_attention
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.ops import attention
-from hf_subquad.ops.attention import attend_by_sequence, segments_of
+from hf_subquad.ops.attention import segments_of, sequence_attention
 
 SIZE, HEADS, GROUPS, WIDTH = 9, 4, 2, 8
 EXACT = SubquadConfig(**{**CONFIG.to_dict(), "active": 1.0, "layers_to_transform": "all"})
@@ -54,7 +54,7 @@ def test_outputs_and_gradients_equal_pytorchs(sequences: list[list[int]], causal
     )
     upstream = torch.randn(3, SIZE, HEADS, WIDTH, generator=generator, dtype=torch.float64) * real[..., None, None]
     module = attention_module(HEADS // GROUPS)
-    ours, nothing = attend_by_sequence(module, q, k, v, mask, scaling=scaling)
+    ours, nothing = sequence_attention(module, q, k, v, mask, scaling=scaling)
     stock, _ = sdpa_attention_forward(module, q, k, v, mask | ~real[:, None, :, None], scaling=scaling)
     assert nothing is None and ours.shape == stock.shape and ours.is_contiguous()
     assert not causal or not ours[~real].any()
@@ -74,16 +74,16 @@ def test_queries_of_another_text_get_their_outputs_too(lengths: list[int], expan
     q, k, v = (torch.randn(3, HEADS, SIZE, WIDTH, generator=generator, dtype=torch.float64) for _ in range(3))
     module = attention_module()
     eps = 64 * SIZE * torch.finfo(torch.float64).eps
-    ours, stock = attend_by_sequence(module, q, k, v, mask)[0], sdpa_attention_forward(module, q, k, v, mask)[0]
+    ours, stock = sequence_attention(module, q, k, v, mask)[0], sdpa_attention_forward(module, q, k, v, mask)[0]
     torch.testing.assert_close(ours, stock, rtol=eps, atol=eps)
 
 
 def test_a_mask_may_be_filled_again() -> None:
     mask, other = mask_of(RIGHT, causal=True).clone(), mask_of(PACKED, causal=True)
     q = torch.randn(3, HEADS, SIZE, WIDTH, dtype=torch.float64)
-    attend_by_sequence(attention_module(), q, q, q, mask)
+    sequence_attention(attention_module(), q, q, q, mask)
     mask.copy_(other)
-    ours, fresh = (attend_by_sequence(attention_module(), q, q, q, each)[0] for each in (mask, other))
+    ours, fresh = (sequence_attention(attention_module(), q, q, q, each)[0] for each in (mask, other))
     assert torch.equal(ours, fresh)
 
 
@@ -130,11 +130,11 @@ def test_what_saves_little_or_changes_scores_is_left_to_pytorch(monkeypatch: pyt
     for mask, given in (
         (None, {}), (full, {}), (padded, {"dropout": 0.1}), (padded, {"position_bias": torch.zeros(1)}),
     ):  # fmt: skip
-        attend_by_sequence(attention_module(), q, q, q, mask, **given)
-    attend_by_sequence(attention_module(), q[:, :, -1:], q, q, padded[:, :, -1:])
-    attend_by_sequence(attention_module(skips=False), q, q, q, padded)
+        sequence_attention(attention_module(), q, q, q, mask, **given)
+    sequence_attention(attention_module(), q[:, :, -1:], q, q, padded[:, :, -1:])
+    sequence_attention(attention_module(skips=False), q, q, q, padded)
     assert len(stock) == 6
-    attend_by_sequence(attention_module(), q, q, q, padded, position_bias=None)
+    sequence_attention(attention_module(), q, q, q, padded, position_bias=None)
     assert len(stock) == 6
 
 
@@ -216,10 +216,10 @@ def test_models_that_share_a_config() -> None:
     found = second(**batch).logits
     with stock_attention(first):
         assert torch.equal(found, second(**batch).logits)  # at padding, too
-    assert not attend_as_before(second)
-    assert attends_by_sequences(first) and not attends_by_sequences(second)
+    assert not restore_attention(second)
+    assert uses_sequence_attention(first) and not uses_sequence_attention(second)
     step(patch_model(second, EXACT), batch)
-    assert attends_by_sequences(first) and attends_by_sequences(second)
+    assert uses_sequence_attention(first) and uses_sequence_attention(second)
 
 
 def test_a_loss_of_ones_own_gets_padding_as_it_was() -> None:

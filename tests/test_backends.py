@@ -21,15 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from hf_subquad import BackendError, patch_model, sparse_mlps
 from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.classify_tokens import BatchClasses, TokenClasses
 from hf_subquad.layers.compensation import Compensation
-from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
 from hf_subquad.ops import backends as choice
 from hf_subquad.ops import mlp_products
 from hf_subquad.ops.backends import Backend, MergedWeight, backend_for
-from hf_subquad.ops.token_tiles import TokenTiles, make_tiles
+from hf_subquad.ops.group_tokens import TokenTiles, make_tiles
 
 pytest.importorskip("triton", minversion="3.3")
-from hf_subquad.ops.backends import triton_backend, triton_neurons, triton_products, triton_tiles
+from hf_subquad.ops.backends import triton_backend, triton_products, triton_selection, triton_tiles
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="there is a GPU: run -m gpu")
@@ -327,7 +327,7 @@ def run_watched(kind: Kind, budget: Budget, device: str, backend: str, monkeypat
         monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     if device == "cpu":
         monkeypatch.setattr(mlp_products, "_all_pass", lambda gradient, share: share >= 1)  # as elsewhere
-        for operations in (triton_products, triton_neurons, triton_tiles):
+        for operations in (triton_products, triton_selection, triton_tiles):
             for name, value in list(vars(operations).items()):
                 if hasattr(value, "arg_names") and hasattr(value, "run"):
                     monkeypatch.setattr(operations, name, Unwatched(value))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_subquad import SubquadConfig, apply_plan, patch_model, sparse_mlps
-from hf_subquad.planning.class_measurements import neuron_counts
+from hf_subquad.planning.measured_token_class import neuron_counts
 
 ROOT = Path(__file__).parents[1]
 

@@ -55,10 +55,10 @@ from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.preserve_mode_and_rng import preserve_mode_and_rng
 from hf_subquad.planning.choose_budgets import EXACT
-from hf_subquad.planning.class_measurements import neuron_counts
 from hf_subquad.planning.fidelity import DenseReference, Fidelity
 from hf_subquad.planning.make_plan import plan_and_fit
 from hf_subquad.planning.measured_mlp import measure_mlps
+from hf_subquad.planning.measured_token_class import neuron_counts
 
 TEXTS = text_batches(0, 1, 2)
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_subquad import dense_forward
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.group_tokens import Selection, make_tiles
 from hf_subquad.ops.mlp_products import Part
 from hf_subquad.ops.row_sampling import keep_probabilities, row_norms, sampled_weights
-from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 D, M, N = 5, 11, 23
 DRAW = 11  # seed of the rows that are sampled

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from hf_subquad import calibrate, patch_model, sparse_mlps
 from hf_subquad.layers.budget import Budget
+from hf_subquad.layers.classify_tokens import TokenClasses
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.layers.token_classes import TokenClasses
 from hf_subquad.planning import mlp_timing
-from hf_subquad.planning.class_measurements import MLPCall
+from hf_subquad.planning.measured_token_class import MLPCall
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from transformers.utils import logging
 from hf_subquad.layers.sparse_mlp import OutputProjection
 from hf_subquad.ops.backends.torch_backend import TorchBackend
 from hf_subquad.patching.mlp_patterns import FAMILIES
-from hf_subquad.weights.projection import NeuronProjection
+from hf_subquad.weights.projection_with_update import NeuronProjection
 
 TEXT = PAGE.read_text(encoding="utf-8")
 ROWS = {

@@ -14,11 +14,11 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, sparse_mlps
-from hf_subquad.head.padding_free import longest_row, without_padding
+from hf_subquad.head.batch_as_one_row import as_one_row, longest_row
 from hf_subquad.head.patch_head import labelled_forward
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.passes import _REMEMBERED
+from hf_subquad.layers.forward_passes import _REMEMBERED
 from hf_subquad.layers.sparse_mlp import SparseMLP
 
 LENGTHS = (4, 11, 7)
@@ -40,13 +40,13 @@ def test_by_hand() -> None:
         "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]),
         "labels": torch.tensor([[5, -100, 7, -100], [8, 9, -100, -100]]),
     }
-    row = without_padding({**inputs, "num_items_in_batch": 3})
+    row = as_one_row({**inputs, "num_items_in_batch": 3})
     assert row is not None
     assert row["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert row["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert row["labels"].tolist() == [[-100, -100, 7, -100, 9]]  # the 7 does not predict the 8
     assert row["num_items_in_batch"] == 3 and row["use_cache"] is False and "attention_mask" not in row
-    assert without_padding(inputs, longest=4) is None
+    assert as_one_row(inputs, longest=4) is None
 
 
 def with_labelled_padding(inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -77,7 +77,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_batches_stay_as_they_are(name: str) -> None:
-    assert without_padding(OTHERS[name]()) is None
+    assert as_one_row(OTHERS[name]()) is None
 
 
 def patched(family: str, budget: Budget, **settings: Any) -> nn.Module:

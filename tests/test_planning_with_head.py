@@ -20,8 +20,8 @@ from helpers.planning import (
 from torch import Tensor, nn
 
 from hf_subquad import calibrate, patch_head, patch_model, sparse_mlps, unpatch_head
-from hf_subquad.planning import class_measurements, measured_mlp, step_timing
-from hf_subquad.planning.class_measurements import MLPCall
+from hf_subquad.planning import measured_mlp, measured_token_class, step_timing
+from hf_subquad.planning.measured_token_class import MLPCall
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_what_a_patched_head_tries_first_is_no_calibration_data(monkeypatch: pyt
 
     def tokens_by_class(calls: list[MLPCall]) -> dict[Any, Tensor]:
         seen.append([tuple(call.x.shape) for call in calls])
-        return class_measurements.tokens_by_class(calls)
+        return measured_token_class.tokens_by_class(calls)
 
     monkeypatch.setattr(measured_mlp, "tokens_by_class", tokens_by_class)
     batches = padded_batches()

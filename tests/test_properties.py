@@ -17,8 +17,8 @@ from transformers.activations import ACT2FN
 
 from hf_subquad import dense_forward, sparse_forward, sync_model, unpatch_model
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.group_tokens import Selection
 from hf_subquad.ops.mlp_products import Part
-from hf_subquad.ops.token_tiles import Selection
 from hf_subquad.patching.mlp_patterns import find_activations, find_mlps
 
 ACTIVATIONS = ("relu", "gelu", "silu", "quick_gelu", "gelu_new", "relu2", "tanh", "prelu")  # the last one is trained

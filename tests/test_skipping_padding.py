@@ -17,7 +17,7 @@ from hf_subquad import SubquadConfig, dense_forward, patch_model, sparse_mlps, s
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.batch_hook import unwatch_batches, watch_batches
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.passes import Passes
+from hf_subquad.layers.forward_passes import Passes
 from hf_subquad.layers.patched_mlps import runtime_of
 
 PAD, BOS, IGNORED = 2, 1, -100

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_subquad.ops.token_tiles import TokenTiles, make_tiles, tile_shape
+from hf_subquad.ops.group_tokens import TokenTiles, make_tiles, tile_shape
 
 ORDERS = ("similar", "consecutive")
 

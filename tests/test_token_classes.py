@@ -8,7 +8,7 @@ import transformers
 from helpers.models import WIDTH, build
 from torch import Tensor, nn
 
-from hf_subquad.layers.token_classes import TokenClasses, classify
+from hf_subquad.layers.classify_tokens import TokenClasses, classify
 
 IGNORED = -100
 

@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", minversion="3.3")
 
 from hf_subquad.ops.activations import ACTIVATIONS, name_of
-from hf_subquad.ops.backends import triton_neurons, triton_tiles
-from hf_subquad.ops.backends.triton_neurons import ProjectedInput, covers, tile_scores, top_neurons
+from hf_subquad.ops.backends import triton_selection, triton_tiles
+from hf_subquad.ops.backends.triton_selection import ProjectedInput, covers, tile_scores, top_neurons
 from hf_subquad.ops.backends.triton_tiles import bisect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -157,7 +157,7 @@ def test_scores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """All neurons in one share, or in several."""
-    monkeypatch.setattr(triton_neurons, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(triton_selection, "_multiprocessors", lambda device: multiprocessors)
     sketched, inputs, norms = scoring(n, t, r, q, m, gated, bias)
     scores = tile_scores(sketched, inputs, "silu", norms)
     assert scores.shape == (n, m) and scores.dtype == torch.float32
@@ -255,8 +255,8 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 @pytest.fixture
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_neurons, "_ROW", 256)
-    monkeypatch.setattr(triton_neurons, "_GATHERED", 64)
+    monkeypatch.setattr(triton_selection, "_ROW", 256)
+    monkeypatch.setattr(triton_selection, "_GATHERED", 64)
 
 
 SHAPES = [(1, 1, 1), (3, 70, 1), (3, 70, 70), (2, 129, 33), (1, 1000, 411), (1, 1024, 1023)]

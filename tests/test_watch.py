@@ -17,7 +17,7 @@ from hf_subquad.layers.budget import Budget, TokenClass
 from hf_subquad.layers.compensation import Compensation
 from hf_subquad.layers.patched_mlps import runtime_of
 from hf_subquad.layers.sparse_mlp import SparseMLP
-from hf_subquad.planning.class_measurements import neuron_counts
+from hf_subquad.planning.measured_token_class import neuron_counts
 from hf_subquad.training.budget_control import Audit, audit, audit_live, review
 
 D, M, TILES, SIZE = 12, 128, 3, 16

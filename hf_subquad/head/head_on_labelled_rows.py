@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..weights.projection import compute_dtype
+from ..weights.projection_with_update import compute_dtype
 from .chunked_loss import chunked_cross_entropy
 
 IGNORED = -100  # transformers' label of a position without loss

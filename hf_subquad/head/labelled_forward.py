@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..layers.attention_patch import attends_by_sequences
+from ..layers.attention_patch import uses_sequence_attention
+from .batch_as_one_row import announce, as_one_row, keeps_sequences_apart, longest_row, seen_by
 from .choose_head_method import choose_method
 from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
-from .padding_free import announce, keeps_sequences_apart, longest_row, seen_by, without_padding
 
 logger = logging.get_logger(__name__)
 
@@ -73,7 +73,7 @@ class LabelledForward:
         try:
             method = self.choose_method()
             if method is not None:
-                row = self._without_padding(inputs)
+                row = self._as_one_row(inputs)
                 return run_on_labelled_rows(self.model, self.stock, row, method, self.megabytes, self._keeps_logits)
         except NotHereError as reason:
             self._give_up(reason)
@@ -99,7 +99,7 @@ class LabelledForward:
     def _settle(self) -> None:
         """Try now what the first call would try, so that hooks which record calls do not see the trials."""
         try:
-            if self.choose_method() is not None and attends_by_sequences(self.model) and not seen_by(self.model):
+            if self.choose_method() is not None and uses_sequence_attention(self.model) and not seen_by(self.model):
                 self._try_rows()
         except NotHereError as reason:
             self._give_up(reason)
@@ -114,12 +114,12 @@ class LabelledForward:
             self.method = None
             logger.warning_once(f"{type(self.model).__name__} computes the logits of all positions: {reason}")
 
-    def _without_padding(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _as_one_row(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs as one row without padding, if they are padded, the model can have them so, nobody sees it, and
         attention goes by sequence: else a long row would be slow."""
-        if self.takes_rows is False or not attends_by_sequences(self.model):
+        if self.takes_rows is False or not uses_sequence_attention(self.model):
             return inputs
-        row = without_padding(inputs, longest_row(self.model))
+        row = as_one_row(inputs, longest_row(self.model))
         if row is None:
             return inputs
         if seen := seen_by(self.model):

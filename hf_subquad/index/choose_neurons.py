@@ -17,9 +17,9 @@ from torch import Tensor
 from ..config import SubquadConfig, TileOrder
 from ..errors import CalibrationError, WeightsError
 from ..ops.backends import Backend, MergedWeight, Scoring, backend_for
+from ..ops.group_tokens import Selection, TokenTiles, make_tiles
 from ..ops.importance import Activation, combine
-from ..ops.token_tiles import Selection, TokenTiles, make_tiles
-from ..weights.projection import NeuronProjection
+from ..weights.projection_with_update import NeuronProjection
 from ..weights.shards import gathered
 from .half_space import Report, ReportingIndex, empty_index
 from .sketch import Sketch, build_sketch, summary_of

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..ops.backends import MergedWeight
+from ..ops.group_tokens import TokenTiles
 from ..ops.importance import importance
-from ..ops.token_tiles import TokenTiles
 from .choose_neurons import ActivationIndex
 
 
@@ -36,11 +36,12 @@ def evaluate_selection(index: ActivationIndex, tile_tokens: Tensor, neurons: Ten
     """
     count, size, width = tile_tokens.shape
     tokens = tile_tokens.reshape(-1, width)
-    by_token = importance(_pre_activations(index, tokens), index.activation, index.gated)
-    scores = by_token.view(count, size, -1).sum(1) * index.output.row_norms()
+    pre, rows = _pre_activations(index, tokens), index.output.merged_rows().float()
+    by_token = importance(pre, index.activation, index.gated)
+    scores = by_token.view(count, size, -1).sum(1) * torch.linalg.vector_norm(rows, dim=1).square()
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, neurons, True)
     found = chosen.gather(1, scores.topk(neurons.shape[1], dim=1).indices).float().mean().item()
-    activations, rows = exact_activations(index, tokens).view(count, size, -1), index.output.merged_rows().float()
+    activations = index.combine(pre).view(count, size, -1)
     whole = activations @ rows
     return SelectionQuality(found, whole, activations.masked_fill_(chosen.unsqueeze(1), 0) @ rows)
 

@@ -9,23 +9,23 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from ..ops.attention import MAY_SKIP, attend_by_sequence
+from ..ops.attention import MAY_SKIP, sequence_attention
 from .peft_and_checkpointing import language_model
 
 _OURS, _STOCK = "subquad_sdpa", "sdpa"  # names of attention functions
 # Wherever a patched model is unpickled, this module is imported.
-AttentionInterface.register(_OURS, attend_by_sequence)
+AttentionInterface.register(_OURS, sequence_attention)
 AttentionMaskInterface.register(_OURS, sdpa_mask)
 
 _SAME = 1e-4  # relative difference of the losses that rounding may cause, at least
 
 
 def skip_padding_in_attention(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """`attend_by_sequences`, if the loss of these inputs, a few rows, stays the same up to rounding.
+    """`use_sequence_attention`, if the loss of these inputs, a few rows, stays the same up to rounding.
 
     A model may look at the name of its attention function, and do something else.
     """
-    if not attend_by_sequences(model):
+    if not use_sequence_attention(model):
         return
     try:
         ours = model(**inputs).loss
@@ -36,11 +36,11 @@ def skip_padding_in_attention(model: nn.Module, inputs: Mapping[str, Any]) -> No
     except Exception:  # of whatever kind: a few rows need not run by themselves
         same = False
     if not same:
-        attend_as_before(model)
+        restore_attention(model)
 
 
-def attend_by_sequences(model: nn.Module) -> bool:
-    """Replace PyTorch's attention, on the CPU, by `attend_by_sequence`; returns whether the model used it.
+def use_sequence_attention(model: nn.Module) -> bool:
+    """Replace PyTorch's attention, on the CPU, by `sequence_attention`; returns whether the model used it.
 
     Only for models whose loss does not depend on padding. It is not saved with the model.
     """
@@ -55,16 +55,16 @@ def attend_by_sequences(model: nn.Module) -> bool:
     return True
 
 
-def attends_by_sequences(model: nn.Module) -> bool:
-    """Whether `attend_by_sequences` is in effect for the text."""
+def uses_sequence_attention(model: nn.Module) -> bool:
+    """Whether `use_sequence_attention` is in effect for the text."""
     root = language_model(model)  # runs in every step, so not all modules are asked
     if root is None or MAY_SKIP not in vars(root):
         return False
     return root.config.get_text_config(decoder=True)._attn_implementation == _OURS
 
 
-def attend_as_before(model: nn.Module) -> bool:
-    """Undo `attend_by_sequences`; returns whether there was something to undo."""
+def restore_attention(model: nn.Module) -> bool:
+    """Undo `use_sequence_attention`; returns whether there was something to undo."""
     root = language_model(model)  # runs in every step of a loss of one's own, so not all modules are asked
     if root is not None and MAY_SKIP not in vars(root):
         return False
@@ -76,12 +76,12 @@ def attend_as_before(model: nn.Module) -> bool:
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
     """Context manager: inside, attention is that of the unpatched model."""
-    changed = attend_as_before(model)
+    changed = restore_attention(model)
     try:
         yield
     finally:
         if changed:
-            attend_by_sequences(model)
+            use_sequence_attention(model)
 
 
 def _using(model: nn.Module, attention: str) -> list[Any]:

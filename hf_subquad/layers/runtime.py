@@ -14,12 +14,12 @@ from ..config import SubquadConfig
 from ..errors import InactivePatchError
 from ..plan import Plan
 from ..weights.shards import is_fsdp
-from .attention_patch import attend_as_before, skip_padding_in_attention
-from .padding import Padding, most_and_least_padded
-from .passes import Passes, computed_again
+from .attention_patch import restore_attention, skip_padding_in_attention
+from .classify_tokens import BatchClasses, TokenClasses, classify
+from .forward_passes import Passes, computed_again
+from .may_skip_padding import Padding, most_and_least_padded
 from .peft_and_checkpointing import Surroundings
 from .preserve_mode_and_rng import preserve_mode_and_rng
-from .token_classes import BatchClasses, TokenClasses, classify
 
 Forward = Literal["auto", "dense", "exact", "sparse"]
 Mode = Literal["dense", "exact", "sparse"]
@@ -126,7 +126,7 @@ class Runtime:
             self.try_skipping_padding(model, inputs)
         unknown = not batch.stacks and model.training and torch.is_grad_enabled()  # some loss may read padding
         if batch.labelled_padding or unknown:
-            attend_as_before(model)
+            restore_attention(model)
         self.passes.begin(batch)
 
     def sees(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
@@ -165,11 +165,11 @@ class Runtime:
     def classes_in(self, batch: BatchClasses, name: str, x: Tensor) -> TokenClasses | None:
         """Classes of the tokens x [..., d] that an MLP sees in a pass; None if unknown, or if padding may not be
         skipped."""
-        return self.padding.without_padding(batch.of(name, x))
+        return self.padding.usable_classes(batch.of(name, x))
 
     def latest_classes_of(self, name: str) -> TokenClasses | None:
         """Classes of the tokens that an MLP saw last; None if unknown, or if padding may not be skipped."""
-        return self.padding.without_padding(self.passes.latest.of_stack(name) if self.passes.latest else None)
+        return self.padding.usable_classes(self.passes.latest.of_stack(name) if self.passes.latest else None)
 
     @contextmanager
     def set_aside(self, forward: Forward, batch: BatchClasses | None = None) -> Iterator[None]:

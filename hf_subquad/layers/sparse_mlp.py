@@ -17,12 +17,12 @@ from transformers.utils import logging
 from ..errors import InactivePatchError, SubquadError
 from ..index.choose_neurons import ActivationIndex
 from ..ops.mlp_products import Part, down_project, up_project, without_autocast
-from ..weights.projection import NeuronProjection, compute_dtype
+from ..weights.projection_with_update import NeuronProjection, compute_dtype
 from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
+from .classify_tokens import TokenClasses
 from .compensation import Compensation
 from .runtime import Runtime
-from .token_classes import TokenClasses
 
 logger = logging.get_logger(__name__)
 

@@ -59,7 +59,7 @@ def segments_of(mask: Tensor) -> Segments | None:
     return Segments([[(start, end + 1) for start, end in zip(*of_row, strict=True)] for of_row in bounds], causal)
 
 
-def attend_by_sequence(
+def sequence_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

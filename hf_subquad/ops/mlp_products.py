@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from ..config import BackendName
 from .backends import Backend, MergedWeight, StoredRows, backend_for
+from .group_tokens import Selection
 from .row_sampling import keep_probabilities, row_norms, sampled_weights
-from .token_tiles import Selection
 
 WORTH_GATHERING = 0.9  # of the rows: where more of them are kept, a copy of them costs more than it saves
 # Significant bits of the number of rows that are kept on a CPU, where oneDNN compiles a kernel for each new shape: 1 ms

@@ -11,7 +11,7 @@ from ..config import SubquadConfig
 from ..errors import AlreadyPatchedError, PlanError
 from ..head.patch_head import unpatch_automatic_head
 from ..index.choose_neurons import ActivationIndex
-from ..layers.attention_patch import attend_as_before
+from ..layers.attention_patch import restore_attention
 from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
@@ -135,7 +135,7 @@ def unpatch_model(model: ModelT) -> ModelT:
     for mlp in mlps:
         _restore(mlp)
     unwatch_batches(model)
-    attend_as_before(model)
+    restore_attention(model)
     unpatch_automatic_head(model)  # of a training that was broken off
     return model
 

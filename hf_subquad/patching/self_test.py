@@ -13,8 +13,8 @@ from ..index.selection_quality import exact_activations
 from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.preserve_mode_and_rng import evaluating
 from ..layers.sparse_mlp import InputProjection, SparseMLP
+from ..ops.group_tokens import Selection, TokenTiles
 from ..ops.mlp_products import Part
-from ..ops.token_tiles import Selection, TokenTiles
 
 _BATCH, _TOKENS = 2, 9
 _RESIDUALS = ("residual", "input_tensor")  # what an MLP adds its output to

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..layers.token_classes import predicts_next_token
+from ..layers.classify_tokens import predicts_next_token
 
 Batch = Mapping[str, Any]
 

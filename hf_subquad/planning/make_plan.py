@@ -26,9 +26,9 @@ from ..ops.mlp_products import without_autocast
 from ..patching.patch import apply_plan, patch_model, unpatch_model
 from ..plan import Plan
 from .choose_budgets import choose
-from .class_measurements import ClassMeasurements, MLPCall, fit_index, tokens_by_class
 from .divergence import Batch
 from .measured_mlp import MeasuredMLP, find_classes, measure_mlps, recorded
+from .measured_token_class import MLPCall, TokenClassMeasurements, fit_index, tokens_by_class
 from .step_timing import time_steps
 
 
@@ -179,7 +179,7 @@ def _fit_budget(mlp: SparseMLP, calls: Sequence[MLPCall]) -> dict[TokenClass, Co
     found: dict[TokenClass, Compensation] = {}
     for name, tokens in by_class.items():
         if (k := mlp.budget.neurons(name)) is not None:
-            measured = ClassMeasurements(mlp, [k])
+            measured = TokenClassMeasurements(mlp, [k])
             measured.fit(tokens)
             found[name] = measured.corrections[k]
     return found

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from ..head.patch_head import head_as_in_training
 from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
+from ..layers.classify_tokens import BatchClasses, TokenClasses
 from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP
-from ..layers.token_classes import BatchClasses, TokenClasses
 from ..logs import get_logger
 from ..ops.mlp_products import WORTH_GATHERING, without_autocast
 from ..ops.row_sampling import keep_probabilities
 from ..plan import LayerPlan
 from .allocation import Option
-from .class_measurements import ClassMeasurements, MLPCall, fit_index, neuron_counts, recording, tokens_by_class
 from .divergence import Batch
 from .fidelity import DenseReference
+from .measured_token_class import MLPCall, TokenClassMeasurements, fit_index, neuron_counts, recording, tokens_by_class
 from .mlp_timing import MLPTiming, time_mlp
 
 GRADIENT_SHARES = (0.99, 0.98, 0.97, 0.95, 0.9, 0.8, 0.65, 0.5)
@@ -48,7 +48,7 @@ class MeasuredMLP:
     """
 
     mlp: SparseMLP
-    classes: Mapping[TokenClass, ClassMeasurements]
+    classes: Mapping[TokenClass, TokenClassMeasurements]
     timing: MLPTiming
     dropped: Mapping[TokenClass, Mapping[float, float]]
     timed_dropped: float
@@ -125,14 +125,14 @@ def measure_mlps(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Measu
     runtime, mlps = patched_parts(model)
     find_classes(model, runtime, batches)
     seen = recorded(model, mlps, batches[:-1] or batches)
-    classes: dict[str, dict[TokenClass, ClassMeasurements]] = {}
+    classes: dict[str, dict[TokenClass, TokenClassMeasurements]] = {}
     with without_autocast(mlps[0].output.weight.device):
         for mlp in mlps:
             by_class = tokens_by_class(seen.pop(mlp.name))
             fit_index(mlp, by_class)
             counts = neuron_counts(mlp.index.neurons)
             classes[mlp.name] = {
-                name: ClassMeasurements(mlp, [0, *counts] if name == "context" else counts) for name in by_class
+                name: TokenClassMeasurements(mlp, [0, *counts] if name == "context" else counts) for name in by_class
             }
             for name, measured in classes[mlp.name].items():
                 measured.fit(by_class[name])
@@ -197,7 +197,7 @@ def _left_out(ran: BatchClasses, call: MLPCall) -> int:
 
 
 def _timed(
-    mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, ClassMeasurements], left_out: int
+    mlp: SparseMLP, call: MLPCall, classes: Mapping[TokenClass, TokenClassMeasurements], left_out: int
 ) -> tuple[MLPTiming, float]:
     """Times of an MLP, and the share of the rows with gradients that did not pass them in the timed pass."""
     budgets = [Budget(), Budget(gradient=_TIMED_SHARE)]
@@ -224,10 +224,10 @@ def _dropped(calls: Sequence[MLPCall]) -> dict[TokenClass, dict[float, float]]:
 
 
 def _judged(
-    classes: Mapping[TokenClass, ClassMeasurements], calls: Sequence[MLPCall], batch: TokenClasses | None
-) -> dict[TokenClass, ClassMeasurements]:
+    classes: Mapping[TokenClass, TokenClassMeasurements], calls: Sequence[MLPCall], batch: TokenClasses | None
+) -> dict[TokenClass, TokenClassMeasurements]:
     """Judge each class on what its MLP saw of another batch; classes that have no tokens there are dropped."""
-    kept: dict[TokenClass, ClassMeasurements] = {}
+    kept: dict[TokenClass, TokenClassMeasurements] = {}
     for name, measured in classes.items():
         if name == "context" and batch is not None and not len(batch.context):
             continue  # in a row without padding, the last tokens of sequences: there is nothing to judge a budget by

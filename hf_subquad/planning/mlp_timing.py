@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..layers.budget import Budget
+from ..layers.classify_tokens import BatchClasses
 from ..layers.sparse_mlp import SparseMLP
-from ..layers.token_classes import BatchClasses
-from .class_measurements import MLPCall
+from .measured_token_class import MLPCall
 
 _ROUNDS = 4
 _LONG = 0.1  # seconds: two rounds of this length are as good as four short ones

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..head.patch_head import head_as_in_training, head_in_training
-from ..layers.attention_patch import attends_by_sequences, stock_attention
+from ..layers.attention_patch import stock_attention, uses_sequence_attention
 from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.patched_mlps import patched_parts
 from ..layers.runtime import loss_of
@@ -48,7 +48,7 @@ def time_steps(model: nn.Module, batch: Batch) -> tuple[float, float | None]:
         torch.autograd.grad(loss.sum(), trained, allow_unused=True)
 
     logger.info("planning: timing steps without and with the plan")
-    elsewhere = "labels" in batch and (head_in_training(model) is not None or attends_by_sequences(model))
+    elsewhere = "labels" in batch and (head_in_training(model) is not None or uses_sequence_attention(model))
     dense, planned = [], []
     with runtime.surroundings.checkpointing():
         for turn in range(2 if half is None else 3):  # the first dense step takes up to 64% longer, to allocate memory

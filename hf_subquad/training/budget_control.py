@@ -12,7 +12,7 @@ from ..index.selection_quality import evaluate_selection
 from ..layers.budget import TokenClass
 from ..layers.sparse_mlp import SparseMLP
 from ..plan import LayerPlan
-from ..planning.class_measurements import neuron_counts
+from ..planning.measured_token_class import neuron_counts
 
 # Live tiles are few and vary; a budget changes only when its error leaves this corridor around the planned one.
 _PAST = 1.4

@@ -22,7 +22,7 @@ from ..layers.patched_mlps import patched_parts, settle_shards
 from ..layers.sparse_mlp import SparseMLP
 from ..patching.patch import apply_plan
 from ..plan import Plan
-from ..weights.projection import NeuronProjection
+from ..weights.projection_with_update import NeuronProjection
 from .sync_model import named_projections
 
 SIDECAR_NAME = "subquad_state.safetensors"

@@ -14,7 +14,7 @@ from ..layers.batch_hook import watch_batches
 from ..layers.patched_mlps import patched_parts, require_patched, settle_shards
 from ..layers.runtime import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
-from ..weights.projection import NeuronProjection
+from ..weights.projection_with_update import NeuronProjection
 from .budget_control import Audit, BudgetChange, audit_live, review
 
 _IDLE_STEPS = 5  # from the start: all layers may be dropped in one of them, not in so many

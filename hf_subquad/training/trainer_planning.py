@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..errors import CalibrationError
-from ..layers.attention_patch import attend_by_sequences, attends_by_sequences
+from ..layers.attention_patch import use_sequence_attention, uses_sequence_attention
 from ..layers.budget import Budget
 from ..layers.patched_mlps import patched_parts
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
@@ -65,7 +65,7 @@ def fit_on_training_data(
         apply_plan(model, plan)
     if args.process_index:
         if by_sequence:
-            attend_by_sequences(model)
+            use_sequence_attention(model)
         for mlp, one in zip(mlps, fitted, strict=True):
             summary, mlp.corrections = send_to_device(one, mlp.output.weight.device)
             mlp.index.adopt(summary)
@@ -93,4 +93,4 @@ def _planned_and_fitted(
         return f"{type(error).__name__}: {error}"
     logger.info(f"{'planning' if plans else 'fitting'} took {time.perf_counter() - started:.1f} s")
     fitted = send_to_device([(mlp.index.summary, mlp.corrections) for mlp in mlps], torch.device("cpu"))
-    return plan, fitted, mlps[0].runtime.padding.may_skip, attends_by_sequences(model)
+    return plan, fitted, mlps[0].runtime.padding.may_skip, uses_sequence_attention(model)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import PatchError
-from .projection import NeuronProjection
+from .projection_with_update import NeuronProjection
 from .quantized import dequantized_state, is_4bit
 from .shards import gathered, is_fsdp, reshard, whole
 

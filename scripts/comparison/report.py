@@ -129,7 +129,8 @@ def write_plot(report: Mapping[str, Any], path: Path, title: str = "") -> None:
     """Seconds of a step and peak memory, by method; and where a run is long enough, dense held-out loss, or training
     loss if there was no evaluation, against training seconds."""
     methods: Mapping[str, Any] = report["methods"]
-    mlps = {name: method["mlp_seconds_median"] or 0.0 for name, method in methods.items()}
+    # MLPs were timed in steps of their own, on other batches.
+    mlps = {name: (m["mlp_share_of_step"] or 0.0) * m["step_seconds_median"] for name, m in methods.items()}
     rest = {name: method["step_seconds_median"] - mlps[name] for name, method in methods.items()}
     memory = {name: method["peak_memory_bytes"] / 1e9 for name, method in methods.items()}
     panels: list[Panel | Bars] = [

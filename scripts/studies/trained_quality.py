@@ -53,8 +53,8 @@ from hf_subquad import (
 )
 from hf_subquad.index.choose_neurons import ActivationIndex, Selection
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.token_classes import classify
-from hf_subquad.ops.token_tiles import TokenTiles
+from hf_subquad.layers.classify_tokens import classify
+from hf_subquad.ops.group_tokens import TokenTiles
 from hf_subquad.planning.fidelity import DenseReference
 
 Batch = dict[str, Tensor]

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import SubquadConfig, patch_model, sparse_mlps
 from hf_subquad.layers.sparse_mlp import SparseMLP
+from hf_subquad.ops.group_tokens import Selection, make_tiles
 from hf_subquad.ops.mlp_products import Part
-from hf_subquad.ops.token_tiles import Selection, make_tiles
 
 Kind = Literal["plain", "gated", "stacked", "conv1d"]
 KINDS: tuple[Kind, ...] = ("plain", "gated", "stacked", "conv1d")

@@ -16,8 +16,8 @@ from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.sparse_mlp import SparseMLP
 from hf_subquad.ops.row_sampling import keep_probabilities
 from hf_subquad.planning import make_plan, measured_mlp, step_timing
-from hf_subquad.planning.class_measurements import MLPCall
 from hf_subquad.planning.divergence import Predictions
+from hf_subquad.planning.measured_token_class import MLPCall
 from hf_subquad.planning.mlp_timing import MLPTiming
 
 from .models import CONFIG, NEURONS, VOCABULARY, WIDTH, build, tokens

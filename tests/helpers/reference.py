@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_subquad import sparse_mlps
 from hf_subquad.index.choose_neurons import ActivationIndex
-from hf_subquad.ops.token_tiles import Selection
+from hf_subquad.ops.group_tokens import Selection
 
 
 def mask_of(selection: Selection, neurons: int, dtype: torch.dtype) -> Tensor:

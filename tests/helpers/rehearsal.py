@@ -26,7 +26,7 @@ from triton.runtime.driver import driver
 from helpers.mlps import patched
 from hf_subquad.layers.batch_hook import unwatch_batches
 from hf_subquad.layers.budget import Budget
-from hf_subquad.layers.token_classes import BatchClasses, TokenClasses
+from hf_subquad.layers.classify_tokens import BatchClasses, TokenClasses
 from hf_subquad.ops import mlp_products
 from hf_subquad.ops.backends import triton_backend  # now, for kernels are defined to be interpreted or not
 
@@ -101,7 +101,7 @@ def rehearse(
     gpu = AbsentGPU(capability)
     driver.set_active(gpu)
     assert os.environ.get("TRITON_INTERPRET") != "1", "kernels are interpreted, not compiled"
-    triton_backend.triton_neurons._multiprocessors = lambda device: MULTIPROCESSORS
+    triton_backend.triton_selection._multiprocessors = lambda device: MULTIPROCESSORS
     os.environ["TRITON_INTERPRET"] = "1"  # only now: tensors on the processor are given to the kernels
     mlp_products._all_pass = lambda gradient, share: share >= 1  # as on a GPU
     Tensor.new_empty, torch.empty, torch.empty_like = Tensor.new_zeros, torch.zeros, torch.zeros_like

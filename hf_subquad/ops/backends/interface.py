@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..token_tiles import TokenTiles
+from ..group_tokens import TokenTiles
 
 
 class StoredRows(ABC):

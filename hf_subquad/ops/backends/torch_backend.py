@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import token_tiles as tiling
+from .. import group_tokens as tiling
+from ..group_tokens import TokenTiles
 from ..importance import importance
-from ..token_tiles import TokenTiles
 from .interface import Backend, MergedWeight, Scoring
 
 

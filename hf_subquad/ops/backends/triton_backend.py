@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..activations import name_of
-from ..token_tiles import TokenTiles
-from . import triton_neurons, triton_products, triton_tiles
+from ..group_tokens import TokenTiles
+from . import triton_products, triton_selection, triton_tiles
 from .interface import MergedWeight, Scoring
 from .torch_backend import TorchBackend
 
@@ -27,16 +27,16 @@ class TritonBackend(TorchBackend):
     def tile_scores(self, sample: Tensor, scoring: Scoring) -> Tensor:
         activation, dtype = name_of(scoring.activation), sample.dtype
         ranks = len(scoring.basis), max(estimated.u.shape[1] for estimated in scoring.inputs)
-        if activation is None or not triton_neurons.covers(dtype, *ranks):
+        if activation is None or not triton_selection.covers(dtype, *ranks):
             return super().tile_scores(sample, scoring)
         sizes = [len(scoring.basis), *(len(estimated.v) for estimated in scoring.inputs)]
         directions = torch.cat([scoring.basis.to(dtype), *(estimated.v.to(dtype) for estimated in scoring.inputs)])
         sketched, *lows = (sample @ directions.t()).split(sizes, dim=-1)
         inputs = [(e.rows, low, e.u, e.bias) for e, low in zip(scoring.inputs, lows, strict=True)]
-        return triton_neurons.tile_scores(sketched, inputs, activation, scoring.output_norms)
+        return triton_selection.tile_scores(sketched, inputs, activation, scoring.output_norms)
 
     def top_neurons(self, scores: Tensor, k: int) -> Tensor:
-        return triton_neurons.top_neurons(scores, k)
+        return triton_selection.top_neurons(scores, k)
 
     def round_up_k(self, k: int) -> int:
         return -(-k // _STEP) * _STEP

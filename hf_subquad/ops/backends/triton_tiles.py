@@ -1,4 +1,4 @@
-"""Which tokens share a tile, in Triton: recursive bisection by content, see `token_tiles.py`.
+"""Which tokens share a tile, in Triton: recursive bisection by content, see `group_tokens.py`.
 
 A round splits every group of entries at the median along its leading principal direction. Groups are stored one after
 the other in `order`, so a round finds each group's direction, projects its entries on it, and writes every entry to the
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..token_tiles import POWER_ITERATIONS
+from ..group_tokens import POWER_ITERATIONS
 from .triton_common import cdiv, next_power_of_2
 
 _POWER_ITERATIONS = tl.constexpr(POWER_ITERATIONS)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..token_tiles import TokenTiles
+from ..group_tokens import TokenTiles
 from .interface import Backend, MergedWeight, Scoring
 from .torch_backend import TorchBackend
 

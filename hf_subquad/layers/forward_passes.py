@@ -7,7 +7,7 @@ from threading import get_ident
 import torch
 from torch import Tensor
 
-from .token_classes import BatchClasses
+from .classify_tokens import BatchClasses
 
 _REMEMBERED = 256  # passes whose backward pass may be to come
 

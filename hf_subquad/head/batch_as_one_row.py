@@ -28,7 +28,7 @@ _OTHER_OUTPUTS = ("output_hidden_states", "output_attentions")
 _HARMLESS = ("make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook")
 
 
-def without_padding(inputs: dict[str, Any], longest: float = math.inf) -> dict[str, Any] | None:
+def as_one_row(inputs: dict[str, Any], longest: float = math.inf) -> dict[str, Any] | None:
     """The inputs of a causal language model as one row; None unless they are a batch that is padded at the end.
 
     Args:
@@ -107,7 +107,7 @@ def keeps_sequences_apart(model: PreTrainedModel, stock: Callable[..., Any]) -> 
     first, whole = ids.shape[1] - 5, ids.shape[1]
     real = torch.arange(whole, device=ids.device) < torch.tensor([[first], [whole]], device=ids.device)
     inputs = {**inputs, "attention_mask": real.long(), "labels": inputs["labels"].masked_fill(~real, IGNORED)}
-    row = without_padding(inputs)
+    row = as_one_row(inputs)
     if row is None:
         return False
     try:

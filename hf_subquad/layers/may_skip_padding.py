@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .attention_patch import attend_as_before
-from .token_classes import TokenClasses
+from .attention_patch import restore_attention
+from .classify_tokens import TokenClasses
 
 _VAIN_TRIALS = 4
 _SAME = 1e-6  # relative difference of losses
@@ -60,7 +60,7 @@ class Padding:
                 "mask?), so padding is computed like all other tokens"
             )
 
-    def without_padding(self, classes: TokenClasses | None) -> TokenClasses | None:
+    def usable_classes(self, classes: TokenClasses | None) -> TokenClasses | None:
         """The classes that an MLP may use; None if they have padding, and it may not be skipped."""
         if classes is None or not classes.padding:
             return classes
@@ -87,7 +87,7 @@ class Padding:
         reached, self._reached = self._reached, None
         if reached is not None and bool(reached):
             self.may_skip = False
-            attend_as_before(model)
+            restore_attention(model)
             logger.warning(
                 f"the loss of this step of {type(model).__name__} depends on tokens that were skipped as padding (does "
                 "it read outputs at tokens that the mask or the labels leave out?), so its gradient is not exact; from "

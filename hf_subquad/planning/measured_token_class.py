@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..errors import CalibrationError
 from ..index.selection_quality import outputs
 from ..layers.budget import TokenClass
+from ..layers.classify_tokens import TokenClasses
 from ..layers.compensation import Compensation, CompensationFit
 from ..layers.dense_or_sparse import dense_forward
-from ..layers.passes import computed_again
+from ..layers.forward_passes import computed_again
 from ..layers.sparse_mlp import SparseMLP
-from ..layers.token_classes import TokenClasses
-from ..weights.projection import compute_dtype
+from ..weights.projection_with_update import compute_dtype
 
 SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the neurons, at which MLPs are measured and may run
 _MULTIPLE = 8  # of neurons, which GEMMs like
@@ -53,7 +53,7 @@ class MLPCall:
         return {token_class: rows for token_class, rows in found.items() if len(rows)}
 
 
-class ClassMeasurements:
+class TokenClassMeasurements:
     """One MLP on the tokens of one class: corrections fitted to some batches, errors judged on another.
 
     Attributes:
