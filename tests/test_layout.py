@@ -75,7 +75,7 @@ def test_every_package_of_the_order_exists_and_is_seen() -> None:
     [
         ("ops/mlp_products.py", "from ..layers.budget import Budget"),
         ("ops/backends/__init__.py", "from ...index import sketch"),
-        ("layers/runtime.py", "import hf_subquad.planning.make_plan"),
+        ("layers/shared_state.py", "import hf_subquad.planning.make_plan"),
         ("planning/make_plan.py", "def late():\n    from ..training import sync_model"),
         ("head/patch_head.py", "from ..patching.patch import patch_model"),
         ("theory/network.py", "from .. import config"),

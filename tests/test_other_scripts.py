@@ -129,7 +129,7 @@ def test_sparse_rollouts_on_demand(ask: str) -> None:
 
 
 def test_a_forgotten_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = listening(monkeypatch, "layers.runtime")
+    said = listening(monkeypatch, "layers.shared_state")
     Trainer(model=patched_opt(), args=arguments(tmp_path, max_steps=2), train_dataset=Texts()).train()
     assert said and "callbacks=[SubquadCallback()]" in said[0]
     said.clear()
@@ -143,7 +143,7 @@ def test_a_forgotten_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nothing_is_said_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = listening(monkeypatch, "layers.runtime")
+    said = listening(monkeypatch, "layers.shared_state")
     trainer(patched_opt(), tmp_path, max_steps=2).train()
     trainer(patch_model(opt(), SubquadConfig(rank=3, tile_size=5, sketch_rank=20)), tmp_path, max_steps=2).train()
     model = patched_opt()

@@ -14,8 +14,8 @@ from transformers import Lfm2Config, Lfm2ForCausalLM
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from hf_subquad import SubquadConfig, patch_head, patch_model, sparse_mlps
-from hf_subquad.head.batch_as_one_row import as_one_row, longest_row
 from hf_subquad.head.patch_head import labelled_forward
+from hf_subquad.head.remove_padding import as_one_row, longest_row
 from hf_subquad.layers.attention_patch import stock_attention
 from hf_subquad.layers.budget import Budget
 from hf_subquad.layers.forward_passes import _REMEMBERED

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..layers.attention_patch import uses_sequence_attention
-from .batch_as_one_row import announce, as_one_row, keeps_sequences_apart, longest_row, seen_by
 from .choose_head_method import choose_method
 from .head_on_labelled_rows import Method, NotHereError, run_on_labelled_rows
+from .remove_padding import announce, as_one_row, keeps_sequences_apart, longest_row, seen_by
 
 logger = logging.get_logger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .runtime import Runtime
+from .shared_state import Runtime
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import nn
 
 from .patched_mlps import require_patched
-from .runtime import Forward
+from .shared_state import Forward
 
 
 def dense_forward(model: nn.Module) -> AbstractContextManager[None]:

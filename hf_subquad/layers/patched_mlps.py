@@ -6,7 +6,7 @@ from torch import nn
 
 from ..errors import NotPatchedError, ParallelismError, PatchError
 from ..weights.shards import is_fsdp, is_shard, reshard
-from .runtime import Runtime
+from .shared_state import Runtime
 from .sparse_mlp import OutputProjection, SparseMLP
 
 

@@ -22,7 +22,7 @@ from ..weights.shards import is_fsdp
 from .budget import Budget, TokenClass
 from .classify_tokens import TokenClasses
 from .compensation import Compensation
-from .runtime import Runtime
+from .shared_state import Runtime
 
 logger = logging.get_logger(__name__)
 

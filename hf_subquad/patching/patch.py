@@ -16,7 +16,7 @@ from ..layers.batch_hook import unwatch_batches, watch_batches
 from ..layers.budget import Budget
 from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
 from ..layers.peft_and_checkpointing import Surroundings
-from ..layers.runtime import Runtime
+from ..layers.shared_state import Runtime
 from ..layers.sparse_mlp import InputProjection, OutputProjection, SparseMLP
 from ..logs import get_logger
 from ..plan import Plan

@@ -15,7 +15,7 @@ from ..head.patch_head import head_as_in_training
 from ..layers.autograd_graph import leaves_behind
 from ..layers.forward_passes import computed_again
 from ..layers.patched_mlps import runtime_of, sparse_mlps
-from ..layers.runtime import loss_of
+from ..layers.shared_state import loss_of
 from .divergence import Batch, Predictions, logits_of
 
 

@@ -13,7 +13,7 @@ from ..layers.batch_hook import watch_batches
 from ..layers.budget import Budget, TokenClass
 from ..layers.classify_tokens import BatchClasses, TokenClasses
 from ..layers.patched_mlps import patched_parts
-from ..layers.runtime import Runtime
+from ..layers.shared_state import Runtime
 from ..layers.sparse_mlp import SparseMLP
 from ..logs import get_logger
 from ..ops.mlp_products import WORTH_GATHERING, without_autocast

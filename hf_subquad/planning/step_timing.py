@@ -9,7 +9,7 @@ from ..head.patch_head import head_as_in_training, head_in_training
 from ..layers.attention_patch import stock_attention, uses_sequence_attention
 from ..layers.dense_or_sparse import dense_forward, sparse_forward
 from ..layers.patched_mlps import patched_parts
-from ..layers.runtime import loss_of
+from ..layers.shared_state import loss_of
 from ..logs import get_logger
 from .divergence import Batch, logits_of
 from .fidelity import trained_parameters

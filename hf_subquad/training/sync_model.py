@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..errors import InactivePatchError, WeightsError
 from ..layers.batch_hook import watch_batches
 from ..layers.patched_mlps import patched_parts, require_patched, settle_shards
-from ..layers.runtime import Runtime
+from ..layers.shared_state import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
 from ..weights.projection_with_update import NeuronProjection
 from .budget_control import Audit, BudgetChange, audit_live, review

@@ -37,7 +37,7 @@ class NeuronProjection(nn.Module):
 
     Args:
         source: the projection replaced, an `nn.Linear`, `Conv1D` or `Linear4bit`; weight and bias are shared with it.
-        runtime: the MLP's `layers.runtime.Runtime`, which has the config, and knows whether updates are switched off.
+        runtime: the MLP's `layers.shared_state.Runtime`: the config, and whether updates are switched off.
         seed: of the update's random factor.
 
     Attributes:

@@ -1,6 +1,7 @@
 """The interface of a compute backend: the operations that take most of a sparse layer's time.
 
-All are functions of tensors. None modifies an argument (except `out`), and none waits for the device.
+All are functions of tensors. None modifies an argument (except `out`), and none waits for the device. `backend_for`, in
+the package's `__init__`, chooses one.
 """
 
 from abc import ABC, abstractmethod
