@@ -13,6 +13,11 @@ TileOrder = Literal["similar", "consecutive"]
 BackendName = Literal["auto", "torch", "triton"]
 LayerGroup = Literal["all", "all_but_first"]
 
+# What a unit of `tolerance` allows.
+COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient
+DIVERGENCE_PER_TOLERANCE = 10.0  # nats: what context tokens miss shows in the divergence, but little in training
+NOISE_PER_TOLERANCE = 50.0  # of the squared gradient: sampled rows change it in another direction in every step
+
 _LARGEST_SEED = 2**63 - 1  # the largest that random generators accept
 _LARGEST_NUMBER = 3e38  # of float32
 

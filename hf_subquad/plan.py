@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .atomic_files import write_atomically
-from .config import TileOrder
+from .config import COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE, TileOrder
 from .errors import PlanError
 
 _FORMAT = 3
@@ -133,7 +133,9 @@ class Plan:
                 f"{layer.dense_ms:>8.1f} {layer.sparse_ms:>10.1f}  {layer.why_all}".rstrip()
             )
         predicted_share = 1 - self.padding_share - self.context_share
-        noise = f" with noise of {self.gradient_noise:.1%} of the squared gradient" if self.gradient_noise else ""
+        allowed = self.tolerance
+        noise = f", noise of {self.gradient_noise:.1%} of the squared gradient " if self.gradient_noise else ""
+        noise += f"(at most {NOISE_PER_TOLERANCE * allowed:.1%})" if noise else ""
         lines += [
             f"Of {self.tokens} tokens a batch, {self.padding_share:.0%} are padding, {self.context_share:.0%} context "
             f"and {predicted_share:.0%} predicted. Columns: neurons for predicted tokens and for context tokens; 100% "
@@ -141,15 +143,15 @@ class Plan:
             "milliseconds before the patch, with all neurons, and as planned; why all tokens compute all neurons.",
             f"Predicted for {self.dtype} on {self.device}: these MLPs are {self.mlp_speedup_over_dense:.2f}x and the "
             f"step is {self.step_speedup_over_dense:.2f}x as fast as with all neurons and low-rank updates (LoRA); the "
-            f"step is {self.step_speedup:.2f}x as fast as before the patch. Divergence {self.loss_increase:.4f} "
-            f"nats per token and gradient cosine {self.gradient_cosine:.4f}{noise}, at a tolerance of "
-            f"{self.tolerance:g}. "
-            f"Planning took {self.planning_seconds:.0f} s.",
+            f"step is {self.step_speedup:.2f}x as fast as before the patch. Divergence {self.loss_increase:.4f} nats "
+            f"per token (at most {DIVERGENCE_PER_TOLERANCE * allowed:g}), gradient cosine {self.gradient_cosine:.4f} "
+            f"(at least {1 - COSINE_PER_TOLERANCE * allowed:g}){noise}, at a tolerance of {allowed:g}. Planning took "
+            f"{self.planning_seconds:.0f} s.",
         ]
         if self.saved_elsewhere_ms:
             lines.append(
-                f"Of the step's {self.step_ms:.0f} ms, {self.saved_elsewhere_ms:.0f} are saved outside of the MLPs: no "
-                "padding, and logits at labelled positions only."
+                f"Of the step's {self.step_ms:.0f} ms, {self.saved_elsewhere_ms:.0f} are saved outside of the MLPs, on "
+                "padding and on logits without a label."
             )
         if self.step_speedup_over_dense < _WORTHWHILE:
             lines.append(

@@ -73,6 +73,15 @@ def test_a_spoiled_batch_with_padding_runs_through(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
+def test_values_beyond_float32_run_through(reentrant: bool) -> None:
+    model = trained("llama", torch.float64)
+    checkpoint_activations(model, reentrant)
+    model.model.layers[-1].post_attention_layernorm.weight.data.fill_(1e200)
+    ids = torch.randint(50, (2, 9))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
 def test_a_dense_pass_right_after(reentrant: bool) -> None:
     """Recomputation may stop early; what it leaves behind must not reach the next forward."""
     model = trained("llama")

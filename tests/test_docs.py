@@ -24,7 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 import hf_subquad
 from hf_subquad import SubquadConfig, cli, patch_model
-from hf_subquad.planning.tolerance import COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE
+from hf_subquad.config import COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

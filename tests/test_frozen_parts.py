@@ -9,7 +9,16 @@ from helpers.training import TRAIN, Watch, factors, listening, patched_opt, trai
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from hf_subquad import InactivePatchError, check_active, patch_model, sparse_mlps, sync_model
+from hf_subquad import (
+    InactivePatchError,
+    apply_plan,
+    calibrate,
+    check_active,
+    compensate,
+    patch_model,
+    sparse_mlps,
+    sync_model,
+)
 
 LAYER, OTHER = "model.decoder.layers.1", "model.decoder.layers.2"
 LORA = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "v_proj"])
@@ -88,8 +97,26 @@ def test_frozen_before_the_patch_and_peft_after_it(tmp_path: Path) -> None:
 
 def test_forgotten_thaw_in_a_loop_of_ones_own() -> None:
     model = get_peft_model(patched_opt(), LORA)
-    with pytest.raises(InactivePatchError, match=r"are frozen \(get_peft_model"):
-        check_active(model)
+    for check in (check_active, lambda model: sync_model(model, 0)):
+        with pytest.raises(InactivePatchError, match=r"are frozen \(get_peft_model"):
+            check(model)
+
+
+@pytest.mark.parametrize("plans", [True, False])
+def test_planning_and_fitting_thaw_what_peft_froze(plans: bool) -> None:
+    """As the README's loop with `get_peft_model` after the patch."""
+    model = get_peft_model(patched_opt(), LORA)
+    batches = [{"input_ids": tokens(seed), "labels": tokens(seed)} for seed in range(2)]
+    if plans:
+        apply_plan(model, calibrate(model, batches))
+    else:
+        compensate(model, batches)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = factors(model)
+    sync_model(model, 0, optimizer)
+    model(**batches[0]).loss.backward()
+    optimizer.step()
+    assert changed(before, model) == {LAYER, OTHER}
 
 
 @pytest.mark.parametrize("dense", [False, True])

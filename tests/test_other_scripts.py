@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.models import build, checkpoint_activations, fill_updates, objective, opt, tokens
-from helpers.training import TRAIN, Texts, arguments, factors, listening, patched_opt, trainer
+from helpers.training import TRAIN, Texts, Watch, arguments, factors, listening, patched_opt, trainer
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -65,6 +65,42 @@ def test_no_patched_mlp_ever(kind: type[Trainer], steps: int, tmp_path: Path, mo
     run.train()
     assert run.state.global_step == steps
     assert ["no patched MLP ran sparse in the first 5" in text for text in said] == [True] * (steps >= 5)
+
+
+class SyncsToo(Watch):
+    """Another callback that keeps the model in sync, more often than needed."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        for _ in range(3):
+            sync_model(model, state.global_step)
+
+
+def test_idle_steps_are_counted_once_each_and_in_a_trainer_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = listening(monkeypatch, "training.sync_model", "warning")
+    model = patched_opt()
+    run = Skipping(model=model, args=arguments(tmp_path, max_steps=4), train_dataset=Texts(),
+                   callbacks=[SubquadCallback(), SyncsToo(lambda *_, **__: None)])  # fmt: skip
+    run.skipped = tuple(range(4))
+    run.train()
+    for step in range(9):
+        sync_model(model, step)
+    assert run.state.global_step == 4 and not said
+
+
+class OwnSearch(Trainer):
+    """Its trials are not the Trainer's."""
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        pass
+
+
+def test_a_trainer_with_a_search_of_its_own(tmp_path: Path) -> None:
+    run = OwnSearch(model=patched_opt(), args=arguments(tmp_path, max_steps=1, save_strategy="steps", save_steps=1),
+                    train_dataset=Texts(), callbacks=[SubquadCallback()])  # fmt: skip
+    run.train()
+    assert (tmp_path / "checkpoint-1" / "subquad_state.safetensors").is_file()
 
 
 def test_hooks_that_make_mlps_dense_are_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_what_is_saved_outside_of_the_mlps_is_counted_in(monkeypatch: pytest.Mon
     plan = calibrate(patch_head(model), texts)
     in_mlps = sum(layer.dense_ms - layer.sparse_ms for layer in plan.layers)
     assert in_mlps > 0 and plan.saved_elsewhere_ms == pytest.approx(750 - in_mlps)
-    assert "logits at labelled positions only" in plan.table()
+    assert "on logits without a label" in plan.table()
     assert plan.step_speedup_over_dense > dataclasses.replace(plan, saved_elsewhere_ms=0.0).step_speedup_over_dense
     assert calibrate(model, [{"input_ids": tokens(0, (3, 5))}]).saved_elsewhere_ms == 0  # without labels there is none
     assert calibrate(unpatch_head(model), texts).saved_elsewhere_ms == 0

@@ -71,6 +71,20 @@ class TopKInside(MLP):
         return torch.zeros_like(hidden).scatter(-1, top.indices, top.values)
 
 
+class ClampToLargest(MLP):
+    """It depends on the largest activation of all tokens."""
+
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = self.act(hidden)
+        return hidden.clamp(max=0.8 * hidden.max())
+
+
+class OnlyLarge(MLP):
+    def middle(self, hidden: Tensor) -> Tensor:
+        hidden = self.act(hidden)
+        return hidden.where(hidden.abs() > hidden.abs().max() / 2, 0)
+
+
 class ScalePerNeuron(MLP):
     def __init__(self) -> None:
         super().__init__()
@@ -169,8 +183,8 @@ def test_the_well_behaved_one_is_accepted() -> None:
 
 
 MISBEHAVED = [
-    RMSNormInside, NormWithoutWeights, SoftmaxInside, TopKInside, ScalePerNeuron, LyingActivation,
-    ClampAfterActivation, NoActivation, TokensMixed, FirstProjectionUnused,
+    RMSNormInside, NormWithoutWeights, SoftmaxInside, TopKInside, ClampToLargest, OnlyLarge, ScalePerNeuron,
+    LyingActivation, ClampAfterActivation, NoActivation, TokensMixed, FirstProjectionUnused,
 ]  # fmt: skip
 
 

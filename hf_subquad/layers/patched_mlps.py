@@ -47,6 +47,22 @@ def patched_parts(model: nn.Module) -> tuple[Runtime, list[SparseMLP]]:
     return mlps[0].runtime, mlps
 
 
+def train_updates(model: nn.Module) -> None:
+    """Make the low-rank updates trainable again if PEFT froze everything but its adapters, or if the user froze the
+    whole model. Otherwise, or if some updates are trainable, frozen updates stay frozen."""
+    mlps = require_patched(model)
+    if frozen_with_the_rest(model, mlps):
+        for projection in (projection for mlp in mlps for projection in mlp.projections):
+            projection.update.requires_grad_(not projection.kept_frozen)
+
+
+def frozen_with_the_rest(model: nn.Module, mlps: Sequence[SparseMLP]) -> bool:
+    """Whether all updates are frozen, and PEFT froze everything but its adapters, or the whole model is frozen."""
+    by_others = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
+    factors = (factor for mlp in mlps for projection in mlp.projections for factor in projection.update.parameters())
+    return by_others and not any(factor.requires_grad for factor in factors)
+
+
 def require_whole(mlps: Sequence[SparseMLP]) -> None:
     """
     Raises:

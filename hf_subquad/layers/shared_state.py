@@ -146,6 +146,8 @@ class Runtime:
 
     def try_skipping_padding(self, model: nn.Module, inputs: Mapping[str, Any]) -> bool:
         """Test whether padding can be skipped in this model, if the batch has padding, and return whether it has."""
+        if "return_dict" in inputs:  # a tuple does not tell which of its values is the loss
+            inputs = {**inputs, "return_dict": True}
         classes = self._classify(model, inputs)
         if not any(of_stack.padding for of_stack in classes.stacks.values()):
             return False

@@ -83,12 +83,15 @@ def choose(measured: Sequence[MeasuredMLP], reference: DenseReference, tolerance
     for _ in range(_ROUNDS):
         chosen = options.allocate(allowance)
         budgets = tuple(option.budget for option in chosen)
-        found = known[budgets] = known.get(budgets) or judge(budgets)
+        if budgets not in known:
+            found = known[budgets] = judge(budgets)
+            logger.info(
+                f"planning: budgets with which MLPs take {_milliseconds(chosen):.0f} ms "
+                f"{'are within' if limits.spent(found) <= 1 else 'exceed'} the tolerance, at a divergence of "
+                f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
+            )
+        found = known[budgets]
         used = limits.spent(found)
-        logger.info(
-            f"planning: with the budgets of this round MLPs take {_milliseconds(chosen):.0f} ms, at a divergence of "
-            f"{found.divergence:.4f} nats and a gradient cosine of {found.cosine:.4f}"
-        )
         if used <= 1:
             within = allowance, used
             if _milliseconds(chosen) <= _milliseconds(best):

@@ -19,7 +19,7 @@ from ..errors import CalibrationError, ConfigError
 from ..layers.budget import TokenClass
 from ..layers.compensation import Compensation
 from ..layers.dense_or_sparse import sparse_forward
-from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps
+from ..layers.patched_mlps import patched_parts, require_patched, require_whole, sparse_mlps, train_updates
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng, seed_devices
 from ..layers.sparse_mlp import SparseMLP
 from ..ops.mlp_products import without_autocast
@@ -35,7 +35,8 @@ from .step_timing import time_steps
 def calibrate(
     model: nn.Module, batches: Iterable[Batch], config: SubquadConfig | None = None, tolerance: float | None = None
 ) -> Plan:
-    """Measure a model, patched or not, and plan a budget for each MLP. The model and random states are restored.
+    """Measure a model, patched or not, and plan a budget for each MLP. The model and random states are restored, but
+    updates that `get_peft_model` froze after the patch are made trainable again.
 
     Args:
         model: a model whose outputs have logits or a loss.
@@ -57,6 +58,7 @@ def calibrate(
         raise ConfigError("the model is patched already, and calibrate uses its settings: leave config out")
     if not patched:
         patch_model(model, config)
+    _train_updates_beside_adapters(model)
     try:
         with _restored(require_patched(model), always=True):
             return _calibrate(model, batches, tolerance)
@@ -81,7 +83,8 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit the index of every MLP of a patched model to its inputs, and corrections for the neurons that budgets skip.
 
     `SubquadCallback` does this at the start of training; in a custom loop, call it after `patch_model` or `apply_plan`.
-    Without it the sparse forward is less accurate than the plan says.
+    Without it the sparse forward is less accurate than the plan says. Updates that `get_peft_model` froze after the
+    patch are made trainable again.
 
     Raises:
         CalibrationError: no batches, or tokens that are not finite or too large to be fitted. Earlier fits are kept.
@@ -90,6 +93,7 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
     batches = list(batches)
     if not batches:
         raise CalibrationError("compensate needs at least one batch")
+    _train_updates_beside_adapters(model)
     runtime, mlps = patched_parts(model)
     mlps = [mlp for mlp in mlps if not mlp.dense]
     if not mlps:
@@ -102,6 +106,11 @@ def compensate(model: nn.Module, batches: Iterable[Batch]) -> None:
             corrections = [_fit_budget(mlp, calls[mlp.name]) for mlp in mlps]
     for mlp, fitted in zip(mlps, corrections, strict=True):
         mlp.corrections = fitted
+
+
+def _train_updates_beside_adapters(model: nn.Module) -> None:
+    if hasattr(model, "peft_config"):
+        train_updates(model)
 
 
 @contextmanager

@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..config import COSINE_PER_TOLERANCE, DIVERGENCE_PER_TOLERANCE, NOISE_PER_TOLERANCE
 from .fidelity import Fidelity
-
-COSINE_PER_TOLERANCE = 10.0  # 1 - cosine of the gradient, for each unit of tolerance
-DIVERGENCE_PER_TOLERANCE = 10.0  # nats: what context tokens miss shows in the divergence, but little in training
-NOISE_PER_TOLERANCE = 50.0  # of the squared gradient: sampled rows change it in another direction in every step
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..head.patch_head import unpatch_automatic_head
-from ..layers.patched_mlps import patched_parts, runtime_of
+from ..layers.patched_mlps import patched_parts, runtime_of, train_updates
 from ..layers.preserve_mode_and_rng import preserve_mode_and_rng
 from ..logs import get_logger
 from .caller_frames import current_trainer, resumed_from
 from .resume import resume
 from .sidecar import load_sidecar, save_sidecar
-from .sync_model import check_active, frozen_updates, sync_model, train_updates
+from .sync_model import check_active, frozen_updates, sync_model
 from .trainer_head import keeps_labels, own_loss, start_labelled_head
 from .trainer_planning import fit_on_training_data
 from .unsupported_engines import check_engine, compares_with_reference, uses_fsdp2
@@ -131,6 +131,7 @@ class SubquadCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         unpatch_automatic_head(model)
+        runtime_of(model).idle_steps = None
         # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
         if not hasattr(model, "peft_config"):
             return
@@ -160,7 +161,9 @@ def _states(state: TrainerState) -> dict[str, Any]:
 
 def _run_folder(trainer: Trainer | None, args: TrainingArguments) -> Path:
     """Where the checkpoints of this run are; a trial of a hyperparameter search has its own folder."""
-    return Path(args.output_dir or "" if trainer is None else trainer._get_output_dir(trainer._trial))
+    if trainer is None:
+        return Path(args.output_dir or "")
+    return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))  # set by the Trainer's own `train`
 
 
 def _checkpoint_folder(run: Path, state: TrainerState) -> Path:

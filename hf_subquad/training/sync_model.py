@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..errors import InactivePatchError, WeightsError
 from ..layers.batch_hook import watch_batches
-from ..layers.patched_mlps import patched_parts, require_patched, settle_shards
+from ..layers.patched_mlps import frozen_with_the_rest, patched_parts, settle_shards
 from ..layers.shared_state import Runtime
 from ..layers.sparse_mlp import SparseMLP, current_forward
 from ..weights.projection_with_update import NeuronProjection
@@ -78,6 +78,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
 
     Raises:
         NotPatchedError: the model is not patched.
+        InactivePatchError: at step 0, as `check_active`.
         WeightsError: base weights that something else changed, or updates that are due to be folded, hold NaN or
             infinite values; no base weight is changed.
     """
@@ -85,7 +86,10 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     runtime, mlps = patched_parts(model)
     config = runtime.config
     watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
-    _count_idle_step(runtime, mlps)
+    if step == 0:
+        check_active(model, optimizer)
+    if step != runtime.synced_step:
+        _count_idle_step(runtime, mlps)
     settle_shards(runtime, mlps)
     runtime.padding.check(runtime.surroundings.model)
     runtime.passes.forget()
@@ -153,11 +157,12 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
             )
     runtime.surroundings.find_adapter()
     kept_frozen = all(projection.kept_frozen for _, projection in named_projections(mlps))
-    if _frozen_with_the_rest(model, mlps) and not kept_frozen:
+    if frozen_with_the_rest(model, mlps) and not kept_frozen:
         raise InactivePatchError(
             f"the low-rank updates of {mlps[0].name} and all others are frozen (get_peft_model freezes all but its "
-            "own): call patch_model after get_peft_model, or give the Trainer the model (not model_init) and "
-            "SubquadCallback, which makes them trainable again"
+            "own parameters): set requires_grad on those whose names end with update.U and update.V before you create "
+            "the optimizer, as SubquadCallback does for the Trainer's model (not for model_init), and calibrate and "
+            "compensate for one with PEFT"
         )
     if optimizer is not None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -172,15 +177,6 @@ def check_active(model: nn.Module, optimizer: torch.optim.Optimizer | None = Non
                 "it was made before patch_model, or its parameter groups leave out names that end with update.U and "
                 "update.V"
             )
-
-
-def train_updates(model: nn.Module) -> None:
-    """Make the low-rank updates trainable again if PEFT froze everything but its adapters, or if the user froze the
-    whole model. Otherwise, or if some updates are trainable, frozen updates stay frozen."""
-    mlps = require_patched(model)
-    if _frozen_with_the_rest(model, mlps):
-        for _, projection in named_projections(mlps):
-            projection.update.requires_grad_(not projection.kept_frozen)
 
 
 def frozen_updates(mlps: list[SparseMLP]) -> list[str]:
@@ -235,12 +231,6 @@ def _review(mlps: list[SparseMLP], runtime: Runtime) -> tuple[list[Audit], list[
     if runtime.plan:
         runtime.plan = runtime.plan.with_neurons([mlp.budget.counts(mlp.index.neurons) for mlp in mlps])
     return audits, changes
-
-
-def _frozen_with_the_rest(model: nn.Module, mlps: list[SparseMLP]) -> bool:
-    """Whether all updates are frozen, and PEFT froze everything but its adapters, or the whole model is frozen."""
-    by_others = hasattr(model, "peft_config") or not any(parameter.requires_grad for parameter in model.parameters())
-    return by_others and not any(factor.requires_grad for factor in _factors(mlps))
 
 
 def _check_base(name: str, projection: NeuronProjection) -> None:
