@@ -63,6 +63,8 @@ def patched(name: str) -> nn.Module:
     if "LoRA" in more:
         torch.manual_seed(0)
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad or ".update." in key)
     return model
 
 
