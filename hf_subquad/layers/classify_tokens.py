@@ -110,8 +110,8 @@ class BatchClasses:
         seen = [(batch, sample) for batch in reversed(batches) for sample in batch._seen.get(mlp, [])]
         if not seen:
             return batches[-1]
-        differences = torch.stack([sample for _, sample in seen]) - _sample(x)
-        distances = differences.abs().amax(1)
+        known, now = torch.stack([sample for _, sample in seen]), _sample(x)
+        distances = (known.float().nan_to_num_() - now.float().nan_to_num_()).abs().amax(1)
         alike = [seen[i][0] for i in (distances == distances.min()).nonzero().flatten().tolist()]
         # Of passes with equal inputs, a backward pass comes to the latest one first.
         found = next((batch for batch in alike if mlp not in batch.repeated), alike[0])
@@ -120,9 +120,8 @@ class BatchClasses:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Some values, float32 and finite, so that they can be compared."""
     flat = x.detach().reshape(-1)
-    return flat.index_select(0, _sampled_places(len(flat), x.device)).float().nan_to_num_()
+    return flat.index_select(0, _sampled_places(len(flat), x.device))
 
 
 @lru_cache(maxsize=64)

@@ -236,9 +236,10 @@ class _DownProject(torch.autograd.Function):
             for part, view in _by_part(parts, neurons, [a], backend):
                 low = None
                 if part.idle:
-                    y_part = a.new_zeros(part.tokens, width)
-                    if matrix.bias is not None:
-                        y_part += matrix.bias
+                    if matrix.bias is None:  # other parts leave zeros in its rows
+                        lows.append(low)
+                        continue
+                    y_part = matrix.bias.expand(part.tokens, -1).clone()
                 elif part.selection is not None:
                     y_part, low = backend.gathered_down([view], part.selection.tiles, part.selection.neurons, [matrix])
                 else:

@@ -26,9 +26,10 @@ def self_test(mlp: SparseMLP, activations: Sequence[Callable[[Tensor], Tensor]])
     """Run an MLP with half of the neurons for half of the tokens, and dense with the other ones masked, then with the
     other half: the results must agree.
 
-    That exposes anything between the projections that mixes neurons (a norm over them, a top-k among them) or tokens,
-    as the largest activation is among these tokens. The candidates for the activation that scores neurons are compared
-    with what the model computed: the index keeps the first one that agrees.
+    That exposes anything between the projections that mixes neurons (a norm over them, a top-k among them) or tokens.
+    The tokens with all neurons are smaller than the others, so one of the halves lacks the largest activation. The
+    candidates for the activation that scores neurons are compared with what the model computed: the index keeps the
+    first one that agrees.
 
     Some parents cannot be run alone, because their attention needs more than hidden states. If their projections are
     in two separate modules, as in BERT, these are run one after the other.

@@ -131,7 +131,6 @@ class SubquadCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         unpatch_automatic_head(model)
-        runtime_of(model).idle_steps = None
         # The Trainer has loaded the best adapters; the updates that go with them are in the sidecar beside them.
         if not hasattr(model, "peft_config"):
             return

@@ -88,6 +88,7 @@ def sync_model(model: nn.Module, step: int, optimizer: torch.optim.Optimizer | N
     watch_batches(model, runtime)  # PEFT may have wrapped it after the patch
     if step == 0:
         check_active(model, optimizer)
+        runtime.idle_steps = None  # until `SubquadCallback` says that a Trainer trains
     if step != runtime.synced_step:
         _count_idle_step(runtime, mlps)
     settle_shards(runtime, mlps)
